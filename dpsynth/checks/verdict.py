@@ -1,0 +1,57 @@
+"""What a check answers. Torch-free, so that the report, the gate and the verifier can read it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Outcome(enum.Enum):
+    """PASS means no evidence against, never proof."""
+
+    PASS = "pass"
+    FLAG = "flag"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One answer with its uncertainty.
+
+    `statistic`, `interval` (at `confidence_level`) and `threshold` are in the unit named by `statistic_name`.
+    `public` says whether the numbers may leave the site: what is computed on real patients is not covered by epsilon,
+    so a non-public verdict leaves as its outcome alone. `limitation` says what the check cannot show.
+    """
+
+    check: str
+    question: str
+    outcome: Outcome
+    statistic_name: str
+    statistic: float
+    interval: tuple[float, float]
+    threshold: float
+    confidence_level: float
+    false_alarm_rate: float
+    reason: str
+    limitation: str
+    public: bool = False
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for the site's own files."""
+        return {**self.__dict__, "outcome": self.outcome.value, "interval": list(self.interval), "figures": dict(self.figures)}
+
+    def to_public_json(self) -> dict[str, Any]:
+        """What may leave: numbers only when the verdict is public."""
+        full = self.to_json()
+        keep = ("check", "question", "outcome", "limitation", "false_alarm_rate", "public")
+        return full if self.public else {name: full[name] for name in keep}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Verdict:
+        """Inverse of `to_json`."""
+        interval = (float(value["interval"][0]), float(value["interval"][1]))
+        return cls(**{**value, "outcome": Outcome(value["outcome"]), "interval": interval})

@@ -1,0 +1,255 @@
+"""Every knob on one page: frozen settings, read from one YAML file. Unknown keys are refused with their path.
+
+All values here are public constants: they are chosen without looking at the private images and may appear in a release.
+`docs/config.md` is generated from this file.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpsynth.errors import ConfigError
+from dpsynth.privacy.unit import PrivacyUnit
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class PhantomConfig(_Settings):
+    """The built-in procedural cohort."""
+
+    anatomy: Literal["chest", "brain"] = Field("chest", description="What the procedural images look like.")
+    num_patients: Count = Field(600, description="Patients in the cohort.")
+    max_images: Count = Field(3, description="Each patient has 1 to this many images.")
+    seed: int = Field(0, ge=0, description="The same seed gives the same cohort, bit by bit.")
+
+
+class DataConfig(_Settings):
+    """Where the private images are and what is publicly known about them."""
+
+    format: Literal["phantom", "medmnist", "raster", "dicom", "nifti"] = Field(
+        "phantom",
+        description="phantom: built in. medmnist: one npz file, no patient ids, so unit must be image. raster: folder of "
+        "PNG or JPEG with a table.csv. dicom: folder of DICOM files. nifti: folder of NIfTI files with a table.csv.",
+    )
+    path: Path | None = Field(None, description="File or folder of the images; relative to the configuration file.")
+    name: str = Field("phantom", min_length=1, max_length=80, description="Name of the data set in reports.")
+    unit: PrivacyUnit = Field(PrivacyUnit.PATIENT, description="Whom the guarantee protects: patient, or image on request.")
+    classes: tuple[str, ...] = Field(
+        ("normal", "lesion"), min_length=1, description="All labels, a public list; a label outside it is an error."
+    )
+    label_column: str = Field("label", description="Column of table.csv, or DICOM keyword, that holds the label.")
+    declared_patients: Count = Field(
+        500, description="Public, rounded number of patients (or images when unit is image). Batch size and delta use it."
+    )
+    max_images_per_patient: Count = Field(8, description="Images of a patient beyond this many are left out.")
+    spatial_shape: tuple[Count, ...] = Field(
+        (28, 28), min_length=2, max_length=3, description="Size in pixels or voxels that images are resampled to; 2 or 3 numbers."
+    )
+    channels: Literal[1, 3] = Field(1, description="1 for grey images, 3 for colour.")
+    intensity_range: tuple[float, float] = Field(
+        (0.0, 255.0), description="Stored intensities that map to -1 and 1; public constants, values outside are clamped."
+    )
+    control_fraction: Fraction = Field(
+        0.2, description="Each patient goes to the control set with this probability, by a keyed coin, and is not trained on."
+    )
+    medmnist_split: Literal["train", "val", "test"] = Field("train", description="Which arrays of a MedMNIST file to read.")
+    phantom: PhantomConfig = PhantomConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.format != "phantom" and self.path is None:
+            raise ValueError(f"format {self.format} needs a path")
+        if self.format == "medmnist" and self.unit is not PrivacyUnit.IMAGE:
+            raise ValueError("a MedMNIST file has no patient ids, so the guarantee can only protect images: set unit: image")
+        if not (math.isfinite(self.intensity_range[0]) and self.intensity_range[0] < self.intensity_range[1] < math.inf):
+            raise ValueError("intensity_range must be two finite numbers, the smaller first")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must not repeat")
+        if any(side % 4 for side in self.spatial_shape) or min(self.spatial_shape) < 8:
+            raise ValueError("each side of spatial_shape must be a multiple of 4 and at least 8")
+        return self
+
+
+class PrivacyConfig(_Settings):
+    """What this run may spend. The data owner's own budget is in the ledger and stands above it."""
+
+    epsilon: Positive = Field(10.0, description="Epsilon that the whole run may spend.")
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="At most min(1e-5, 1/(10 * declared_patients)), which is also the default."
+    )
+    unsafe_non_private: bool = Field(
+        False, description="Train without noise or clipping. Epsilon is infinite everywhere; the gate never releases it."
+    )
+
+
+class MomentsConfig(_Settings):
+    """Stage 1: differentially private class-wise moments."""
+
+    low_frequencies: Count = Field(12, description="The low block of the cosine transform has this many frequencies per axis.")
+    share: Fraction = Field(0.5, description="Part of the squared privacy parameter mu^2 that the moments spend (diffusion only).")
+    texture: bool = Field(False, description="method moments: add Gaussian texture above the low block instead of smooth images.")
+
+
+class DiffusionConfig(_Settings):
+    """Stage 3: DP-SGD on the denoiser."""
+
+    channels: tuple[Count, ...] = Field((32, 64), min_length=1, description="Channels of the U-Net, level by level.")
+    steps: Count = Field(100, description="DP-SGD steps.")
+    sampling_probability: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Probability of each patient in each step.")
+    draws: Count = Field(4, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
+    clip_norm: Positive = Field(0.05, description="Largest L2 norm of one patient's gradient.")
+    learning_rate: Positive = Field(3e-4, description="Of Adam.")
+    trainable: Literal["all", "small"] = Field(
+        "small", description="all weights, or small: biases, norms, class embedding and output convolution."
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Of the average of the weights, in steps.")
+    patients_per_chunk: Count = Field(16, description="Patients per forward pass; changes memory, not the result.")
+    checkpoint_every: Count = Field(10, description="Steps between checkpoints.")
+
+
+class PretrainConfig(_Settings):
+    """Stage 0: public images only, at no cost in epsilon."""
+
+    source: Literal["phantom", "raster", "medmnist", "nifti"] = Field(
+        "phantom", description="Public images: the built-in procedural ones, or a public folder or file."
+    )
+    path: Path | None = Field(None, description="Public file or folder when source is not phantom.")
+    classes: tuple[str, ...] = Field((), description="Labels of the public set; empty: those of the phantom cohort.")
+    label_column: str = Field("label", description="Label column of the public table.csv.")
+    num_phantoms: Count = Field(2000, description="Procedural images when source is phantom.")
+    steps: int = Field(600, ge=0, description="Training steps.")
+    batch_size: Count = Field(96, description="Images per step.")
+    learning_rate: Positive = Field(2e-3, description="Of Adam, with warm-up and cosine decay.")
+    seed: int = Field(0, ge=0, description="Seed of this public step.")
+    cache: Path | None = Field(None, description="Folder that keeps the pre-trained weights for other runs with equal settings.")
+
+
+class GenerateConfig(_Settings):
+    """What to draw from the finished generator."""
+
+    count: Count = Field(500, description="Images to draw.")
+    label_mix: Literal["balanced", "noisy_prior"] = Field(
+        "noisy_prior", description="Equal numbers per class, or the class frequencies as released with noise."
+    )
+    seed: int = Field(0, ge=0, description="Image i has its own seed made from this one and i.")
+    steps: Count = Field(14, description="Sampler steps.")
+    sigma_min: Positive = Field(0.06, description="Last noise level of the sampler.")
+    sigma_max: Positive = Field(20.0, description="First noise level of the sampler.")
+
+
+class GateConfig(_Settings):
+    """The policy by which a release is allowed; fixed before the checks run."""
+
+    required: tuple[str, ...] = Field(
+        ("accounting", "membership", "copying", "fidelity", "utility"), description="Checks without which nothing is released."
+    )
+    false_alarm_rate: Fraction = Field(0.01, description="Of each statistical check.")
+    max_attempts: Count = Field(3, description="Gate attempts per trained generator, counted in the ledger.")
+    utility_margin: Fraction = Field(0.10, description="Largest loss of AUC of train-on-synthetic against train-on-real.")
+    largest_membership_auc: Annotated[float, Field(gt=0.5, lt=1)] = Field(
+        0.70, description="Membership is inconclusive when a smaller AUC than this could not have been seen."
+    )
+    smallest_precision: Fraction = Field(0.10, description="Fidelity fails when precision lies below, as part of real against real.")
+    smallest_coverage: Fraction = Field(0.05, description="Fidelity fails when coverage lies below, as part of real against real.")
+
+
+class ReleaseConfig(_Settings):
+    """What leaves."""
+
+    formats: tuple[Literal["png", "nifti", "dicom"], ...] = Field(("png",), description="Image files beside the npz.")
+    title: str = Field("Synthetic medical images", description="Title of the released data set.")
+    licence: str = Field("CC-BY-4.0", description="Licence of the released images.")
+    contact: str = Field("", description="Whom to write to.")
+
+
+class Config(_Settings):
+    """One run."""
+
+    method: Literal["moments", "diffusion"] = Field(
+        "diffusion", description="moments: Gaussian images from private moments alone. diffusion: a denoiser built on them."
+    )
+    data: DataConfig = DataConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    moments: MomentsConfig = MomentsConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    generate: GenerateConfig = GenerateConfig()
+    gate: GateConfig = GateConfig()
+    release: ReleaseConfig = ReleaseConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.moments.low_frequencies > min(self.data.spatial_shape):
+            raise ValueError("moments.low_frequencies is larger than the smallest side of data.spatial_shape")
+        if self.pretrain.source != "phantom" and (self.pretrain.path is None or not self.pretrain.classes):
+            raise ValueError(f"pretrain.source {self.pretrain.source} needs pretrain.path and pretrain.classes")
+        if len(self.data.spatial_shape) == 3 and "png" in self.release.formats:
+            raise ValueError("release.formats: volumes cannot be written as png; use nifti or dicom")
+        return self
+
+
+def parse_config(text: str, *, base: Path) -> Config:
+    """Read YAML text; relative paths are taken from `base`. Raises ConfigError with the path of every wrong key."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where is not None else ""
+        raise ConfigError(f"The configuration is not valid YAML{line}. Check the indentation and the colons.") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"Expected the configuration to be a mapping of settings, found {type(raw).__name__}.")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    return _with_absolute_paths(config, base)
+
+
+def load_config(path: Path) -> Config:
+    """Read the configuration file at `path`. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Expected a readable YAML file at {path}: {getattr(error, 'strerror', None) or error}.") from error
+    return parse_config(text, base=path.resolve().parent)
+
+
+def dump_config(config: Config) -> str:
+    """YAML text that `parse_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _with_absolute_paths(config: Config, base: Path) -> Config:
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else (base / path.expanduser()).resolve()
+
+    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    pretrain = config.pretrain.model_copy(
+        update={"path": absolute(config.pretrain.path), "cache": absolute(config.pretrain.cache)}
+    )
+    return config.model_copy(update={"data": data, "pretrain": pretrain})
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "configuration"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{where}: unknown setting")
+        else:
+            found = "" if isinstance(item.get("input"), dict | BaseModel) else f" (found {item.get('input')!r})"
+            parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{found}")
+    return "Wrong configuration: " + "; ".join(parts) + ". docs/config.md lists every setting."
