@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpsynth.config import Config
-from dpsynth.privacy.accountant import epsilon_pld, epsilon_rdp, tpr_at_fpr
+from dpsynth.privacy.accountant import COARSE, epsilon_pld, epsilon_rdp, tpr_at_fpr
 from dpsynth.privacy.calibrate import plan_mechanisms, resolve_delta
 from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, to_json
 
@@ -55,7 +55,7 @@ def plan(config: Config) -> Plan:
         delta=delta,
         unit=config.data.unit.value,
         mechanisms=mechanisms,
-        epsilon_pld=epsilon_pld(mechanisms, delta, interval=1e-3),
+        epsilon_pld=epsilon_pld(mechanisms, delta, interval=COARSE),
         epsilon_rdp=epsilon_rdp(mechanisms, delta),
         attack_rates=tuple((fpr, float(tpr)) for fpr, tpr in zip(fprs, rates, strict=True)),
         steps=sgd.steps if sgd else 0,
@@ -81,6 +81,7 @@ def planned_mechanisms(config: Config, *, delta: float) -> tuple[Mechanism, ...]
         sampling_probability=diffusion.sampling_probability,
         steps=diffusion.steps,
         declared_patients=config.data.declared_patients,
+        interval=COARSE,
     )
 
 

@@ -1,0 +1,98 @@
+"""Writes docs/cli.md and docs/config.md from the code. Run `python docs/generate.py` after a change; a test compares."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+import typer.main
+from typer.core import TyperCommand, TyperGroup, TyperOption
+from pydantic import BaseModel
+
+from dpsynth.cli import app
+from dpsynth.config import Config
+
+DOCS = Path(__file__).resolve().parent
+
+
+def cli_page() -> str:
+    """Every verb with its help, in Markdown."""
+    root = typer.main.get_command(app)
+    if not isinstance(root, TyperGroup):
+        raise TypeError(f"Expected a group of verbs, found {type(root).__name__}.")
+    parts = [
+        "# Command line",
+        "",
+        "Made from the code by `python docs/generate.py`.",
+        "",
+        "Exit codes: 0 done, 1 broke, 2 wrong usage, configuration or input, 3 refused by the budget, a check or the gate.",
+        "",
+    ]
+    for path, command in _commands("dpsynth", root):
+        parts += [f"## {path}", "", (command.help or "").strip(), ""]
+        parts += [f"- {line}" for line in _parameters(command)] + [""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _commands(prefix: str, group: TyperGroup) -> list[tuple[str, TyperCommand]]:
+    found: list[tuple[str, TyperCommand]] = []
+    for name, command in group.commands.items():
+        path = f"{prefix} {name}"
+        found += _commands(path, command) if isinstance(command, TyperGroup) else [(path, command)]
+    return found
+
+
+def _parameters(command: TyperCommand) -> list[str]:
+    lines = []
+    for parameter in command.params:
+        text = getattr(parameter, "help", None) or ""
+        if isinstance(parameter, TyperOption):
+            default = "" if parameter.default in (None, ...) else f" (default {parameter.default})"
+            lines.append(f"`{', '.join(parameter.opts)} {parameter.metavar or 'VALUE'}`: {text}{default}")
+        else:
+            lines.append(f"`{parameter.metavar or parameter.name}`: {text}".rstrip(": "))
+    return lines
+
+
+def config_page() -> str:
+    """Every setting with type, default and meaning, in Markdown."""
+    parts = [
+        "# Configuration",
+        "",
+        "Made from the code by `python docs/generate.py`. One YAML file; every setting has a default; unknown settings are refused.",
+        "All values are public constants: choose them without looking at the private images.",
+        "",
+    ]
+    parts += _section("", Config)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _section(prefix: str, model: type[BaseModel]) -> list[str]:
+    rows, nested = [], []
+    for name, field in model.model_fields.items():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            nested += _section(path, field.annotation)
+        else:
+            rows.append(f"| `{path}` | {_default(field.default)} | {field.description or ''} |")
+    heading = [f"## {prefix or 'The run'}", "", (model.__doc__ or "").strip().splitlines()[0], ""]
+    return heading + ["| setting | default | meaning |", "|---|---|---|", *rows, "", *nested]
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return "none"
+    value = getattr(value, "value", value)
+    if isinstance(value, tuple):
+        return f"`[{', '.join(str(item) for item in typing.cast('tuple[object, ...]', value))}]`"
+    return f"`{value}`"
+
+
+def main() -> None:
+    """Write both pages."""
+    (DOCS / "cli.md").write_text(cli_page(), encoding="utf-8")
+    (DOCS / "config.md").write_text(config_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

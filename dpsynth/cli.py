@@ -1,0 +1,243 @@
+"""The verbs: parse, call one function, print. Imports sit inside the verbs so that those without torch start fast.
+
+Exit codes: 0 done, 1 broke, 2 wrong usage, configuration or input, 3 refused by the budget, a check or the gate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpsynth.errors import DpsynthError, StorageError
+
+if TYPE_CHECKING:
+    from dpsynth.progress import Progress
+
+app = typer.Typer(
+    name="dpsynth",
+    help="Synthetic medical images under patient-level differential privacy: plan, train, generate, check, report, release, verify.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ledger_app = typer.Typer(help="The data set's ledger of everything that was charged.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/config.md lists every setting.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as made by `dpsynth train`.")]
+LedgerOption = Annotated[
+    Path | None,
+    typer.Option("--ledger", metavar="FILE", help="Ledger of the data set. Default: beside the data, NAME.ledger.jsonl."),
+]
+Format = Annotated[str, typer.Option("--format", metavar="text|json", help="How to print the result.")]
+
+
+@app.command()
+def plan(config: ConfigFile, output: Format = "text") -> None:
+    """Show noise, steps, time, memory and what epsilon means. Touches no image."""
+    from dpsynth.config import load_config
+    from dpsynth.plan import describe
+    from dpsynth.plan import plan as make_plan
+
+    result = make_plan(load_config(config))
+    if output == "json":
+        print(json.dumps(result.to_json(), indent=2, sort_keys=True))
+        return
+    width = max(len(name) for name, _ in describe(result))
+    for name, value in describe(result):
+        print(f"{name:<{width}}  {value}")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    run: Annotated[Path, typer.Option("--run", metavar="RUN", help="Run folder to make, or to resume after a crash.")],
+    ledger: LedgerOption = None,
+) -> None:
+    """Reserve the budget, train the generator, settle. Run the same command again to resume after a crash."""
+    from dpsynth.config import load_config
+    from dpsynth.train.run import train as train_generator
+
+    settings = load_config(config)
+    with _progress() as progress:
+        guarantee = train_generator(
+            settings, run_path=run, ledger_path=ledger or default_ledger(settings.data.path, settings.data.name), progress=progress
+        )
+    print(guarantee.sentence())
+    print(f"Next: dpsynth generate {run}")
+
+
+@app.command()
+def generate(run: RunArgument) -> None:
+    """Draw the candidates: as many images as the configuration says, one seed each."""
+    from dpsynth.generate import generate as draw
+
+    with _progress() as progress:
+        count = draw(run, progress=progress)
+    print(f"{count} candidates in {run / 'generate'}. Next: dpsynth check {run}")
+
+
+@app.command()
+def check(run: RunArgument, ledger: LedgerOption = None) -> None:
+    """Test the candidates against training and control patients. Counts as one gate attempt in the ledger."""
+    from dpsynth.checks.run import check as run_all
+
+    with _progress() as progress:
+        verdicts = run_all(run, ledger_path=ledger, progress=progress)
+    for verdict in verdicts:
+        print(f"{verdict.check:<12} {verdict.outcome.value:<13} {verdict.reason}")
+    print(f"These numbers were computed on patients and stay at the site. Next: dpsynth report {run}")
+
+
+@app.command()
+def report(run: RunArgument, ledger: LedgerOption = None) -> None:
+    """Write the epsilon report: one HTML file without scripts, and its JSON."""
+    from dpsynth.report.run import report as write_report
+
+    print(f"Report: {write_report(run, ledger_path=ledger)}")
+
+
+@app.command()
+def release(
+    run: RunArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; it must not exist.")],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Private signing key; `dpsynth key FOLDER` makes one.")],
+    ledger: LedgerOption = None,
+) -> None:
+    """Ask the gate, and if it allows, write the signed release folder."""
+    from dpsynth.release.run import release as write_release
+
+    with _progress() as progress:
+        folder = write_release(run, out=out, key_path=key, ledger_path=ledger, progress=progress)
+    print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key signing.pub")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder.")],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Public key of the releasing site.")],
+) -> None:
+    """Tell whether a released folder is complete, unchanged and signed by the key. Needs neither data nor torch."""
+    from dpsynth.release.verify import verify as find_problems
+
+    problems = find_problems(folder, key)
+    for problem in problems:
+        print(problem)
+    print("false" if problems else "true")
+    if problems:
+        raise typer.Exit(3)
+
+
+@app.command("key")
+def make_key(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write signing.key and signing.pub.")]) -> None:
+    """Make an Ed25519 key pair for releases. Keep signing.key secret; give signing.pub to recipients."""
+    from dpsynth.signing import generate_key
+
+    generate_key(folder)
+    print(f"{folder / 'signing.key'} (secret), {folder / 'signing.pub'} (for recipients)")
+
+
+@ledger_app.command("open")
+def ledger_open(
+    config: ConfigFile,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Budget of the data set over all runs; inf for research only.")],
+    delta: Annotated[float | None, typer.Option("--delta", help="Default: min(1e-5, 1/(10 * declared_patients)).")] = None,
+    max_gate_attempts: Annotated[int, typer.Option("--max-gate-attempts", help="Per trained generator.")] = 3,
+    ledger: LedgerOption = None,
+) -> None:
+    """Open the ledger of a data set: the data owner's budget becomes its first line and cannot be changed."""
+    from dpsynth.config import load_config
+    from dpsynth.data.ledger import open_ledger
+
+    settings = load_config(config)
+    path = ledger or default_ledger(settings.data.path, settings.data.name)
+    open_ledger(settings, path=path, epsilon=epsilon, delta=delta, max_gate_attempts=max_gate_attempts)
+    print(f"Ledger: {path}")
+
+
+@ledger_app.command("show")
+def ledger_show(ledger: Annotated[Path, typer.Argument(metavar="LEDGER")], output: Format = "text") -> None:
+    """Show every charge, what is spent and what is left."""
+    from dpsynth.privacy.ledger import Ledger
+
+    summary = Ledger.load(ledger).summary()
+    if output == "json":
+        print(json.dumps(summary, indent=2, sort_keys=True))
+        return
+    print(f"{summary['data_name']} ({summary['unit']}): budget epsilon {summary['epsilon']} at delta {summary['delta']:.3g}")
+    for row in summary["charges"]:
+        print(f"line {row['line']:>4}  {row['time']}  {row['state']:<9} epsilon alone {row['epsilon']:.3f}  {row['purpose']}")
+    print(f"spent {summary['spent']:.3f}, left {summary['left']:.3f}, gate attempts {summary['gate_attempts']}")
+
+
+@ledger_app.command("verify")
+def ledger_verify(ledger: Annotated[Path, typer.Argument(metavar="LEDGER")]) -> None:
+    """Check chain, head, budget and every charge; name each line that does not hold."""
+    from dpsynth.privacy.ledger import Ledger
+
+    problems = Ledger.problems_of(ledger)
+    for problem in problems:
+        print(problem)
+    print("false" if problems else "true")
+    if problems:
+        raise typer.Exit(3)
+
+
+@app.command()
+def quickstart(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the demonstration.")]) -> None:
+    """Play the whole way on procedural images: ledger, train, generate, check, report, release, verify."""
+    from dpsynth.quickstart import quickstart as play
+
+    with _progress() as progress:
+        play(folder, progress=progress)
+
+
+def default_ledger(data: Path | None, name: str) -> Path:
+    """Beside the data, so that two runs on the same data find the same ledger; phantoms have theirs in the working folder."""
+    if data is None:
+        return Path(f"{name}.ledger.jsonl")
+    return data.parent / f"{data.name}.ledger.jsonl"
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from dpsynth.progress import terminal_progress
+
+    with terminal_progress() as progress:
+        yield progress
+
+
+def main() -> None:
+    """Run the command line; every error becomes one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except DpsynthError as error:
+        _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        _fail(f"{error.format_message()} `dpsynth --help` lists verbs and options.", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("Stopped. What was reserved stays charged; the same command resumes.", 130)
+    except OSError as error:
+        _fail(str(StorageError(f"A file could not be read or written: {error.strerror or error}.")), 2)
+    except Exception as error:
+        if os.environ.get("DPSYNTH_DEBUG"):
+            raise
+        _fail(f"Internal error ({type(error).__name__}): {error}. Set DPSYNTH_DEBUG=1 to see where.", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print("dpsynth: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,458 @@
+"""The ledger of one data set: what was charged, in an append-only, hash-chained, locked and synced file.
+
+Line 1 holds the data owner's budget. Every further line holds the SHA-256 of the line before it. A chain cannot see that its end was cut
+off, so a head file beside the ledger holds the number of lines and the last hash, written after each line; every release carries
+the same head. A reservation is charged in full from the moment its line is synced; only a settlement, for fewer steps of the same
+mechanisms, lowers the charge. Epsilon is never stored: it is recomputed from the mechanisms.
+
+A torn last line (the machine died while writing) was never returned to anyone, so nothing was trained on it. It is closed by a
+`recovered` line that names its length and digest; no byte is ever removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpsynth.artifacts import storage_errors, sync_folder, write_bytes
+from dpsynth.errors import BudgetExceeded, LedgerError, LedgerTampered
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, from_json, to_json
+from dpsynth.privacy.unit import PrivacyUnit
+
+SCHEMA = 1
+_TYPES = ("genesis", "reserve", "resume", "settle", "gate", "recovered")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of the file: its bytes without the newline, and its content, None when it does not parse (torn)."""
+
+    number: int
+    raw: bytes
+    entry: dict[str, Any] | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the bytes."""
+        return hashlib.sha256(self.raw).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charge:
+    """What one reservation costs now: what was reserved until it is settled, then what was executed."""
+
+    reservation: str
+    line: int
+    time: float
+    purpose: str
+    run_id: str
+    mechanisms: tuple[Mechanism, ...]
+    settled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """A ledger on disk. All methods read it anew, so two objects, or two processes, see the same truth."""
+
+    path: Path
+
+    @classmethod
+    def open_new(
+        cls,
+        path: Path,
+        *,
+        data_name: str,
+        unit: PrivacyUnit,
+        epsilon: float,
+        delta: float,
+        max_gate_attempts: int,
+        data_digest: str,
+        digest_salt: str,
+    ) -> Ledger:
+        """Start the ledger of a data set. Raises LedgerError when one is there: a budget is never rewritten."""
+        if not epsilon > 0 or math.isnan(epsilon):
+            raise LedgerError(f"Expected a budget epsilon above 0, found {epsilon!r}.")
+        if not 0 < delta < 1:
+            raise LedgerError(f"Expected delta between 0 and 1, found {delta!r}.")
+        ledger = cls(path=path)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with ledger._locked():
+            if path.exists():
+                raise LedgerError(f"A ledger exists already at {path}. Its budget cannot be changed; `dpsynth ledger show` prints it.")
+            genesis = {
+                "schema": SCHEMA,
+                "data_name": data_name,
+                "unit": unit.value,
+                "epsilon": "inf" if epsilon == math.inf else epsilon,
+                "delta": delta,
+                "max_gate_attempts": max_gate_attempts,
+                "data_digest": data_digest,
+                "digest_salt": digest_salt,
+            }
+            ledger._append("genesis", genesis, lines=())
+        return ledger
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger:
+        """Open an existing ledger. Raises LedgerError when there is none, LedgerTampered when it does not hold."""
+        if not path.is_file():
+            raise LedgerError(f"No ledger at {path}. The data owner opens one with `dpsynth ledger open CONFIG --epsilon E`.")
+        ledger = cls(path=path)
+        ledger._sound()
+        return ledger
+
+    @classmethod
+    def problems_of(cls, path: Path) -> list[str]:
+        """Everything that does not hold, each with its line; empty when the ledger is sound."""
+        if not path.is_file():
+            raise LedgerError(f"No ledger at {path}.")
+        return cls(path=path).verify()
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def genesis(self) -> dict[str, Any]:
+        """The first line."""
+        entry = self._sound()[0].entry
+        if entry is None:
+            raise LedgerTampered("line 1: it does not parse")
+        return entry
+
+    @property
+    def delta(self) -> float:
+        """Delta at which the budget is counted."""
+        return float(self.genesis["delta"])
+
+    @property
+    def budget_epsilon(self) -> float:
+        """The data owner's budget."""
+        return float(self.genesis["epsilon"])
+
+    def charges(self) -> tuple[Charge, ...]:
+        """Every reservation with what it costs now."""
+        return _charges(self._sound())
+
+    def charged_mechanisms(self) -> tuple[Mechanism, ...]:
+        """All mechanisms that were charged, over all runs."""
+        return tuple(mechanism for charge in self.charges() for mechanism in charge.mechanisms)
+
+    def spent(self) -> float:
+        """Epsilon of everything charged, at the ledger's delta."""
+        return epsilon_pld(self.charged_mechanisms(), self.delta)
+
+    def gate_attempts(self, run_id: str) -> int:
+        """Gate attempts booked for one trained generator."""
+        return sum(1 for line in self._sound() if line.entry and line.entry["type"] == "gate" and line.entry["run_id"] == run_id)
+
+    def head(self) -> tuple[int, str]:
+        """Number of lines and SHA-256 of the last one: the anchor that a release carries."""
+        lines = self._sound()
+        return len(lines), lines[-1].digest
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for `dpsynth ledger show`."""
+        genesis, delta, spent = self.genesis, self.delta, self.spent()
+        rows = [
+            {
+                "line": charge.line,
+                "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(charge.time)),
+                "state": "settled" if charge.settled else "reserved",
+                "purpose": charge.purpose,
+                "epsilon": _plain(epsilon_pld(charge.mechanisms, delta)),
+                "mechanisms": [to_json(mechanism) for mechanism in charge.mechanisms],
+            }
+            for charge in self.charges()
+        ]
+        gates = sum(1 for line in self._sound() if line.entry and line.entry["type"] == "gate")
+        keep = {name: genesis[name] for name in ("data_name", "unit", "epsilon", "delta", "max_gate_attempts")}
+        left = max(self.budget_epsilon - spent, 0.0) if math.isfinite(spent) else 0.0
+        return {**keep, "charges": rows, "spent": _plain(spent), "left": _plain(left), "gate_attempts": gates}
+
+    def require_data(self, digest: str) -> None:
+        """Raise LedgerError unless the ledger was opened for data with this digest."""
+        if not secrets.compare_digest(self.genesis["data_digest"], digest):
+            raise LedgerError(
+                "This ledger was opened for other data: images, labels or patient ids differ from those of its first line. "
+                "Restore the data, or let the data owner open a ledger for the new version."
+            )
+
+    # -- what changes it ---------------------------------------------------------------------------------------------
+
+    def reserve(self, mechanisms: Sequence[Mechanism], *, purpose: str, run_id: str) -> str:
+        """Charge `mechanisms` in full before the data is touched; returns the reservation. Raises BudgetExceeded."""
+        with self._locked():
+            lines = self._recovered()
+            charged = [mechanism for charge in _charges(lines) for mechanism in charge.mechanisms]
+            would = epsilon_pld([*charged, *mechanisms], self.delta)
+            if not would <= self.budget_epsilon:
+                spent = epsilon_pld(charged, self.delta)
+                raise BudgetExceeded(
+                    f"The budget of this data set is epsilon {self.budget_epsilon:g} at delta {self.delta:.3g}; {spent:.3f} is spent and "
+                    f"this run would bring it to {would:.3f}. Lower privacy.epsilon, or ask the data owner; `dpsynth ledger show` lists the charges."
+                )
+            reservation = secrets.token_hex(8)
+            fields = {
+                "reservation": reservation,
+                "purpose": purpose,
+                "run_id": run_id,
+                "mechanisms": [to_json(mechanism) for mechanism in mechanisms],
+            }
+            self._append("reserve", fields, lines=lines)
+            return reservation
+
+    def resume(self, reservation: str, mechanisms: Sequence[Mechanism]) -> None:
+        """Note that a killed run goes on inside its reservation. Raises LedgerError when it is settled or differs."""
+        with self._locked():
+            lines = self._recovered()
+            charge = _open_charge(lines, reservation)
+            if tuple(mechanisms) != charge.mechanisms:
+                raise LedgerError("The run's mechanisms differ from those that were reserved. Start a new run.")
+            self._append("resume", {"reservation": reservation}, lines=lines)
+
+    def settle(self, reservation: str, *, mechanisms: Sequence[Mechanism]) -> None:
+        """Replace a reservation by what was executed: the same mechanisms, at most with fewer DP-SGD steps.
+
+        Sound only when the stop did not depend on the data (a crash, an operator's decision).
+        """
+        with self._locked():
+            lines = self._recovered()
+            charge = _open_charge(lines, reservation)
+            if not _at_most(mechanisms, charge.mechanisms):
+                raise LedgerError("A settlement may only lower the steps of the reserved mechanisms.")
+            fields = {"reservation": reservation, "mechanisms": [to_json(mechanism) for mechanism in mechanisms]}
+            self._append("settle", fields, lines=lines)
+
+    def record_gate_attempt(self, run_id: str) -> int:
+        """Book one more look of the gate at a generator's images; returns its number. Raises BudgetExceeded past the cap."""
+        with self._locked():
+            lines = self._recovered()
+            done = sum(1 for line in lines if line.entry and line.entry["type"] == "gate" and line.entry["run_id"] == run_id)
+            cap = int(self.genesis["max_gate_attempts"])
+            if done >= cap:
+                raise BudgetExceeded(f"This generator was checked {done} times and the data owner allows {cap}. Train a new one.")
+            self._append("gate", {"run_id": run_id}, lines=lines)
+            return done + 1
+
+    # -- soundness ---------------------------------------------------------------------------------------------------
+
+    def verify(self) -> list[str]:
+        """Everything that does not hold, each with its line."""
+        lines, torn = self._read()
+        return self._structure_problems(lines, torn) or _budget_problems(lines)
+
+    def _structure_problems(self, lines: tuple[Line, ...], torn: bytes) -> list[str]:
+        return _chain_problems(lines) + self._head_problems(lines, torn) or _meaning_problems(lines)
+
+    def _sound(self) -> tuple[Line, ...]:
+        lines, torn = self._read()
+        problems = self._structure_problems(lines, torn)
+        if problems:
+            raise LedgerTampered(f"The ledger {self.path.name} does not hold: " + "; ".join(problems) + ". Restore it from a copy.")
+        return lines
+
+    def _read(self) -> tuple[tuple[Line, ...], bytes]:
+        """Complete lines, and the torn bytes after the last newline."""
+        *complete, torn = self.path.read_bytes().split(b"\n")
+        return tuple(Line(number=i, raw=raw, entry=_parse(raw)) for i, raw in enumerate(complete, 1)), torn
+
+    def _head_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".head")
+
+    def _head_problems(self, lines: tuple[Line, ...], torn: bytes) -> list[str]:
+        try:
+            head = json.loads(self._head_path().read_bytes())
+            count, digest = int(head["lines"]), str(head["sha256"])
+        except FileNotFoundError:
+            return [] if len(lines) <= 1 and not torn and _just_opened(lines) else [f"the head file {self._head_path().name} is missing"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return [f"the head file {self._head_path().name} cannot be read"]
+        if count < 1 or count > len(lines):
+            return [f"line {len(lines) + 1}: the end of the ledger was cut off; the head file knows {count} lines"]
+        if lines[count - 1].digest != digest:
+            return [f"line {count}: it is not the line that the head file names"]
+        if len(lines) > count + 2:
+            return [f"line {count + 1}: {len(lines) - count} lines were added behind the head file's back"]
+        return []
+
+    def _recovered(self) -> tuple[Line, ...]:
+        """Under the lock: close a torn last line and bring the head up to date."""
+        lines = self._sound()
+        torn = self._read()[1]
+        if torn:
+            facts = {"torn_bytes": len(torn), "torn_sha256": hashlib.sha256(torn).hexdigest()}
+            closed = (*lines, Line(number=len(lines) + 1, raw=torn, entry=None))
+            self._append("recovered", facts, lines=closed, before=b"\n")
+        elif self._known_lines() != len(lines):
+            self._write_head(lines)
+        return self._read()[0]
+
+    def _known_lines(self) -> int:
+        try:
+            return int(json.loads(self._head_path().read_bytes())["lines"])
+        except FileNotFoundError:
+            return 0
+
+    def _append(self, kind: str, fields: dict[str, Any], *, lines: tuple[Line, ...], before: bytes = b"") -> None:
+        last = max((float(line.entry["time"]) for line in lines if line.entry), default=0.0)
+        now = time.time()
+        entry = {
+            "seq": len(lines) + 1,
+            "type": kind,
+            "previous": lines[-1].digest if lines else "0" * 64,
+            "time": max(now, last),
+            **({"clock_went_back": True} if now < last else {}),
+            **fields,
+        }
+        raw = json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        with storage_errors(self.path):
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                _write_all(descriptor, before + raw + b"\n")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            sync_folder(self.path.parent)
+        self._write_head((*lines, Line(number=len(lines) + 1, raw=raw, entry=entry)))
+
+    def _write_head(self, lines: tuple[Line, ...]) -> None:
+        head = json.dumps({"lines": len(lines), "sha256": lines[-1].digest})
+        write_bytes(self._head_path(), head.encode() + b"\n", private=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = self.path.with_name(self.path.name + ".lock")
+        with storage_errors(lock):
+            descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(raw)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _just_opened(lines: tuple[Line, ...]) -> bool:
+    """Whether the machine may have died between the first line and its head."""
+    return len(lines) == 1 and bool(lines[0].entry) and lines[0].entry is not None and lines[0].entry.get("type") == "genesis"
+
+
+def _chain_problems(lines: tuple[Line, ...]) -> list[str]:
+    if not lines:
+        return ["line 1: the budget is missing"]
+    problems, previous = [], "0" * 64
+    for index, line in enumerate(lines):
+        following = lines[index + 1].entry if index + 1 < len(lines) else None
+        if line.entry is None:
+            if not (following and following.get("type") == "recovered" and following.get("torn_sha256") == line.digest):
+                problems.append(f"line {line.number}: it does not parse")
+        elif line.entry.get("previous") != previous:
+            problems.append(f"line {line.number}: it does not follow line {line.number - 1}, one of them was changed")
+        elif line.entry.get("seq") != line.number:
+            problems.append(f"line {line.number}: it carries number {line.entry.get('seq')!r}")
+        previous = line.digest
+    return problems
+
+
+def _meaning_problems(lines: tuple[Line, ...]) -> list[str]:
+    """What a sound chain may still get wrong: unknown types, settlements that raise or invent."""
+    entries = [(line.number, line.entry) for line in lines if line.entry is not None]
+    genesis = entries[0][1]
+    if genesis.get("type") != "genesis" or genesis.get("schema") != SCHEMA:
+        return [f"line 1: expected a budget of schema {SCHEMA}"]
+    problems = []
+    for number, entry in entries:
+        if entry.get("type") not in _TYPES or (entry.get("type") == "genesis") != (number == 1):
+            problems.append(f"line {number}: unexpected type {entry.get('type')!r}")
+    try:
+        if not problems:
+            _charges(lines)
+    except (LedgerError, KeyError, TypeError, ValueError) as error:
+        problems.append(f"a charge cannot be read: {error}")
+    return problems
+
+
+def _budget_problems(lines: tuple[Line, ...]) -> list[str]:
+    genesis = lines[0].entry or {}
+    mechanisms = [mechanism for charge in _charges(lines) for mechanism in charge.mechanisms]
+    spent = epsilon_pld(mechanisms, float(genesis["delta"]))
+    if spent <= float(genesis["epsilon"]) * (1 + 1e-9):
+        return []
+    return [f"the charges sum up to epsilon {spent:.4g}, above the budget {genesis['epsilon']}"]
+
+
+def _charges(lines: tuple[Line, ...]) -> tuple[Charge, ...]:
+    charges: dict[str, Charge] = {}
+    for line in lines:
+        entry = line.entry
+        if entry is None or entry["type"] not in ("reserve", "settle", "resume"):
+            continue
+        name = entry["reservation"]
+        if entry["type"] == "reserve":
+            if name in charges:
+                raise LedgerError(f"line {line.number}: the reservation {name} is reserved twice")
+            charges[name] = Charge(
+                reservation=name,
+                line=line.number,
+                time=float(entry["time"]),
+                purpose=entry["purpose"],
+                run_id=entry["run_id"],
+                mechanisms=tuple(from_json(value) for value in entry["mechanisms"]),
+                settled=False,
+            )
+            continue
+        if name not in charges or charges[name].settled:
+            raise LedgerError(f"line {line.number}: no open reservation {name}")
+        if entry["type"] == "settle":
+            executed = tuple(from_json(value) for value in entry["mechanisms"])
+            if not _at_most(executed, charges[name].mechanisms):
+                raise LedgerError(f"line {line.number}: the settlement is not part of the reservation")
+            charges[name] = replace(charges[name], mechanisms=executed, settled=True)
+    return tuple(charges.values())
+
+
+def _open_charge(lines: tuple[Line, ...], reservation: str) -> Charge:
+    for charge in _charges(lines):
+        if charge.reservation == reservation and not charge.settled:
+            return charge
+    raise LedgerError(f"Expected an open reservation {reservation}, found none. Start a new run.")
+
+
+def _at_most(executed: Sequence[Mechanism], reserved: Sequence[Mechanism]) -> bool:
+    """Whether each executed mechanism is the reserved one, DP-SGD perhaps with fewer steps."""
+    if len(executed) != len(reserved):
+        return False
+    for done, asked in zip(executed, reserved, strict=True):
+        if isinstance(done, PoissonDpSgd) and isinstance(asked, PoissonDpSgd):
+            if done.steps > asked.steps or replace(done, steps=asked.steps) != asked:
+                return False
+        elif done != asked:
+            return False
+    return True
+
+
+def _plain(value: float) -> float | str:
+    return "inf" if value == math.inf else value

@@ -1,0 +1,65 @@
+"""The whole way on procedural images, in one folder and a few minutes: what a hospital would do, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpsynth.artifacts import write_bytes
+from dpsynth.checks.run import check
+from dpsynth.config import load_config
+from dpsynth.data.fingerprint import open_ledger
+from dpsynth.errors import ArtifactError, GateRefused
+from dpsynth.generate import generate
+from dpsynth.progress import Progress
+from dpsynth.release.run import release
+from dpsynth.release.verify import verify
+from dpsynth.report.run import report
+from dpsynth.signing import generate_key
+from dpsynth.train.run import train
+
+CONFIG = """\
+# A demonstration on the built-in phantom cohort: no private data, nothing to download.
+method: diffusion
+data:
+  format: phantom
+  name: phantom-chest
+  classes: [normal, lesion]
+  declared_patients: 1000
+  control_fraction: 0.25
+  phantom: {anatomy: chest, num_patients: 1300, max_images: 3, seed: 1}
+privacy: {epsilon: 10, delta: 1e-5}
+pretrain: {source: phantom, num_phantoms: 1000, steps: 150}
+diffusion: {steps: 20, sampling_probability: 0.1, draws: 2, learning_rate: 3e-4}
+generate: {count: 400}
+release: {formats: [png], title: Phantom chest images}
+"""
+
+
+def quickstart(folder: Path, *, progress: Progress) -> None:
+    """Open a ledger, train, generate, check, report, release and verify in `folder`. Raises what the steps raise."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"Expected {folder} not to exist, found files in it. Name another folder, or remove it.")
+    config_path, run, ledger, out = folder / "config.yaml", folder / "run", folder / "phantom.ledger.jsonl", folder / "release"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(config_path, CONFIG.encode())
+    config = load_config(config_path)
+    print("1/7 The data owner opens the ledger: epsilon 10 over all runs.")
+    open_ledger(config, path=ledger, epsilon=10.0, delta=1e-5, max_gate_attempts=3)
+    print("2/7 Train under differential privacy.")
+    guarantee = train(config, run_path=run, ledger_path=ledger, progress=progress)
+    print(f"    {guarantee.sentence()}")
+    print("3/7 Draw synthetic images.")
+    generate(run, progress=progress)
+    print("4/7 Check them against training and control patients.")
+    for verdict in check(run, ledger_path=ledger, progress=progress):
+        print(f"    {verdict.check:<12} {verdict.outcome.value:<13} {verdict.reason}")
+    print("5/7 Write the epsilon report.")
+    page = report(run, ledger_path=ledger)
+    print("6/7 Ask the gate, sign and release.")
+    generate_key(folder / "keys")
+    release(run, out=out, key_path=folder / "keys" / "signing.key", ledger_path=ledger, progress=progress)
+    print("7/7 Verify as a recipient would.")
+    problems = verify(out, folder / "keys" / "signing.pub")
+    if problems:
+        raise GateRefused("The released folder does not verify: " + "; ".join(problems))
+    print(f"true\nReport:  {page}\nRelease: {out}")
