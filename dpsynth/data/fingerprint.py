@@ -1,0 +1,51 @@
+"""Which data a ledger belongs to. The digest is salted and never leaves the site: a plain hash of images answers "was it in there?"."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from pathlib import Path
+
+from dpsynth.config import Config
+from dpsynth.data.cohort import Cohort
+from dpsynth.data.source import read_cohort
+from dpsynth.data.validate import decoded, require_usable
+from dpsynth.privacy.calibrate import resolve_delta
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.progress import Progress
+
+
+def fingerprint(cohort: Cohort, *, salt: bytes, dimensions: int, channels: int, progress: Progress) -> str:
+    """Salted digest over patients, labels and decoded pixels, whatever the order of files. Raises DataError for broken images."""
+    total = hmac.new(salt, digestmod=hashlib.sha256)
+    records = sorted(cohort.records, key=lambda record: (record.patient_id, record.name))
+    for index, record in enumerate(records):
+        voxels = decoded(record, dimensions=dimensions, channels=channels).voxels
+        header = f"{len(record.patient_id)}:{record.patient_id}:{record.label}:{voxels.shape}"
+        total.update(header.encode() + hashlib.sha256(voxels.tobytes()).digest())
+        if index % 50 == 49 or index + 1 == len(records):
+            progress("fingerprint", index + 1, len(records))
+    return total.hexdigest()
+
+
+def open_ledger(
+    config: Config, *, path: Path, epsilon: float, delta: float | None, max_gate_attempts: int, progress: Progress
+) -> Ledger:
+    """Read the data set of `config` once and open its ledger with the owner's budget."""
+    cohort = read_cohort(config.data)
+    require_usable(cohort)
+    salt = secrets.token_bytes(16)
+    digest = fingerprint(
+        cohort, salt=salt, dimensions=len(config.data.spatial_shape), channels=config.data.channels, progress=progress
+    )
+    return Ledger.open_new(
+        path,
+        data_name=config.data.name,
+        unit=config.data.unit,
+        epsilon=epsilon,
+        delta=resolve_delta(delta, config.data.declared_patients),
+        max_gate_attempts=max_gate_attempts,
+        data_digest=digest,
+        digest_salt=salt.hex(),
+    )

@@ -1,0 +1,69 @@
+"""From stored images to the arrays that everything else computes on: MONAI transforms with public constants."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from monai.transforms import CenterSpatialCrop, Compose, Resize, ScaleIntensityRange
+
+from dpsynth.config import DataConfig
+from dpsynth.data.cohort import Cohort, Float32, ImageSet, Record
+from dpsynth.data.validate import decoded, require_usable
+from dpsynth.progress import Progress
+
+
+def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageSet:
+    """Decode, check and resample every image of the cohort; the first `max_images_per_patient` of a patient by name are kept.
+
+    Raises DataError for the first image or class that cannot be used.
+    """
+    require_usable(cohort)
+    records = _capped(cohort, config.max_images_per_patient)
+    transform = Preprocess(config.spatial_shape, config.intensity_range)
+    images = np.empty((len(records), config.channels, *config.spatial_shape), dtype=np.float32)
+    for index, record in enumerate(records):
+        stored = decoded(record, dimensions=len(config.spatial_shape), channels=config.channels)
+        images[index] = transform(stored.voxels)
+        if index % 50 == 49 or index + 1 == len(records):
+            progress("read images", index + 1, len(records))
+    ids = tuple(dict.fromkeys(record.patient_id for record in records))
+    numbers = {patient_id: number for number, patient_id in enumerate(ids)}
+    return ImageSet(
+        images=images,
+        labels=np.array([record.label for record in records], dtype=np.int64),
+        patients=np.array([numbers[record.patient_id] for record in records], dtype=np.int64),
+        patient_ids=ids,
+        classes=cohort.classes,
+        attributes=tuple(record.attributes for record in records),
+    )
+
+
+class Preprocess:
+    """Intensity range to [-1, 1] with clamping; resampling that keeps the aspect, covers the target and crops its centre."""
+
+    def __init__(self, spatial_shape: tuple[int, ...], intensity_range: tuple[float, float]) -> None:
+        self.spatial_shape = spatial_shape
+        self._scale = ScaleIntensityRange(*intensity_range, b_min=-1.0, b_max=1.0, clip=True)
+        self._crop = CenterSpatialCrop(spatial_shape)
+
+    def __call__(self, voxels: Float32) -> Float32:
+        """(channel, *space) as stored to (channel, *spatial_shape) in [-1, 1]."""
+        space = voxels.shape[1:]
+        if space == self.spatial_shape:
+            return np.asarray(self._scale(voxels), dtype=np.float32)
+        factor = max(target / side for target, side in zip(self.spatial_shape, space, strict=True))
+        covering = tuple(max(t, math.floor(side * factor + 0.5)) for t, side in zip(self.spatial_shape, space, strict=True))
+        smooth = "bilinear" if len(space) == 2 else "trilinear"
+        resize = Resize(covering, mode="area" if factor < 1 else smooth)  # area averages, so shrinking does not alias
+        return np.asarray(Compose([self._scale, resize, self._crop])(voxels), dtype=np.float32)
+
+
+def _capped(cohort: Cohort, limit: int) -> tuple[Record, ...]:
+    kept: list[Record] = []
+    counts: dict[str, int] = {}
+    for record in sorted(cohort.records, key=lambda record: (record.patient_id, record.name)):
+        counts[record.patient_id] = counts.get(record.patient_id, 0) + 1
+        if counts[record.patient_id] <= limit:
+            kept.append(record)
+    return tuple(kept)

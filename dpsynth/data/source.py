@@ -1,0 +1,42 @@
+"""From the configuration to a cohort, whatever the format."""
+
+from __future__ import annotations
+
+from dpsynth.config import DataConfig
+from dpsynth.data.cohort import Cohort
+from dpsynth.data.dicom import read_dicom
+from dpsynth.data.medmnist import read_medmnist
+from dpsynth.data.nifti import read_nifti
+from dpsynth.data.phantom import phantom_cohort
+from dpsynth.data.raster import read_raster
+from dpsynth.errors import DataError
+
+
+def read_cohort(config: DataConfig) -> Cohort:
+    """List the images of `config` without decoding them. Raises DataError."""
+    if config.format == "phantom":
+        return phantom_cohort(
+            anatomy=config.phantom.anatomy,
+            num_patients=config.phantom.num_patients,
+            max_images=config.phantom.max_images,
+            spatial_shape=config.spatial_shape,
+            channels=config.channels,
+            classes=config.classes,
+            seed=config.phantom.seed,
+            name=config.name,
+        )
+    path = config.path
+    if path is None or not path.exists():
+        raise DataError(f"Expected images at {path}, found nothing. Check data.path.")
+    dimensions = len(config.spatial_shape)
+    if config.format == "medmnist":
+        return read_medmnist(path, name=config.name, split=config.medmnist_split, classes=config.classes, dimensions=dimensions)
+    if config.format == "raster":
+        return read_raster(
+            path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column, channels=config.channels
+        )
+    if config.format == "dicom":
+        return read_dicom(
+            path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column, dimensions=dimensions
+        )
+    return read_nifti(path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column)

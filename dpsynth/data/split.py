@@ -1,0 +1,67 @@
+"""Training and control patients, by a keyed coin for each patient."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpsynth.data.cohort import ImageSet
+from dpsynth.errors import DataError, SelfCheckFailed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Two sets of patients. A patient on both sides would make every membership test blind, so that is refused."""
+
+    training: ImageSet
+    control: ImageSet
+    key: bytes
+    control_fraction: float
+
+    def __post_init__(self) -> None:
+        problems = split_problems(self)
+        if problems:
+            raise SelfCheckFailed("split: " + "; ".join(problems))
+
+    def record(self) -> dict[str, Any]:
+        """What the site keeps: which patient is where, and the key, so that the split can be made again."""
+        return {
+            "control_fraction": self.control_fraction,
+            "key": self.key.hex(),
+            "key_commitment": hashlib.sha256(self.key).hexdigest(),
+            "training": list(self.training.patient_ids),
+            "control": list(self.control.patient_ids),
+        }
+
+
+def split_patients(images: ImageSet, *, control_fraction: float, key: bytes) -> Split:
+    """Send each patient to control with probability `control_fraction`, by a coin that depends on the key and the patient id alone."""
+    to_control = np.array([_coin(key, patient_id) < control_fraction for patient_id in images.patient_ids])
+    if to_control.all() or not to_control.any():
+        raise DataError("The coin left no patient for training or none for control: the data set is too small for data.control_fraction.")
+    training, control = np.flatnonzero(~to_control), np.flatnonzero(to_control)
+    return Split(training=images.subset(training), control=images.subset(control), key=key, control_fraction=control_fraction)
+
+
+def restore_split(images: ImageSet, record: Mapping[str, Any]) -> Split:
+    """The split of a record, on images read again. Raises DataError when the patients differ."""
+    split = split_patients(images, control_fraction=float(record["control_fraction"]), key=bytes.fromhex(record["key"]))
+    if list(split.training.patient_ids) != record["training"] or list(split.control.patient_ids) != record["control"]:
+        raise DataError("The patients of the data set are not those that the run was trained on. Restore the data.")
+    return split
+
+
+def split_problems(split: Split) -> tuple[str, ...]:
+    """Why a split is not one by patient; empty when it is."""
+    both = set(split.training.patient_ids) & set(split.control.patient_ids)
+    return (f"image-level split: {len(both)} patients have images in training and in control",) if both else ()
+
+
+def _coin(key: bytes, patient_id: str) -> float:
+    digest = hmac.new(key, b"split\0" + patient_id.encode(), hashlib.sha256).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56

@@ -1,0 +1,55 @@
+"""What an image and a cohort must be before anything is computed on them. Each fault is one DataError that names the image."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from dpsynth.data.cohort import Cohort, Image, Record
+from dpsynth.errors import DataError
+
+SMALLEST_COHORT = 20
+
+
+def decoded(record: Record, *, dimensions: int, channels: int) -> Image:
+    """Decode and check one image: (channels, *space) with `dimensions` axes, finite, not constant. Raises DataError."""
+    image = record.read()
+    voxels = image.voxels
+    if voxels.ndim != dimensions + 1:
+        raise DataError(
+            f"{record.name}: expected {dimensions} spatial dimensions as in data.spatial_shape, found {voxels.ndim - 1}. Images of one data set share them."
+        )
+    if voxels.shape[0] != channels:
+        raise DataError(f"{record.name}: expected {channels} channels as in data.channels, found {voxels.shape[0]}.")
+    if min(voxels.shape) < 1:
+        raise DataError(f"{record.name}: the image is empty.")
+    if not np.isfinite(voxels).all():
+        raise DataError(f"{record.name}: the image holds NaN or infinite values. Repair it or leave it out of the data set.")
+    if voxels.min() == voxels.max():
+        raise DataError(f"{record.name}: the image is constant. Leave it out of the data set.")
+    return image
+
+
+def require_usable(cohort: Cohort) -> None:
+    """Raise DataError unless the cohort has enough patients, at least two in every class, and only known labels."""
+    if cohort.num_patients < SMALLEST_COHORT:
+        raise DataError(
+            f"Expected at least {SMALLEST_COHORT} patients in {cohort.name!r}, found {cohort.num_patients}: too few for any useful guarantee."
+        )
+    patients: dict[int, set[str]] = defaultdict(set)
+    for record in cohort.records:
+        patients[record.label].add(record.patient_id)
+    for label, name in enumerate(cohort.classes):
+        if len(patients[label]) < 2:
+            raise DataError(
+                f"Class {name!r} has {len(patients[label])} patients, expected at least 2. Merge it with another class or remove it from data.classes."
+            )
+
+
+def label_index(label: str, classes: tuple[str, ...], *, where: str) -> int:
+    """Index of a label in the public list. Raises DataError."""
+    try:
+        return classes.index(label.strip())
+    except ValueError as error:
+        raise DataError(f"{where}: label {label!r} is not in data.classes {list(classes)}. Correct the table or the list.") from error
