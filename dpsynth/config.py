@@ -127,6 +127,7 @@ class PretrainConfig(_Settings):
     path: Path | None = Field(None, description="Public file or folder when source is not phantom.")
     classes: tuple[str, ...] = Field((), description="Labels of the public set; empty: those of the phantom cohort.")
     label_column: str = Field("label", description="Label column of the public table.csv.")
+    intensity_range: tuple[float, float] | None = Field(None, description="Of the public images; none: that of data.intensity_range.")
     num_phantoms: Count = Field(2000, description="Procedural images when source is phantom.")
     steps: int = Field(600, ge=0, description="Training steps.")
     batch_size: Count = Field(96, description="Images per step.")

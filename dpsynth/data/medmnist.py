@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,6 @@ from dpsynth.artifacts import write_bytes
 from dpsynth.data.cohort import Cohort, Image, Record
 from dpsynth.errors import DataError
 from dpsynth.privacy.unit import PrivacyUnit
-
-_READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, SyntaxError)
 
 
 def read_medmnist(path: Path, *, name: str, split: str, classes: tuple[str, ...], dimensions: int) -> Cohort:
@@ -52,8 +49,12 @@ def _arrays(path: Path, split: str) -> tuple[NDArray[np.generic], NDArray[np.gen
             if f"{split}_images" not in archive or f"{split}_labels" not in archive:
                 raise DataError(f"{path.name}: expected the arrays {split}_images and {split}_labels, found {sorted(archive)[:6]}.")
             return archive[f"{split}_images"], archive[f"{split}_labels"]
-    except (*_READ_ERRORS, TypeError, AttributeError) as error:
-        raise DataError(f"Expected a MedMNIST npz archive at {path.name}, found something unreadable ({type(error).__name__}).") from error
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, its decompressors and numpy raise many kinds for broken files
+        raise DataError(
+            f"Expected a MedMNIST npz archive at {path.name}, found something unreadable ({type(error).__name__}). Replace it."
+        ) from error
 
 
 def _image(stored: NDArray[np.generic], *, colour: bool) -> Image:

@@ -24,7 +24,7 @@ def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageS
     images = np.empty((len(records), config.channels, *config.spatial_shape), dtype=np.float32)
     for index, record in enumerate(records):
         stored = decoded(record, dimensions=len(config.spatial_shape), channels=config.channels)
-        images[index] = transform(stored.voxels)
+        images[index] = transform(stored.voxels, spacing_mm=stored.spacing_mm)
         if index % 50 == 49 or index + 1 == len(records):
             progress("read images", index + 1, len(records))
     ids = tuple(dict.fromkeys(record.patient_id for record in records))
@@ -47,15 +47,17 @@ class Preprocess:
         self._scale = ScaleIntensityRange(*intensity_range, b_min=-1.0, b_max=1.0, clip=True)
         self._crop = CenterSpatialCrop(spatial_shape)
 
-    def __call__(self, voxels: Float32) -> Float32:
-        """(channel, *space) as stored to (channel, *spatial_shape) in [-1, 1]."""
+    def __call__(self, voxels: Float32, *, spacing_mm: tuple[float, ...] | None = None) -> Float32:
+        """(channel, *space) as stored to (channel, *spatial_shape) in [-1, 1]; the aspect is that in millimetres where known."""
         space = voxels.shape[1:]
-        if space == self.spatial_shape:
-            return np.asarray(self._scale(voxels), dtype=np.float32)
-        factor = max(target / side for target, side in zip(self.spatial_shape, space, strict=True))
-        covering = tuple(max(t, math.floor(side * factor + 0.5)) for t, side in zip(self.spatial_shape, space, strict=True))
+        sizes = tuple(side * step for side, step in zip(space, spacing_mm or (1.0,) * len(space), strict=True))
+        factor = max(target / size for target, size in zip(self.spatial_shape, sizes, strict=True))
+        covering = tuple(max(t, math.floor(size * factor + 0.5)) for t, size in zip(self.spatial_shape, sizes, strict=True))
+        if space == covering:
+            return np.asarray(Compose([self._scale, self._crop])(voxels), dtype=np.float32)
         smooth = "bilinear" if len(space) == 2 else "trilinear"
-        resize = Resize(covering, mode="area" if factor < 1 else smooth)  # area averages, so shrinking does not alias
+        shrinks = any(new < old for new, old in zip(covering, space, strict=True))
+        resize = Resize(covering, mode="area" if shrinks else smooth)  # area averages, so shrinking does not alias
         return np.asarray(Compose([self._scale, resize, self._crop])(voxels), dtype=np.float32)
 
 

@@ -1,0 +1,100 @@
+"""A finished generator: moments and, for the diffusion method, a denoiser. What it was trained on is not in it, only what was released."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+import torch
+from dpsynth.artifacts import read_json, write_bytes, write_json
+from dpsynth.config import GenerateConfig
+from dpsynth.errors import ArtifactError
+from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.moments import Moments, sample_moment_images
+from dpsynth.model.sampler import sample
+from dpsynth.progress import Progress
+
+SCHEMA = 1
+SETTINGS, WEIGHTS = "generator.json", "weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """Draws images. `denoiser` is None for the method of moments; `net_channels` are its U-Net's channels."""
+
+    classes: tuple[str, ...]
+    moments: Moments
+    denoiser: Denoiser | None
+    net_channels: tuple[int, ...]
+    texture: bool
+
+    @property
+    def label_probabilities(self) -> NDArray[np.float64]:
+        """Class frequencies as released with noise, (classes,), sum 1."""
+        return self.moments.probabilities
+
+    def sample(
+        self, labels: NDArray[np.int64], seeds: NDArray[np.uint64], settings: GenerateConfig, *, progress: Progress
+    ) -> NDArray[np.float32]:
+        """Images (n, channel, *space) in [-1, 1], image i from label i and seed i."""
+        if self.denoiser is None:
+            images = sample_moment_images(self.moments, labels, seeds, texture=self.texture)
+            progress("draw images", len(labels), len(labels))
+            return images
+        self.denoiser.eval()
+        return sample(
+            self.denoiser,
+            labels,
+            seeds,
+            shape=self.moments.shape,
+            steps=settings.steps,
+            sigma_min=settings.sigma_min,
+            sigma_max=settings.sigma_max,
+            progress=progress,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write generator.json and weights.safetensors."""
+        tensors = {f"moments.{name}": torch.from_numpy(array) for name, array in self.moments.to_arrays().items()}
+        if self.denoiser is not None:
+            tensors |= {f"net.{name}": tensor.contiguous() for name, tensor in self.denoiser.net.state_dict().items()}
+        write_bytes(folder / WEIGHTS, save(tensors))
+        settings = {
+            "schema": SCHEMA,
+            "classes": list(self.classes),
+            "shape": list(self.moments.shape),
+            "low_frequencies": self.moments.low_frequencies,
+            "net_channels": list(self.net_channels) if self.denoiser is not None else None,
+            "texture": self.texture,
+        }
+        write_json(folder / SETTINGS, settings)
+
+    @classmethod
+    def load(cls, folder: Path) -> Generator:
+        """Read a generator. Raises ArtifactError when the files do not fit."""
+        settings = read_json(folder / SETTINGS)
+        try:
+            if settings["schema"] != SCHEMA:
+                raise ArtifactError(f"Expected a generator of schema {SCHEMA}, found {settings['schema']!r}. Train again.")
+            tensors = load_file(folder / WEIGHTS)
+            arrays = {name.removeprefix("moments."): t.numpy() for name, t in tensors.items() if name.startswith("moments.")}
+            moments = Moments.from_arrays(arrays, shape=tuple(settings["shape"]), low_frequencies=settings["low_frequencies"])
+            channels = settings["net_channels"]
+            denoiser = None
+            if channels is not None:
+                denoiser = Denoiser(moments, channels=tuple(channels))
+                denoiser.net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
+            return cls(
+                classes=tuple(settings["classes"]),
+                moments=moments,
+                denoiser=denoiser,
+                net_channels=tuple(channels or ()),
+                texture=bool(settings["texture"]),
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+            raise ArtifactError(f"The generator in {folder.name} cannot be read ({type(error).__name__}). Train again.") from error

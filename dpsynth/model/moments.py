@@ -1,0 +1,348 @@
+"""Stage 1: class-wise moments under differential privacy, a generator of its own and the prior of the denoiser.
+
+Images are taken to the orthonormal cosine domain. Of each class three noised sums are released, each query using the results of the
+one before: count and sum of the low frequencies; second moments of their residuals; energies of what is left, by band of frequency.
+A patient's contribution to a query is the mean over their images of class-indexed vectors that were clipped to the query's clip
+norm, so by convexity it is never longer than the clip norm, whatever and however many the images are.
+All constants (centre, clip norms, band scales) are computed on public images, never on private ones.
+Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al. 2022 for one-shot moments as generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.fft import dctn, idctn
+
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
+from dpsynth.privacy.noise import NoiseStream
+
+Array = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+BANDS = 18
+LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
+_COUNT_WEIGHT = 0.3
+_SHARES = {"means": 0.2, "second_moments": 0.7, "bands": 0.1}
+_SMALLEST_VARIANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frequencies:
+    """Layout of the cosine domain: flat index = channel * pixels + pixel. low: indices of the low block; band: of each index."""
+
+    shape: tuple[int, ...]  # (channel, *space)
+    low: Int64
+    band: Int64
+
+    @property
+    def num_bands(self) -> int:
+        """Bands over all channels."""
+        return BANDS * self.shape[0]
+
+
+@lru_cache(maxsize=8)
+def frequencies(shape: tuple[int, ...], low_frequencies: int) -> Frequencies:
+    """The layout for images of `shape` (channel, *space) with the given low frequencies per axis, at most 256 in all."""
+    axes = np.meshgrid(*(np.arange(side) for side in shape[1:]), indexing="ij")
+    radius = np.sqrt(sum(axis.astype(np.float64) ** 2 for axis in axes)).ravel()
+    inside = np.all([axis.ravel() < low_frequencies for axis in axes], axis=0)
+    candidates = np.flatnonzero(inside)
+    limit = LARGEST_LOW_BLOCK // shape[0]
+    if len(candidates) > limit:
+        candidates = candidates[np.argsort(radius[candidates], kind="stable")[:limit]]
+    pixels = radius.size
+    low = np.concatenate([np.sort(candidates) + channel * pixels for channel in range(shape[0])])
+    one = np.minimum((np.sqrt(radius) * 3 * np.sqrt(28 / max(shape[1:]))).astype(np.int64), BANDS - 1)
+    band = np.concatenate([one + channel * BANDS for channel in range(shape[0])])
+    return Frequencies(shape=shape, low=low.astype(np.int64), band=band)
+
+
+def to_frequencies(images: Float32) -> Array:
+    """(n, channel, *space) to (n, channel * pixels) coefficients of the orthonormal cosine transform."""
+    axes = tuple(range(2, images.ndim))
+    return np.asarray(dctn(images.astype(np.float64), axes=axes, norm="ortho").reshape(len(images), -1))
+
+
+def from_frequencies(coefficients: Array, shape: tuple[int, ...]) -> Float32:
+    """Inverse of `to_frequencies`."""
+    axes = tuple(range(2, len(shape) + 1))
+    return np.asarray(idctn(coefficients.reshape(-1, *shape), axes=axes, norm="ortho"), dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicReference:
+    """Public constants. centre: (low,); clip norms of raw vectors; band_scale: (bands,) makes typical energies 1."""
+
+    shape: tuple[int, ...]
+    low_frequencies: int
+    centre: Array
+    clip_low: float
+    clip_residual: float
+    clip_bands: float
+    band_scale: Array
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        arrays = {"centre": self.centre.tolist(), "band_scale": self.band_scale.tolist(), "shape": list(self.shape)}
+        return {**self.__dict__, **arrays}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PublicReference:
+        """Inverse of `to_json`."""
+        arrays = {"centre": np.array(value["centre"]), "band_scale": np.array(value["band_scale"]), "shape": tuple(value["shape"])}
+        return cls(**{**value, **arrays})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Class-wise moments. counts: (classes,); mean: (classes, low); covariance: (classes, low, low); variance: (classes, channel * pixels),
+    of every coefficient's part that the low block's covariance does not explain.
+    """
+
+    shape: tuple[int, ...]
+    low_frequencies: int
+    counts: Array
+    mean: Array
+    covariance: Array
+    variance: Array
+
+    @property
+    def num_classes(self) -> int:
+        """Classes."""
+        return len(self.counts)
+
+    @property
+    def probabilities(self) -> Array:
+        """Class frequencies as released, (classes,), positive, sum 1."""
+        counts = np.maximum(self.counts, 1e-3 * self.counts.sum())
+        return np.asarray(counts / counts.sum())
+
+    def to_arrays(self) -> dict[str, NDArray[np.float64]]:
+        """The arrays by name, for safetensors."""
+        return {name: np.ascontiguousarray(getattr(self, name)) for name in ("counts", "mean", "covariance", "variance")}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], *, shape: tuple[int, ...], low_frequencies: int) -> Moments:
+        """Inverse of `to_arrays`."""
+        return cls(shape=shape, low_frequencies=low_frequencies, **{name: arrays[name] for name in ("counts", "mean", "covariance", "variance")})
+
+
+def public_reference(images: Float32, *, low_frequencies: int) -> PublicReference:
+    """Constants from public images (n, channel, *space) in [-1, 1]: centre, and norms that most public images keep to."""
+    shape = images.shape[1:]
+    layout = frequencies(shape, low_frequencies)
+    coefficients = to_frequencies(images)
+    centre = coefficients[:, layout.low].mean(axis=0)
+    residual = coefficients[:, layout.low] - centre
+    norms = np.linalg.norm(residual, axis=1)
+    rest = coefficients.copy()
+    rest[:, layout.low] = 0
+    energies = _energies(coefficients - _explained(coefficients, layout, centre, residual.T @ residual / len(residual)), layout)
+    scale = 1 / (np.median(energies, axis=0) + 1e-3)
+    return PublicReference(
+        shape=shape,
+        low_frequencies=low_frequencies,
+        centre=centre,
+        clip_low=float(np.quantile(norms, 0.95)),
+        clip_residual=float(np.quantile(norms, 0.7)),
+        clip_bands=float(np.quantile(np.linalg.norm(energies * scale, axis=1), 0.8)),
+        band_scale=scale,
+    )
+
+
+def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
+    """The queries of the release with their clip norms."""
+    weight = _COUNT_WEIGHT * reference.clip_low
+    norms = {
+        "means": float(np.hypot(weight, reference.clip_low)),
+        "second_moments": reference.clip_residual**2,
+        "bands": reference.clip_bands,
+    }
+    return tuple(GaussianQuery(name=name, share=share, clip_norm=norms[name]) for name, share in _SHARES.items())
+
+
+def release_moments(
+    images: Float32,
+    labels: Int64,
+    patients: Int64,
+    *,
+    num_classes: int,
+    mechanism: MomentRelease | None,
+    reference: PublicReference,
+    stream: NoiseStream | None,
+) -> Moments:
+    """Noised moments of images (n, channel, *space) of patients (n,). Without a mechanism they are exact, for public images only."""
+    if (mechanism is None) != (stream is None):
+        raise ValueError("Expected a mechanism and a noise stream, or neither.")
+    layout = frequencies(reference.shape, reference.low_frequencies)
+    release = _Release(labels, patients, num_classes, mechanism, stream)
+    coefficients = to_frequencies(images)
+    counts, mean = _release_means(coefficients[:, layout.low], release, reference)
+    covariance = _release_second_moments(coefficients[:, layout.low] - mean[labels], release, counts, reference)
+    variance = _release_bands(coefficients, labels, release, counts, mean, covariance, layout, reference)
+    return Moments(
+        shape=reference.shape,
+        low_frequencies=reference.low_frequencies,
+        counts=counts,
+        mean=mean,
+        covariance=covariance,
+        variance=variance,
+    )
+
+
+@dataclass(frozen=True)
+class _Release:
+    """Sums over patients with noise from the mechanism, and nothing else touches the images."""
+
+    labels: Int64
+    patients: Int64
+    num_classes: int
+    mechanism: MomentRelease | None
+    stream: NoiseStream | None
+
+    def noised_sum(self, name: str, rows: Array, clip_norm: float) -> Array:
+        """Sum over patients of the mean over their rows of class-indexed, clipped vectors: (classes, width). rows: (n, width)."""
+        if self.mechanism is not None and clip_norm != self.mechanism.query(name).clip_norm:
+            raise ValueError(f"The clip norm of query {name!r} is not the booked one.")
+        total = patient_sum(rows, self.labels, self.patients, self.num_classes, clip_norm)
+        return total + self.noise_stddev(name) * self._normal(name, total.size).reshape(total.shape)
+
+    def noise_stddev(self, name: str) -> float:
+        return 0.0 if self.mechanism is None else self.mechanism.noise_stddev(name)
+
+    def _normal(self, name: str, size: int) -> Array:
+        return np.zeros(size) if self.stream is None else self.stream.normal(f"moments/{name}", 0, size)
+
+
+def patient_sum(rows: Array, labels: Int64, patients: Int64, num_classes: int, clip_norm: float) -> Array:
+    """(classes, width): each patient adds a vector of norm at most `clip_norm`. Rows that are not finite count as zero."""
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
+    norms = np.linalg.norm(rows, axis=1)
+    factor = np.minimum(1.0, clip_norm / np.maximum(norms, 1e-12))
+    images_of = np.bincount(patients)
+    weighted = rows * (factor / images_of[patients])[:, None]
+    total = np.zeros((num_classes, rows.shape[1]))
+    for label in range(num_classes):
+        total[label] = weighted[labels == label].sum(axis=0)
+    return total
+
+
+def _release_means(low: Array, release: _Release, reference: PublicReference) -> tuple[Array, Array]:
+    weight = _COUNT_WEIGHT * reference.clip_low
+    query = float(np.hypot(weight, reference.clip_low))
+    centred = low - reference.centre
+    norms = np.linalg.norm(centred, axis=1, keepdims=True)
+    clipped = centred * np.minimum(1.0, reference.clip_low / np.maximum(norms, 1e-12))
+    stacked = np.concatenate([np.full((len(low), 1), weight), clipped], axis=1)
+    total = release.noised_sum("means", stacked, query)
+    smallest = max(1.0, 2 * release.noise_stddev("means") / weight)
+    counts = np.maximum(total[:, 0] / weight, smallest)
+    return counts, reference.centre + total[:, 1:] / counts[:, None]
+
+
+def _release_second_moments(residual: Array, release: _Release, counts: Array, reference: PublicReference) -> Array:
+    """Covariance of the low block, (classes, low, low), positive semidefinite, with the bias of the noise taken off."""
+    width = residual.shape[1]
+    rows, columns = np.triu_indices(width)
+    weight = np.where(rows == columns, 1.0, np.sqrt(2.0))  # the norm of the weighted half is the norm of the matrix
+    norms = np.linalg.norm(residual, axis=1, keepdims=True)
+    clipped = residual * np.minimum(1.0, reference.clip_residual / np.maximum(norms, 1e-12))
+    halves = clipped[:, rows] * clipped[:, columns] * weight
+    total = release.noised_sum("second_moments", halves, reference.clip_residual**2)
+    matrices = np.zeros((len(counts), width, width))
+    matrices[:, rows, columns] = total / weight
+    matrices = matrices + np.triu(matrices, 1).transpose(0, 2, 1) if width > 1 else matrices
+    matrices[:, columns, rows] = matrices[:, rows, columns]
+    stddev = release.noise_stddev("second_moments")
+    pooled = _denoised(matrices.sum(axis=0), counts.sum(), stddev * np.sqrt(len(counts)))
+    own_weight = counts / (counts + width)  # few patients: lean on all classes together
+    own = np.stack([_denoised(matrix, count, stddev) for matrix, count in zip(matrices, counts, strict=True)])
+    return np.asarray(own_weight[:, None, None] * own + (1 - own_weight[:, None, None]) * pooled)
+
+
+def _denoised(total: Array, count: float, stddev: float) -> Array:
+    """Drop eigenvalues below the edge of pure noise (semicircle law) and take its bias off the others."""
+    values, vectors = np.linalg.eigh(total / count)
+    edge = stddev / count * np.sqrt(2 * len(values))
+    kept = np.where(values > max(edge, _SMALLEST_VARIANCE), values - edge**2 / (2 * np.maximum(values, 1e-12)), 0.0)
+    return np.asarray((vectors * np.maximum(kept, 0)) @ vectors.T)
+
+
+def _explained(coefficients: Array, layout: Frequencies, mean: Array, covariance: Array) -> Array:
+    """The part of each row that lies in the mean and in the span of the covariance."""
+    values, vectors = np.linalg.eigh(covariance)
+    span = vectors[:, values > _SMALLEST_VARIANCE]
+    explained = np.zeros_like(coefficients)
+    centred = coefficients[:, layout.low] - mean
+    explained[:, layout.low] = mean + centred @ span @ span.T
+    return explained
+
+
+def _energies(rest: Array, layout: Frequencies) -> Array:
+    """Sum of squares by band: (n, bands)."""
+    squared = rest**2
+    return np.stack([squared[:, layout.band == band].sum(axis=1) for band in range(layout.num_bands)], axis=1)
+
+
+def _release_bands(
+    coefficients: Array,
+    labels: Int64,
+    release: _Release,
+    counts: Array,
+    mean: Array,
+    covariance: Array,
+    layout: Frequencies,
+    reference: PublicReference,
+) -> Array:
+    energies = np.empty((len(coefficients), layout.num_bands))
+    for label in range(release.num_classes):
+        rows = labels == label
+        rest = coefficients[rows] - _explained(coefficients[rows], layout, mean[label], covariance[label])
+        energies[rows] = _energies(rest, layout)
+    total = release.noised_sum("bands", energies * reference.band_scale, reference.clip_bands)
+    per_band = np.maximum(total, 0) / counts[:, None] / reference.band_scale
+    floor = 1 / reference.band_scale * 0.02  # a band that drowned in noise keeps a little of the public energy
+    sizes = np.maximum(np.bincount(layout.band, minlength=layout.num_bands), 1)
+    variance = np.maximum(per_band, floor) / sizes
+    return np.asarray(np.maximum(variance[:, layout.band], _SMALLEST_VARIANCE))
+
+
+def sample_moment_images(moments: Moments, labels: Int64, seeds: NDArray[np.uint64], *, texture: bool) -> Float32:
+    """Gaussian images (n, channel, *space) clipped to [-1, 1], image i from its own seed; with `texture` above the low block too."""
+    layout = frequencies(moments.shape, moments.low_frequencies)
+    roots = np.stack([_root(covariance) for covariance in moments.covariance])
+    coefficients = np.zeros((len(labels), layout.band.size))
+    for index, (label, seed) in enumerate(zip(labels, seeds, strict=True)):
+        rng = np.random.default_rng(int(seed))
+        normal = rng.normal(size=len(layout.low))
+        if texture:
+            coefficients[index] = np.sqrt(moments.variance[label]) * rng.normal(size=layout.band.size)
+            coefficients[index, layout.low] *= _unexplained(moments, int(label), layout)
+        coefficients[index, layout.low] += moments.mean[label] + roots[label] @ normal
+    return np.clip(from_frequencies(coefficients, moments.shape), -1, 1)
+
+
+def low_covariance(moments: Moments, label: int) -> Array:
+    """Full covariance of the low block, (low, low): the released one plus the diagonal that it leaves unexplained."""
+    layout = frequencies(moments.shape, moments.low_frequencies)
+    rest = moments.variance[label, layout.low] * _unexplained(moments, label, layout) ** 2
+    return np.asarray(moments.covariance[label] + np.diag(rest))
+
+
+def _unexplained(moments: Moments, label: int, layout: Frequencies) -> Array:
+    """Root of the share of each low coefficient outside the span of the covariance, (low,)."""
+    values, vectors = np.linalg.eigh(moments.covariance[label])
+    span = vectors[:, values > _SMALLEST_VARIANCE]
+    return np.asarray(np.sqrt(np.clip(1 - (span**2).sum(axis=1), 0, 1)))
+
+
+def _root(covariance: Array) -> Array:
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))

@@ -1,0 +1,67 @@
+"""Drawing images: the deterministic second-order sampler of Karras et al. 2022 (Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpsynth.progress import Progress
+
+_RHO = 5.0
+_BATCH = 250
+
+DenoiseFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def schedule(steps: int, *, sigma_min: float, sigma_max: float) -> Tensor:
+    """Noise levels from sigma_max to sigma_min and then 0, (steps + 1,) (equation 5)."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (sigma_max ** (1 / _RHO) + ramp * (sigma_min ** (1 / _RHO) - sigma_max ** (1 / _RHO))) ** _RHO
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+
+def starting_noise(seeds: NDArray[np.uint64], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal (n, *shape), row i from seed i alone, so an image does not depend on its batch."""
+    rows = [np.random.default_rng(int(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows))
+
+
+def heun(denoise: DenoiseFunction, noise: Tensor, labels: Tensor, levels: Tensor) -> Tensor:
+    """Integrate the probability flow from levels[0] to 0. noise: (n, channel, *space) standard normal."""
+    x = noise * float(levels[0])
+
+    def slope(at: Tensor, sigma: float) -> Tensor:
+        return (at - denoise(at, torch.full((len(at),), sigma), labels)) / sigma
+
+    for now, then in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
+        first = slope(x, now)
+        euler = x + (then - now) * first
+        x = euler if then == 0 else x + (then - now) * (first + slope(euler, then)) / 2
+    return x
+
+
+@torch.no_grad()
+def sample(
+    denoise: DenoiseFunction,
+    labels: NDArray[np.int64],
+    seeds: NDArray[np.uint64],
+    *,
+    shape: tuple[int, ...],
+    steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    progress: Progress,
+) -> NDArray[np.float32]:
+    """Images (n, *shape) in [-1, 1]; image i is a function of label i and seed i."""
+    levels = schedule(steps, sigma_min=sigma_min, sigma_max=sigma_max)
+    parts = []
+    for start in range(0, len(labels), _BATCH):
+        part = slice(start, start + _BATCH)
+        images = heun(denoise, starting_noise(seeds[part], shape), torch.from_numpy(labels[part]), levels)
+        parts.append(images.clamp(-1, 1).numpy())
+        progress("draw images", min(start + _BATCH, len(labels)), len(labels))
+    return np.concatenate(parts) if parts else np.empty((0, *shape), dtype=np.float32)

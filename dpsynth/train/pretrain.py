@@ -1,0 +1,110 @@
+"""Stage 0: train the denoiser on public images, at no cost in epsilon.
+
+The private moments are unknown here, so the net must be at home under any: every few steps the public images are cut into new
+pseudo-classes by a random direction, their exact moments are computed, and images and moments are flipped and rescaled alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dpsynth.artifacts import write_bytes
+from dpsynth.config import Config
+from dpsynth.data.cohort import Float32, Int64
+from dpsynth.model.denoiser import Denoiser, noise_levels
+from dpsynth.model.ema import Ema
+from dpsynth.model.moments import Moments, PublicReference, frequencies, release_moments, to_frequencies
+from dpsynth.progress import Progress
+
+_REFRESH = 50  # steps between new pseudo-classes
+_WARM_UP = 20
+_EMA_DECAY = 0.98
+
+
+def pretrained_weights(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:
+    """Weights of the U-Net after pre-training on public `images`; from the cache folder when equal settings were trained before."""
+    cached = None if config.pretrain.cache is None else config.pretrain.cache / f"{_digest(config, images)}.safetensors"
+    if cached is not None and cached.is_file():
+        return dict(load_file(cached))
+    weights = _train(config, images, reference, progress=progress)
+    if cached is not None:
+        write_bytes(cached, save(weights))
+    return weights
+
+
+def _digest(config: Config, images: Float32) -> str:
+    """Everything the weights depend on. The images are public, so their hash may be a file name."""
+    settings = config.pretrain.model_dump(mode="json", exclude={"cache", "path"})
+    facts = [2, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.classes)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest.update(images.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _train(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:
+    settings, rng = config.pretrain, np.random.default_rng(config.pretrain.seed)
+    noise = torch.Generator().manual_seed(settings.seed)
+    world = _World(images, reference, num_classes=len(config.data.classes), rng=rng)
+    with torch.random.fork_rng():  # the layers' initial weights are public; the global generator is left as it was
+        torch.manual_seed(settings.seed)
+        denoiser = Denoiser(world.moments, channels=config.diffusion.channels)
+    ema = Ema(denoiser.net, decay=_EMA_DECAY)
+    optimizer = torch.optim.Adam(denoiser.net.parameters(), settings.learning_rate)
+    for step in range(settings.steps):
+        if step % _REFRESH == 0:
+            world = _World(images, reference, num_classes=len(config.data.classes), rng=rng)
+            denoiser.transplant(world.moments)
+        clean, labels = world.batch(settings.batch_size, rng)
+        sigma = noise_levels(torch.randn(len(clean), generator=noise), smallest=0.02)
+        losses = denoiser.row_losses(clean, labels, sigma=sigma, noise=torch.randn(clean.shape, generator=noise))
+        optimizer.param_groups[0]["lr"] = _learning_rate(settings.learning_rate, step, settings.steps)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        ema.update(denoiser.net)
+        if step % 10 == 9 or step + 1 == settings.steps:
+            progress("pre-train on public images", step + 1, settings.steps, f"loss {losses.mean().item():.3f}, epsilon 0")
+    ema.copy_to(denoiser.net)
+    return {name: tensor.detach().clone().contiguous() for name, tensor in denoiser.net.state_dict().items()}
+
+
+def _learning_rate(peak: float, step: int, steps: int) -> float:
+    return peak * min(1.0, (step + 1) / _WARM_UP) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+
+
+class _World:
+    """Public images seen as one data set among many: pseudo-classes, a contrast, a mirror, and the moments that go with them."""
+
+    def __init__(self, images: Float32, reference: PublicReference, *, num_classes: int, rng: np.random.Generator) -> None:
+        layout = frequencies(reference.shape, reference.low_frequencies)
+        mirrored = images[..., ::-1] if rng.random() < 0.5 and images.ndim == 4 else images
+        scale, shift = float(np.exp(rng.normal(0, 0.15))), float(rng.normal(0, 0.1))
+        self.images = np.asarray(mirrored * scale + shift, dtype=np.float32)
+        coefficients = to_frequencies(self.images)[:, layout.low]
+        direction = rng.normal(size=coefficients.shape[1]) / (coefficients.std(axis=0) + 1e-3)
+        score = (coefficients - coefficients.mean(axis=0)) @ direction
+        score = score + rng.random() * score.std() * rng.normal(size=len(score))
+        shares = np.sort(rng.dirichlet(np.full(num_classes, 4.0)).cumsum()[:-1])
+        self.labels: Int64 = np.searchsorted(np.quantile(score, shares), score).astype(np.int64)
+        keep = rng.random(len(images)) < rng.uniform(0.5, 1.0)
+        self.rows = np.flatnonzero(keep) if keep.sum() > 20 * num_classes else np.arange(len(images))
+        self.moments = exact_moments(self.images[self.rows], self.labels[self.rows], num_classes, reference)
+
+    def batch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        rows = self.rows[rng.integers(len(self.rows), size=size)]
+        return torch.from_numpy(self.images[rows]), torch.from_numpy(self.labels[rows])
+
+
+def exact_moments(images: Float32, labels: Int64, num_classes: int, reference: PublicReference) -> Moments:
+    """Moments without noise, of public images only."""
+    patients = np.arange(len(images), dtype=np.int64)
+    return release_moments(
+        images, labels, patients, num_classes=num_classes, mechanism=None, reference=reference, stream=None
+    )
