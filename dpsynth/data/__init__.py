@@ -1,0 +1,1 @@
+"""What we hold: patients, their images, one reader and writer for each format."""

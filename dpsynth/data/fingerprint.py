@@ -1,4 +1,7 @@
-"""Which data a ledger belongs to. The digest is salted and never leaves the site: a plain hash of images answers "was it in there?"."""
+"""Which data a ledger belongs to.
+
+The digest is salted and never leaves the site: a plain hash of images answers "was it in there?".
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from dpsynth.progress import Progress
 
 
 def fingerprint(cohort: Cohort, *, salt: bytes, dimensions: int, channels: int, progress: Progress) -> str:
-    """Salted digest over patients, labels and decoded pixels, whatever the order of files. Raises DataError for broken images."""
+    """Salted digest over patients, labels and decoded pixels, whatever the order of files.
+
+    Raises DataError for broken images.
+    """
     total = hmac.new(salt, digestmod=hashlib.sha256)
     records = sorted(cohort.records, key=lambda record: (record.patient_id, record.name))
     for index, record in enumerate(records):

@@ -25,11 +25,15 @@ def read_medmnist(path: Path, *, name: str, split: str, classes: tuple[str, ...]
     colour = images.ndim == dimensions + 2 and images.shape[-1] == 3
     if images.ndim != dimensions + 1 and not colour:
         raise DataError(f"{path.name}: expected {split}_images of {dimensions} spatial dimensions, found shape {images.shape}.")
-    flat = labels.reshape(len(labels), -1)
-    if len(flat) != len(images) or flat.shape[1] != 1 or flat.dtype.kind not in "ui":
-        raise DataError(f"{path.name}: expected one whole-number label per image in {split}_labels, found shape {labels.shape}, dtype {labels.dtype}.")
-    if len(flat) and (flat.min() < 0 or flat.max() >= len(classes)):
-        raise DataError(f"{path.name}: label {int(flat.max())} has no name; data.classes lists {len(classes)}.")
+    if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "ui":
+        raise DataError(
+            f"{path.name}: expected one whole-number label per image in {split}_labels, "
+            f"found shape {labels.shape}, dtype {labels.dtype}."
+        )
+    flat = labels.reshape(len(images)).astype(np.int64)
+    unknown = flat[(flat < 0) | (flat >= len(classes))]
+    if len(unknown):
+        raise DataError(f"{path.name}: label {int(unknown[0])} has no name; data.classes lists {len(classes)}.")
     records = tuple(
         Record(
             patient_id=f"image-{index}",
@@ -38,16 +42,18 @@ def read_medmnist(path: Path, *, name: str, split: str, classes: tuple[str, ...]
             attributes={},
             read=partial(_image, images[index], colour=colour),
         )
-        for index, label in enumerate(flat[:, 0])
+        for index, label in enumerate(flat)
     )
     return Cohort(name=name, unit=PrivacyUnit.IMAGE, classes=classes, records=records)
 
 
 def _arrays(path: Path, split: str) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if f"{split}_images" not in archive or f"{split}_labels" not in archive:
-                raise DataError(f"{path.name}: expected the arrays {split}_images and {split}_labels, found {sorted(archive)[:6]}.")
+                raise DataError(
+                    f"{path.name}: expected the arrays {split}_images and {split}_labels, found {sorted(archive)[:6]}."
+                )
             return archive[f"{split}_images"], archive[f"{split}_labels"]
     except DataError:
         raise
@@ -62,8 +68,13 @@ def _image(stored: NDArray[np.generic], *, colour: bool) -> Image:
     return Image(voxels=np.ascontiguousarray(np.moveaxis(voxels, -1, 0)) if colour else voxels[None])
 
 
-def write_npz(path: Path, *, images: NDArray[np.uint8], labels: NDArray[np.int64], extra: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write images (n, channel, *space) in MedMNIST layout: train_* filled, val_* and test_* empty. Equal input gives equal bytes."""
+def write_npz(
+    path: Path, *, images: NDArray[np.uint8], labels: NDArray[np.int64], extra: Mapping[str, NDArray[np.generic]]
+) -> None:
+    """Write images (n, channel, *space) in MedMNIST layout: train_* filled, val_* and test_* empty.
+
+    Equal input gives equal bytes.
+    """
     channels_last = images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)
     column = labels.astype(np.uint8).reshape(-1, 1)
     arrays: dict[str, NDArray[np.generic]] = {"train_images": channels_last, "train_labels": column}
@@ -74,5 +85,6 @@ def write_npz(path: Path, *, images: NDArray[np.uint8], labels: NDArray[np.int64
         for name, array in {**arrays, **extra}.items():
             content = io.BytesIO()
             np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), content.getvalue(), zipfile.ZIP_DEFLATED)
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            archive.writestr(entry, content.getvalue(), zipfile.ZIP_DEFLATED)
     write_bytes(path, buffer.getvalue())

@@ -48,7 +48,7 @@ class Preprocess:
         self._crop = CenterSpatialCrop(spatial_shape)
 
     def __call__(self, voxels: Float32, *, spacing_mm: tuple[float, ...] | None = None) -> Float32:
-        """(channel, *space) as stored to (channel, *spatial_shape) in [-1, 1]; the aspect is that in millimetres where known."""
+        """(channel, *space) as stored to (channel, *spatial_shape) in [-1, 1]; keeps the aspect in millimetres where known."""
         space = voxels.shape[1:]
         sizes = tuple(side * step for side, step in zip(space, spacing_mm or (1.0,) * len(space), strict=True))
         factor = max(target / size for target, size in zip(self.spatial_shape, sizes, strict=True))

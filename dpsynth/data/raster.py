@@ -23,7 +23,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
-def read_raster(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, channels: int) -> Cohort:
+def read_raster(
+    folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, channels: int
+) -> Cohort:
     """Patients and labels from table.csv; pixels are decoded later. Raises DataError."""
     rows = read_table(folder, label_column=label_column, suffixes=SUFFIXES)
     records = tuple(
@@ -40,7 +42,10 @@ def read_raster(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[st
 
 
 def read_image(path: Path, *, channels: int) -> Image:
-    """Decode a PNG or JPEG to (channels, height, width), values as stored: 0..255, or 0..65535 for deep grey. Raises DataError."""
+    """Decode a PNG or JPEG to (channels, height, width), values as stored: 0..255, or 0..65535 for deep grey.
+
+    Raises DataError.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Pillow.DecompressionBombWarning)
@@ -48,7 +53,9 @@ def read_image(path: Path, *, channels: int) -> Image:
                 picture.load()
                 pixels = _pixels(picture, channels)
     except Exception as error:  # pillow raises many kinds for broken files
-        raise DataError(f"{path.name}: expected a readable PNG or JPEG, found a damaged or foreign file ({type(error).__name__}).") from error
+        raise DataError(
+            f"{path.name}: expected a readable PNG or JPEG, found a damaged or foreign one ({type(error).__name__}). Replace it."
+        ) from error
     return Image(voxels=np.ascontiguousarray(pixels, dtype=np.float32))
 
 

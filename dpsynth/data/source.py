@@ -33,10 +33,20 @@ def read_cohort(config: DataConfig) -> Cohort:
         return read_medmnist(path, name=config.name, split=config.medmnist_split, classes=config.classes, dimensions=dimensions)
     if config.format == "raster":
         return read_raster(
-            path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column, channels=config.channels
+            path,
+            name=config.name,
+            unit=config.unit,
+            classes=config.classes,
+            label_column=config.label_column,
+            channels=config.channels,
         )
     if config.format == "dicom":
         return read_dicom(
-            path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column, dimensions=dimensions
+            path,
+            name=config.name,
+            unit=config.unit,
+            classes=config.classes,
+            label_column=config.label_column,
+            dimensions=dimensions,
         )
     return read_nifti(path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column)

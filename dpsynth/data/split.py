@@ -40,10 +40,16 @@ class Split:
 
 
 def split_patients(images: ImageSet, *, control_fraction: float, key: bytes) -> Split:
-    """Send each patient to control with probability `control_fraction`, by a coin that depends on the key and the patient id alone."""
+    """Send each patient to control with probability `control_fraction`, by a coin of the key and the patient id alone.
+
+    Raises DataError when one side stays empty.
+    """
     to_control = np.array([_coin(key, patient_id) < control_fraction for patient_id in images.patient_ids])
     if to_control.all() or not to_control.any():
-        raise DataError("The coin left no patient for training or none for control: the data set is too small for data.control_fraction.")
+        raise DataError(
+            "The coin left no patient for training or none for control: the data set is too small for data.control_fraction. "
+            "Add patients or move the fraction towards one half."
+        )
     training, control = np.flatnonzero(~to_control), np.flatnonzero(to_control)
     return Split(training=images.subset(training), control=images.subset(control), key=key, control_fraction=control_fraction)
 

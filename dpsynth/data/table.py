@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,7 +24,7 @@ class Row:
 
 
 def read_table(folder: Path, *, label_column: str, suffixes: tuple[str, ...]) -> tuple[Row, ...]:
-    """Rows in the order of the table. Every image has one row and every row one image; otherwise DataError names the first fault."""
+    """Rows in the order of the table; every image has one row and every row one image, else DataError names the first fault."""
     path = folder / NAME
     if not folder.is_dir():
         raise DataError(f"Expected a folder at {folder}, found none. Check data.path.")
@@ -34,7 +35,8 @@ def read_table(folder: Path, *, label_column: str, suffixes: tuple[str, ...]) ->
             reader = csv.DictReader(file, strict=True)
             missing = {"file", "patient_id", label_column} - set(reader.fieldnames or ())
             if missing:
-                raise DataError(f"{NAME}: expected the columns file, patient_id and {label_column}; missing: {', '.join(sorted(missing))}.")
+                wanted = f"expected the columns file, patient_id and {label_column}"
+                raise DataError(f"{NAME}: {wanted}; missing: {', '.join(sorted(missing))}.")
             rows = tuple(_row(raw, number, label_column) for number, raw in enumerate(reader, 2))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{NAME}: it is not a readable CSV file in UTF-8 ({error}).") from error
@@ -50,10 +52,14 @@ def _row(raw: Mapping[str | None, str | list[str] | None], number: int, label_co
         if not values[column].strip():
             raise DataError(f"{NAME} line {number}: {column} is empty.")
     relative = PurePosixPath(values["file"].strip())
-    if relative.is_absolute() or ".." in relative.parts or "\0" in str(relative):
-        raise DataError(f"{NAME} line {number}: file must lie inside the folder.")
-    others = {key: value.strip() for key, value in values.items() if key not in ("file", "patient_id", label_column) and value.strip()}
-    return Row(file=str(relative), patient_id=values["patient_id"].strip(), label=values[label_column].strip(), attributes=others)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise DataError(f"{NAME} line {number}: file must lie inside the folder. Name it relative to the folder.")
+    if not str(relative).isprintable():
+        raise DataError(f"{NAME} line {number}: the file name holds control characters. Rename the file.")
+    known = ("file", "patient_id", label_column)
+    others = {key: value.strip() for key, value in values.items() if key not in known and value.strip()}
+    patient_id, label = values["patient_id"].strip(), values[label_column].strip()
+    return Row(file=str(relative), patient_id=patient_id, label=label, attributes=others)
 
 
 def _require_one_to_one(folder: Path, rows: tuple[Row, ...], suffixes: tuple[str, ...]) -> None:
@@ -62,11 +68,13 @@ def _require_one_to_one(folder: Path, rows: tuple[Row, ...], suffixes: tuple[str
         if row.file in seen:
             raise DataError(f"{NAME} line {number}: {row.file} appears twice. Keep one row per image.")
         seen.add(row.file)
-        if not (folder / row.file).is_file():
+        if not os.path.isfile(folder / row.file):  # noqa: PTH113 - unlike Path.is_file, false for a name that is too long
             raise DataError(f"{NAME} line {number}: there is no file {row.file}.")
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(suffixes)}
     without = sorted(present - seen)
     if without:
-        raise DataError(f"{NAME}: {len(without)} images have no row, the first is {without[0]}. Add rows or remove the files.")
+        raise DataError(
+            f"{NAME}: {len(without)} images have no row, the first is {without[0]!r}. Add rows or remove the files."
+        )
     if not rows:
         raise DataError(f"Expected at least one image in {folder.name}, found none.")

@@ -10,6 +10,7 @@ from dpsynth.data.cohort import Cohort, Image, Record
 from dpsynth.errors import DataError
 
 SMALLEST_COHORT = 20
+LARGEST_ASPECT = 50  # of the sides in millimetres; a centre crop of anything longer would show next to nothing
 
 
 def decoded(record: Record, *, dimensions: int, channels: int) -> Image:
@@ -18,12 +19,16 @@ def decoded(record: Record, *, dimensions: int, channels: int) -> Image:
     voxels = image.voxels
     if voxels.ndim != dimensions + 1:
         raise DataError(
-            f"{record.name}: expected {dimensions} spatial dimensions as in data.spatial_shape, found {voxels.ndim - 1}. Images of one data set share them."
+            f"{record.name}: expected {dimensions} spatial dimensions as in data.spatial_shape, found {voxels.ndim - 1}. "
+            "Images of one data set share them."
         )
     if voxels.shape[0] != channels:
         raise DataError(f"{record.name}: expected {channels} channels as in data.channels, found {voxels.shape[0]}.")
     if min(voxels.shape) < 1:
         raise DataError(f"{record.name}: the image is empty.")
+    sizes = [side * step for side, step in zip(voxels.shape[1:], image.spacing_mm or (1.0,) * dimensions, strict=True)]
+    if max(sizes) > LARGEST_ASPECT * min(sizes):
+        raise DataError(f"{record.name}: one side is more than {LARGEST_ASPECT} times another. Crop it or correct its spacing.")
     if not np.isfinite(voxels).all():
         raise DataError(f"{record.name}: the image holds NaN or infinite values. Repair it or leave it out of the data set.")
     if voxels.min() == voxels.max():
@@ -35,7 +40,8 @@ def require_usable(cohort: Cohort) -> None:
     """Raise DataError unless the cohort has enough patients, at least two in every class, and only known labels."""
     if cohort.num_patients < SMALLEST_COHORT:
         raise DataError(
-            f"Expected at least {SMALLEST_COHORT} patients in {cohort.name!r}, found {cohort.num_patients}: too few for any useful guarantee."
+            f"Expected at least {SMALLEST_COHORT} patients in {cohort.name!r}, found {cohort.num_patients}: "
+            "too few for any useful guarantee. Add patients."
         )
     patients: dict[int, set[str]] = defaultdict(set)
     for record in cohort.records:
@@ -43,7 +49,8 @@ def require_usable(cohort: Cohort) -> None:
     for label, name in enumerate(cohort.classes):
         if len(patients[label]) < 2:
             raise DataError(
-                f"Class {name!r} has {len(patients[label])} patients, expected at least 2. Merge it with another class or remove it from data.classes."
+                f"Class {name!r} has {len(patients[label])} patients, expected at least 2. "
+                "Merge it with another class or remove it from data.classes."
             )
 
 
@@ -52,4 +59,6 @@ def label_index(label: str, classes: tuple[str, ...], *, where: str) -> int:
     try:
         return classes.index(label.strip())
     except ValueError as error:
-        raise DataError(f"{where}: label {label!r} is not in data.classes {list(classes)}. Correct the table or the list.") from error
+        raise DataError(
+            f"{where}: label {label!r} is not in data.classes {list(classes)}. Correct the table or the list."
+        ) from error

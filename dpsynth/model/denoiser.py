@@ -7,6 +7,8 @@ Because the moments enter only through W, a net that was trained with public mom
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
@@ -47,6 +49,12 @@ class Denoiser(nn.Module):
     def _class_embedding(self) -> nn.Module:
         module: nn.Module = self.net.class_embedding
         return module
+
+    def with_net(self, net: nn.Module) -> Denoiser:
+        """The same denoiser around another net of the same shape (a copy that is tested)."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "net": net}
+        return other
 
     def transplant(self, moments: Moments) -> None:
         """Exchange the moments; the weights stay."""

@@ -14,14 +14,13 @@ def public_images(config: Config, *, progress: Progress) -> Float32:
     """Images (n, channel, *space) in [-1, 1]. Raises DataError for a public folder that cannot be used."""
     settings, data = config.pretrain, config.data
     if settings.source == "phantom":
-        images, _ = phantom_images(
+        return phantom_images(
             num_images=settings.num_phantoms,
             spatial_shape=data.spatial_shape,
             channels=data.channels,
             num_classes=2,
             seed=settings.seed,
-        )
-        return images
+        )[0]
     source = DataConfig(
         format=settings.source,
         path=settings.path,

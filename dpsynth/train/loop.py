@@ -1,0 +1,117 @@
+"""DP-SGD on the denoiser: a thin loop in which every number comes from the booked mechanism and every random draw from the run's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpsynth.config import DiffusionConfig
+from dpsynth.data.cohort import ImageSet, Int64
+from dpsynth.model.denoiser import Denoiser, noise_levels
+from dpsynth.model.ema import Ema
+from dpsynth.privacy.mechanism import PoissonDpSgd
+from dpsynth.privacy.noise import NoiseStream
+from dpsynth.train.checkpoint import load_checkpoint, save_checkpoint
+from dpsynth.train.dpsgd import ENGINE, Engine, write_gradient
+from dpsynth.train.gradients import PatientGradients
+from dpsynth.train.monitor import Monitor
+
+SMALLEST_SIGMA = 0.05  # below this noise level a denoiser only cleans; the public net knows that already
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Training rows of some patients, `draws` each, next to each other."""
+
+    clean: Tensor
+    labels: Tensor
+    sigma: Tensor
+    noise: Tensor
+
+
+def fit(
+    denoiser: Denoiser,
+    training: ImageSet,
+    mechanism: PoissonDpSgd,
+    settings: DiffusionConfig,
+    *,
+    stream: NoiseStream,
+    checkpoint: Path,
+    binding: str,
+    callback: Callable[[int], None],
+    engine: Engine = ENGINE,
+) -> Monitor:
+    """Train in place, from the checkpoint when there is one; afterwards the denoiser holds the averaged weights."""
+    denoiser.set_trainable(settings.trainable)
+    denoiser.train()
+    gradients = PatientGradients(denoiser.net, rows_per_patient=settings.draws)
+    optimizer = torch.optim.Adam(gradients.parameters, settings.learning_rate, betas=(0.9, 0.99))
+    ema = Ema(denoiser.net, decay=settings.ema_decay)
+    done, monitor = load_checkpoint(checkpoint, net=denoiser.net, ema=ema, optimizer=optimizer, binding=binding)
+    rows_of = training.rows_of()
+    for step in range(done, mechanism.steps):
+        chosen = engine.sample(stream, step=step, probability=mechanism.sampling_probability, num_patients=training.num_patients)
+        total, contribution = _clipped_total(denoiser, gradients, training, rows_of, chosen, mechanism, settings, stream, step, engine)
+        mean = engine.noise(total, mechanism=mechanism, stream=stream, step=step)
+        monitor.record(batch_size=len(chosen), contribution=contribution, total=total, mean=mean, mechanism=mechanism)
+        write_gradient(gradients.parameters, mean)
+        optimizer.step()
+        ema.update(denoiser.net)
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == mechanism.steps:
+            save_checkpoint(
+                checkpoint, step=step + 1, net=denoiser.net, ema=ema, optimizer=optimizer, monitor=monitor, binding=binding
+            )
+        callback(step + 1)
+    gradients.close()
+    ema.copy_to(denoiser.net)
+    return monitor
+
+
+def _clipped_total(
+    denoiser: Denoiser,
+    gradients: PatientGradients,
+    training: ImageSet,
+    rows_of: list[Int64],
+    chosen: Int64,
+    mechanism: PoissonDpSgd,
+    settings: DiffusionConfig,
+    stream: NoiseStream,
+    step: int,
+    engine: Engine,
+) -> tuple[Tensor, float]:
+    """Clipped sum over the chosen patients, in chunks, and the largest contribution. An empty batch is a zero sum without a forward pass."""
+    total = torch.zeros(sum(parameter.numel() for parameter in gradients.parameters))
+    largest = 0.0
+    if not len(chosen):
+        return total, largest
+    rows = draw_rows(training, rows_of, chosen, draws=settings.draws, stream=stream, step=step)
+    for start in range(0, len(rows.clean), settings.patients_per_chunk * settings.draws):
+        part = slice(start, start + settings.patients_per_chunk * settings.draws)
+        clipped, norms = engine.clip(
+            gradients.per_patient(
+                lambda part=part: denoiser.row_losses(  # type: ignore[misc]
+                    rows.clean[part], rows.labels[part], sigma=rows.sigma[part], noise=rows.noise[part]
+                )
+            ),
+            clip_norm=mechanism.clip_norm,
+        )
+        total += clipped
+        largest = max(largest, float(norms.max()))
+    return total, largest
+
+
+def draw_rows(training: ImageSet, rows_of: list[Int64], chosen: Int64, *, draws: int, stream: NoiseStream, step: int) -> Rows:
+    """`draws` rows for each chosen patient: their images in turn from a random first one, each with its own noise level."""
+    seed = int(stream.integers("rows", step, 1)[0])
+    rng = np.random.default_rng(seed)
+    index = np.concatenate([rows_of[int(p)][(rng.integers(len(rows_of[int(p)])) + np.arange(draws)) % len(rows_of[int(p)])] for p in chosen])
+    clean = torch.from_numpy(training.images[index])
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    sigma = noise_levels(torch.randn(len(clean), generator=generator), smallest=SMALLEST_SIGMA)
+    noise = torch.randn(clean.shape, generator=generator)
+    return Rows(clean=clean, labels=torch.from_numpy(training.labels[index]), sigma=sigma, noise=noise)

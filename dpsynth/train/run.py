@@ -1,0 +1,300 @@
+"""The verb train: public stage, reservation, moments, DP-SGD, claim. Nothing computed on private images is written before it is booked.
+
+A run that was killed at any point goes on with the same command: the ledger keeps the full charge, and because every random draw is a
+function of the run's secret key and the step, the repeated steps release nothing new.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpsynth.artifacts import RunFolder, read_json, write_bytes, write_json
+from dpsynth.config import Config, dump_config
+from dpsynth.data.cohort import ImageSet
+from dpsynth.data.fingerprint import fingerprint
+from dpsynth.data.preprocess import prepare
+from dpsynth.data.source import read_cohort
+from dpsynth.data.split import Split, split_patients
+from dpsynth.errors import ArtifactError, ConfigError, LedgerError
+from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.generator import Generator
+from dpsynth.model.moments import Moments, PublicReference, moment_queries, public_reference, release_moments
+from dpsynth.privacy.accountant import account, epsilon_pld
+from dpsynth.privacy.calibrate import delta_limit, plan_mechanisms, resolve_delta
+from dpsynth.privacy.guarantee import Guarantee, claim
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, from_json, to_json
+from dpsynth.privacy.noise import NoiseStream, fresh_key
+from dpsynth.progress import Progress
+from dpsynth.train import selfcheck
+from dpsynth.train.loop import fit
+from dpsynth.train.non_private import fit_non_private
+from dpsynth.train.pretrain import pretrained_weights
+from dpsynth.train.public import public_images
+from dpsynth.train.second_opinion import prv_epsilon
+
+_EPSILON_NOTES = 12  # how many points of the running epsilon are computed in advance for the progress bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Public:
+    """What was made without the private images."""
+
+    reference: PublicReference
+    denoiser: Denoiser | None
+
+
+def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progress) -> Guarantee:
+    """Train, or go on with, the run at `run_path`. Raises BudgetExceeded, SelfCheckFailed, ClaimRefused, DataError and others."""
+    ledger = Ledger.load(ledger_path)
+    run = _existing(run_path, config)
+    if run is not None and run.is_complete("train"):
+        run.require("train")
+        return Guarantee.from_json(read_json(run.folder("train") / "guarantee.json"))
+    images = _private_images(config, ledger, progress)
+    delta = _delta(config, images, ledger)
+    public = _public_stage(config, progress)
+    mechanisms = _mechanisms(config, public.reference, delta)
+    findings = _self_check(config, public, mechanisms)
+    run = run or RunFolder.create(run_path, config_text=dump_config(config))
+    site = run.folder("train/site")
+    reservation, key = _reserve(run, ledger, mechanisms, config)
+    stream = NoiseStream(key=key)
+    split = split_patients(images, control_fraction=config.data.control_fraction, key=_split_key(stream))
+    write_json(site / "split.json", split.record(), private=True)
+    moments = _moments(split, public.reference, mechanisms, stream)
+    findings |= _fit(config, public, moments, split, mechanisms, stream, site, reservation, progress)
+    write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
+    selfcheck.require(findings)
+    generator = Generator(
+        classes=config.data.classes,
+        moments=moments,
+        denoiser=public.denoiser,
+        net_channels=config.diffusion.channels,
+        texture=config.moments.texture,
+    )
+    generator.save(run.folder("train"))
+    guarantee = _claim(config, mechanisms, ledger, delta)
+    write_json(run.folder("train") / "guarantee.json", guarantee.to_json())
+    ledger.settle(reservation, mechanisms=mechanisms)
+    for secret in ("key", "checkpoint.safetensors"):
+        (site / secret).unlink(missing_ok=True)
+    run.complete("train", facts={"reservation": reservation})
+    return guarantee
+
+
+def _existing(path: Path, config: Config) -> RunFolder | None:
+    if not (path / "run.json").is_file():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ArtifactError(f"Expected {path} to be a run folder or not to exist, found other files. Name another run folder.")
+        return None
+    run = RunFolder.open(path)
+    if run.config_text != dump_config(config):
+        raise ArtifactError("The configuration differs from the one this run was started with. Name another run folder, or restore it.")
+    return run
+
+
+def _private_images(config: Config, ledger: Ledger, progress: Progress) -> ImageSet:
+    if ledger.genesis["unit"] != config.data.unit.value:
+        raise LedgerError(f"The ledger protects the {ledger.genesis['unit']}, data.unit is {config.data.unit.value}. Use the unit of the data owner.")
+    cohort = read_cohort(config.data)
+    salt = bytes.fromhex(ledger.genesis["digest_salt"])
+    digest = fingerprint(cohort, salt=salt, dimensions=len(config.data.spatial_shape), channels=config.data.channels, progress=progress)
+    ledger.require_data(digest)
+    return prepare(cohort, config.data, progress=progress)
+
+
+def _delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
+    delta = resolve_delta(config.privacy.delta, config.data.declared_patients)
+    if delta > delta_limit(images.num_patients):
+        raise ConfigError(
+            f"privacy.delta {delta:.3g} is too large for this data set: expected at most 1/(10 * patients). Raise data.declared_patients or lower delta."
+        )
+    if delta > ledger.delta * (1 + 1e-12):
+        raise ConfigError(f"privacy.delta {delta:.3g} is larger than the ledger's {ledger.delta:.3g}. Set privacy.delta to the ledger's value or lower.")
+    return delta
+
+
+def _public_stage(config: Config, progress: Progress) -> _Public:
+    images = public_images(config, progress=progress)
+    reference = public_reference(images, low_frequencies=config.moments.low_frequencies)
+    if config.method == "moments":
+        return _Public(reference=reference, denoiser=None)
+    weights = pretrained_weights(config, images, reference, progress=progress)
+    denoiser = Denoiser(_standard_moments(config, reference), channels=config.diffusion.channels)
+    denoiser.net.load_state_dict(weights)
+    return _Public(reference=reference, denoiser=denoiser)
+
+
+def _standard_moments(config: Config, reference: PublicReference) -> Moments:
+    """Moments from public constants alone, to build a net before any private ones exist."""
+    classes, low = len(config.data.classes), len(reference.centre)
+    pixels = int(np.prod(reference.shape))
+    return Moments(
+        shape=reference.shape,
+        low_frequencies=reference.low_frequencies,
+        counts=np.ones(classes),
+        mean=np.repeat(reference.centre[None], classes, axis=0),
+        covariance=np.repeat(np.eye(low)[None], classes, axis=0),
+        variance=np.full((classes, pixels), 0.1),
+    )
+
+
+def _mechanisms(config: Config, reference: PublicReference, delta: float) -> tuple[Mechanism, ...]:
+    if config.privacy.unsafe_non_private:
+        return (NonPrivate(reason="privacy.unsafe_non_private is set"),)
+    diffusion = config.diffusion
+    return plan_mechanisms(
+        epsilon=config.privacy.epsilon,
+        delta=delta,
+        method=config.method,
+        moments_share=config.moments.share,
+        queries=moment_queries(reference),
+        clip_norm=diffusion.clip_norm,
+        sampling_probability=diffusion.sampling_probability,
+        steps=diffusion.steps,
+        declared_patients=config.data.declared_patients,
+    )
+
+
+def _self_check(config: Config, public: _Public, mechanisms: tuple[Mechanism, ...]) -> dict[str, selfcheck.Finding]:
+    """Prove the bound on the net itself. The moments' bound is by construction and needs no net."""
+    sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
+    if sgd is None or public.denoiser is None:
+        return {}
+    denoiser = public.denoiser
+    denoiser.set_trainable(config.diffusion.trainable)
+
+    def losses(net: torch.nn.Module, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        labels = (levels * 10).long() % len(config.data.classes)
+        noise = x.flip(-1)  # any fixed noise that depends on the row alone
+        return denoiser.with_net(net).row_losses(x, labels, sigma=levels, noise=noise)
+
+    findings = selfcheck.self_check(
+        denoiser.net,
+        selfcheck.fixed_rows(losses),
+        public.reference.shape,
+        mechanism=sgd,
+        rows_per_patient=config.diffusion.draws,
+    )
+    selfcheck.require(findings)
+    return findings
+
+
+def _reserve(run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], config: Config) -> tuple[str, bytes]:
+    """The reservation and the secret key: new ones, or those of the killed run that goes on."""
+    site = run.folder("train/site")
+    if not (site / "key").is_file():
+        write_bytes(site / "run_id", secrets.token_hex(8).encode(), private=True)
+        write_bytes(site / "key", fresh_key(), private=True)
+    run_id, key = (site / "run_id").read_bytes().decode(), (site / "key").read_bytes()
+    known = next((charge for charge in ledger.charges() if charge.run_id == run_id), None)
+    if known is None:
+        reservation = ledger.reserve(mechanisms, purpose=f"train {config.method}", run_id=run_id)
+    elif known.settled:
+        raise ArtifactError("This run was settled but not finished. Remove the run folder and train again.")
+    else:
+        reservation = known.reservation
+        ledger.resume(reservation, mechanisms)
+    facts = {
+        "reservation": reservation,
+        "run_id": run_id,
+        "ledger": str(ledger.path.resolve()),
+        "mechanisms": [to_json(mechanism) for mechanism in mechanisms],
+    }
+    write_json(site / "reservation.json", facts, private=True)
+    return reservation, key
+
+
+def _split_key(stream: NoiseStream) -> bytes:
+    return stream.integers("split", 0, 4).tobytes()
+
+
+def _moments(split: Split, reference: PublicReference, mechanisms: tuple[Mechanism, ...], stream: NoiseStream) -> Moments:
+    release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
+    training = split.training
+    return release_moments(
+        training.images,
+        training.labels,
+        training.patients,
+        num_classes=len(training.classes),
+        mechanism=release,
+        reference=reference,
+        stream=stream if release is not None else None,
+    )
+
+
+def _fit(
+    config: Config,
+    public: _Public,
+    moments: Moments,
+    split: Split,
+    mechanisms: tuple[Mechanism, ...],
+    stream: NoiseStream,
+    site: Path,
+    reservation: str,
+    progress: Progress,
+) -> dict[str, selfcheck.Finding]:
+    """Train the denoiser in place; returns what the monitor found."""
+    if public.denoiser is None:
+        return {}
+    public.denoiser.transplant(moments)
+    sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
+    if sgd is None:
+        fit_non_private(public.denoiser, split.training, config.diffusion, stream=stream, progress=progress)
+        return {}
+    notes = _running_epsilon(mechanisms, sgd, resolve_delta(config.privacy.delta, config.data.declared_patients))
+
+    def callback(step: int) -> None:
+        progress("DP-SGD", step, sgd.steps, f"epsilon spent {notes[min(n for n in notes if n >= step)]:.2f}")
+
+    monitor = fit(
+        public.denoiser,
+        split.training,
+        sgd,
+        config.diffusion,
+        stream=stream,
+        checkpoint=site / "checkpoint.safetensors",
+        binding=reservation,
+        callback=callback,
+    )
+    return monitor.findings(sgd, split.training.num_patients)
+
+
+def _running_epsilon(mechanisms: tuple[Mechanism, ...], sgd: PoissonDpSgd, delta: float) -> dict[int, float]:
+    """Epsilon after so many steps, rounded up to the next of a few points; the charge in the ledger is the full one throughout."""
+    points = sorted({int(np.ceil(sgd.steps * part / _EPSILON_NOTES)) for part in range(1, _EPSILON_NOTES + 1)})
+    others = [mechanism for mechanism in mechanisms if mechanism is not sgd]
+
+    def shortened(steps: int) -> Mechanism:
+        return from_json({**to_json(sgd), "steps": steps})
+
+    return {steps: epsilon_pld([*others, shortened(steps)], delta, interval=1e-3) for steps in points}
+
+
+def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, delta: float) -> Guarantee:
+    pretraining = "procedural images" if config.pretrain.source == "phantom" else "a public image folder"
+    guarantee = Guarantee(
+        data_name=config.data.name,
+        unit=config.data.unit,
+        declared_patients=config.data.declared_patients,
+        mechanisms=mechanisms,
+        accounting=account(mechanisms, delta, second_opinion=prv_epsilon),
+        ledger_epsilon=epsilon_pld(ledger.charged_mechanisms(), delta),
+        max_images_per_patient=config.data.max_images_per_patient,
+        unprotected=(
+            f"the declared number of patients, {config.data.declared_patients}",
+            f"the list of classes, {json.dumps(list(config.data.classes))}",
+            f"image size {list(config.data.spatial_shape)}, {config.data.channels} channels, intensity range {list(config.data.intensity_range)}",
+            f"constants and pre-training from {pretraining}",
+            "the training schedule",
+            "that the gate allowed the release, and how often it was asked",
+        ),
+    )
+    return claim(guarantee)
