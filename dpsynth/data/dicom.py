@@ -48,7 +48,8 @@ def read_dicom(
 ) -> Cohort:
     """Every DICOM file below `folder`. With 2 `dimensions` each file is an image, with 3 each series is a volume.
 
-    Raises DataError for a file that is no DICOM, has no patient, no label or an unknown one, or appears twice.
+    A copy of an image (equal SOPInstanceUID, patient, label and pixels) is left out. Raises DataError for a file that is no
+    DICOM, or has no patient, no label, an unknown label, or the SOPInstanceUID of something else.
     """
     if not folder.is_dir():
         raise DataError(f"Expected a folder at {folder.name}, found none. Check data.path.")
@@ -59,8 +60,8 @@ def read_dicom(
     headers = [_header(path, folder, table=table, label_column=label_column) for path in paths]
     if table is not None:
         table.require_used()
-    _require_distinct(headers)
-    groups = [[header] for header in headers] if dimensions == 2 else _series(headers)
+    distinct = _distinct(headers)
+    groups = [[header] for header in distinct] if dimensions == 2 else _series(distinct)
     records = []
     for group in groups:
         first = group[0]
@@ -177,12 +178,19 @@ def _attributes(dataset: Any, name: str) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def _require_distinct(headers: list[_Header]) -> None:
-    seen: dict[str, str] = {}
+def _distinct(headers: list[_Header]) -> list[_Header]:
+    """Each image once: exports often hold copies, and a copy would count as one more image of its patient."""
+    seen: dict[str, _Header] = {}
     for header in headers:
-        if header.instance and header.instance in seen:
-            raise DataError(f"{header.file}: the same image as {seen[header.instance]} (SOPInstanceUID). Remove one of them.")
-        seen[header.instance] = header.file
+        first = seen.setdefault(header.instance or header.file, header)
+        if first is header:
+            continue
+        pixels = [_open(path, pixels=True).get("PixelData") for path in (first.path, header.path)]
+        same = (header.patient_id, header.label, pixels[0]) == (first.patient_id, first.label, pixels[1])
+        if not same:
+            found = "but another patient, label or picture"
+            raise DataError(f"{header.file}: the SOPInstanceUID of {first.file} {found}. Remove or correct one of them.")
+    return list(seen.values())
 
 
 def _series(headers: list[_Header]) -> list[list[_Header]]:

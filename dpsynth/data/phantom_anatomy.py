@@ -80,7 +80,7 @@ def draw_pose(rng: np.random.Generator, *, variety: float) -> Pose:
     values = np.clip(rng.standard_normal(6), -2.5, 2.5) * variety**0.5
     return Pose(
         angle=0.03 * values[0],
-        shift=(0.03 * values[1], 0.03 * values[2]),
+        shift=(0.02 * values[1], 0.02 * values[2]),
         scale=float(np.exp(0.025 * values[3])),
         exposure=0.035 * values[4],
         contrast=float(np.exp(0.06 * values[5])),
@@ -189,7 +189,7 @@ def _chest(body: Anatomy, x: Grid, y: Grid, z: Grid) -> tuple[Grid, Grid]:
 
 def _brain(body: Anatomy, x: Grid, y: Grid, z: Grid) -> tuple[Grid, Grid]:
     s = body.shape
-    across, along = (0.7 if body.male else 0.67) + 0.03 * s[0], 0.86 + 0.025 * s[1]
+    across, along = (0.69 if body.male else 0.66) + 0.05 * s[0], 0.84 + 0.04 * s[1]
     radius = _radius(x, y, z, (0, 0), (across, along), 0.95)
     angle = np.arctan2(x, -y)
     folds = 0.028 * np.cos((14 + round(s[2])) * angle + 3 * s[3]) + 0.022 * np.cos(

@@ -110,7 +110,10 @@ MEDMNIST: dict[str, tuple[Spoil, str]] = {
     "text instead of pixels": (lambda f: resave(f, train_images=np.full((24, 12, 12), "x")), "dtype"),
     "complex pixels": (lambda f: resave(f, train_images=np.ones((24, 12, 12), dtype=np.complex64)), "dtype"),
     "pickled objects": (lambda f: resave(f, train_images=np.full(24, None)), "unreadable"),
-    "volumes for pictures": (lambda f: resave(f, train_images=np.zeros((24, 4, 12, 12), dtype=np.uint8)), "2 spatial dimensions"),
+    "volumes for pictures": (
+        lambda f: resave(f, train_images=np.zeros((24, 4, 12, 12), dtype=np.uint8)),
+        "2 spatial dimensions",
+    ),
     "one number for all images": (lambda f: resave(f, train_images=np.uint8(3)), "shape ()"),
     "one number for all labels": (lambda f: resave(f, train_labels=np.uint8(1)), "shape ()"),
     "no label at all": (lambda f: resave(f, train_labels=np.empty((0, 1), dtype=np.uint8)), "shape (0, 1)"),
@@ -202,7 +205,14 @@ DICOM: dict[str, tuple[Spoil, str]] = {
     "a truncated file": (lambda f: (f / "i03.dcm").write_bytes((f / "i03.dcm").read_bytes()[:-60]), "i03.dcm"),
     "no pixels": (lambda f: change(f, PixelData=None), "pixel data"),
     "several frames": (eight_frames, "8"),
-    "the same image twice": (lambda f: shutil.copy(f / "i03.dcm", f / "copy.dcm"), "SOPInstanceUID"),
+    "one image of two patients": (
+        lambda f: (shutil.copy(f / "i03.dcm", f / "copy.dcm"), change(f, PatientID="X")),
+        "SOPInstanceUID",
+    ),
+    "one identity for two pictures": (
+        lambda f: (shutil.copy(f / "i03.dcm", f / "copy.dcm"), change(f, PixelData=bytes(range(144)))),
+        "SOPInstanceUID",
+    ),
     "a table without its rows": (lambda f: labels(f, "SYN-00,normal"), "no row"),
     "a table of other patients": (
         lambda f: labels(f, "X,normal", *(f"SYN-{i:02d},normal" for i in range(24))),

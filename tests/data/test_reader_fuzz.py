@@ -22,7 +22,10 @@ from dpsynth.errors import DataError
 from dpsynth.privacy.unit import PrivacyUnit
 
 fuzzed = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 # Where to put which bytes into a valid file; positions count from its front or its back, where the structure is.
 mutations = st.lists(st.tuples(st.integers(-700, 1500), st.binary(min_size=1, max_size=6)), max_size=6)
@@ -72,7 +75,11 @@ def test_any_array_header_inside_an_npz(medmnist: tuple[Path, object], header: s
 
 
 @fuzzed
-@given(content=st.one_of(st.binary(max_size=300), st.text(alphabet='file,patient_idlabel\n"./\\\x00 i03png', max_size=200).map(str.encode)))
+@given(
+    content=st.one_of(
+        st.binary(max_size=300), st.text(alphabet='file,patient_idlabel\n"./\\\x00 i03png', max_size=200).map(str.encode)
+    )
+)
 def test_any_table(raster: tuple[Path, object], content: bytes) -> None:
     folder, _ = raster
     header = b"file,patient_id,label\n"

@@ -1,0 +1,83 @@
+"""A small classifier for train-on-synthetic, test-on-real: the same for every arm, deterministic from its seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from torch import Tensor, nn
+
+from dpsynth.data.cohort import Float32, Int64
+from dpsynth.progress import Progress
+
+Array = NDArray[np.float64]
+_STEPS = 600
+_BATCH = 64
+_PEAK_LEARNING_RATE = 2e-3
+
+
+class Classifier(nn.Module):
+    """Three convolutions; images larger than 32 px are averaged down first, so time does not grow with size."""
+
+    def __init__(self, *, dimensions: int, channels: int, classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
+        widths = (channels, 16, 32, 64)
+        self.layers = nn.ModuleList(convolution(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.head = nn.Linear(64 * 3**dimensions, classes)
+        self.pool = F.adaptive_avg_pool2d if dimensions == 2 else F.adaptive_avg_pool3d
+        self.halve = F.max_pool2d if dimensions == 2 else F.max_pool3d
+        for parameter in self.parameters():
+            bound = 1 / np.sqrt(max(parameter[0].numel(), 1)) if parameter.dim() > 1 else 0.0
+            with torch.no_grad():
+                parameter.uniform_(-bound, bound, generator=generator) if bound else parameter.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (n, channel, *space) to logits (n, classes)."""
+        if max(x.shape[2:]) > 32:
+            x = self.pool(x, tuple(min(32, side) for side in x.shape[2:]))
+        for index, layer in enumerate(self.layers):
+            x = F.relu(layer(x))
+            if index < 2:
+                x = self.halve(x, 2)
+        return torch.as_tensor(self.head(self.pool(x, 3).flatten(1)))
+
+
+def train_and_predict(
+    images: Float32, labels: Int64, test: Float32, *, classes: int, seed: int, task: str, progress: Progress
+) -> Array:
+    """Class probabilities (n_test, classes) of a classifier trained on `images`, classes drawn equally often."""
+    generator = torch.Generator().manual_seed(seed)
+    net = Classifier(dimensions=images.ndim - 2, channels=images.shape[1], classes=classes, generator=generator)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LEARNING_RATE, total_steps=_STEPS)
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    frequency = torch.bincount(y, minlength=classes).clamp(min=1).float()
+    weights = (1 / frequency)[y]
+    for step in range(_STEPS):
+        rows = torch.multinomial(weights, _BATCH, replacement=True, generator=generator)
+        batch = x[rows] + 0.02 * torch.randn(x[rows].shape, generator=generator)
+        loss = F.cross_entropy(net(batch), y[rows])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 49:
+            progress(f"classifier on {task}", step + 1, _STEPS)
+    with torch.no_grad():
+        return torch.cat([net(part).softmax(1) for part in torch.from_numpy(test).split(256)]).double().numpy()
+
+
+def auc(probabilities: Array, labels: Int64) -> float:
+    """Area under the ROC curve, macro average one-against-rest; classes absent from `labels` are left out."""
+    present = np.unique(labels)
+    if probabilities.shape[1] == 2:
+        return float(roc_auc_score(labels, probabilities[:, 1]))
+    return float(np.mean([roc_auc_score(labels == label, probabilities[:, label]) for label in present]))
+
+
+def balanced_accuracy(probabilities: Array, labels: Int64) -> float:
+    """Mean recall over classes."""
+    return float(balanced_accuracy_score(labels, probabilities.argmax(axis=1)))

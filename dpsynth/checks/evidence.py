@@ -1,0 +1,61 @@
+"""All that a check may see, with features computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsynth.checks.features import encode, mirrored, thumbnails
+from dpsynth.data.cohort import Float32, ImageSet, Int64
+from dpsynth.progress import Progress
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Images and what the trainer proved. synthetic: (n, channel, *space) in [-1, 1]."""
+
+    synthetic: Float32
+    synthetic_labels: Int64
+    training: ImageSet
+    control: ImageSet
+    selfcheck: Mapping[str, Any]
+    accounting_problems: tuple[str, ...]
+    ledger_problems: tuple[str, ...]
+    uses_sgd: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Encoder features and thumbnails of the three sets; thumbnails of the synthetic images also mirrored."""
+
+    synthetic: Array
+    training: Array
+    control: Array
+    synthetic_thumbnails: Array
+    mirrored_thumbnails: Array
+    training_thumbnails: Array
+    control_thumbnails: Array
+
+
+def compute_features(evidence: Evidence, *, progress: Progress) -> Features:
+    """Features of all images of the evidence."""
+    return Features(
+        synthetic=encode(evidence.synthetic, task="synthetic images", progress=progress),
+        training=encode(evidence.training.images, task="training images", progress=progress),
+        control=encode(evidence.control.images, task="control images", progress=progress),
+        synthetic_thumbnails=thumbnails(evidence.synthetic),
+        mirrored_thumbnails=thumbnails(mirrored(evidence.synthetic)),
+        training_thumbnails=thumbnails(evidence.training.images),
+        control_thumbnails=thumbnails(evidence.control.images),
+    )
+
+
+def first_rows(images: ImageSet) -> Int64:
+    """One row per patient: tests count patients, and images of one patient are not independent."""
+    return np.array([rows[0] for rows in images.rows_of()], dtype=np.int64)

@@ -1,0 +1,56 @@
+"""The verb check: candidates against training and control patients. Each call is booked as a gate attempt before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpsynth.artifacts import RunFolder, read_json, write_json
+from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.suite import run_checks
+from dpsynth.checks.verdict import Verdict
+from dpsynth.config import Config, parse_config
+from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range
+from dpsynth.data.preprocess import prepare
+from dpsynth.data.source import read_cohort
+from dpsynth.data.split import Split, restore_split
+from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanism import PoissonDpSgd
+from dpsynth.progress import Progress
+
+_SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
+
+
+def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tuple[Verdict, ...]:
+    """Run all checks of a run and write their verdicts. Raises BudgetExceeded when the generator was checked too often."""
+    run = RunFolder.open(run_path)
+    run.require("generate")
+    config = parse_config(run.config_text, base=run.path)
+    reservation = read_json(run.folder("train") / "site" / "reservation.json")
+    ledger_file = ledger_path or Path(reservation["ledger"])
+    ledger = Ledger.load(ledger_file)
+    guarantee = Guarantee.from_json(read_json(run.folder("train") / "guarantee.json"))
+    split = _split(run, config, progress)
+    attempt = ledger.record_gate_attempt(reservation["run_id"])
+    candidates = load_candidates(run)
+    evidence = Evidence(
+        synthetic=to_unit_range(candidates.images),
+        synthetic_labels=candidates.labels,
+        training=split.training,
+        control=split.control,
+        selfcheck=read_json(run.folder("train") / "site" / "selfcheck.json"),
+        accounting_problems=guarantee.problems(),
+        ledger_problems=tuple(Ledger.problems_of(ledger_file)),
+        uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in guarantee.mechanisms),
+    )
+    verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress)
+    run.reset("check")
+    facts = {"attempt": attempt, "candidates_sha256": candidates_digest(run)}
+    write_json(run.folder("check") / "verdicts.json", {**facts, "verdicts": [verdict.to_json() for verdict in verdicts]}, private=True)
+    run.complete("check", needs=("train", "generate"), facts=facts)
+    return verdicts
+
+
+def _split(run: RunFolder, config: Config, progress: Progress) -> Split:
+    images = prepare(read_cohort(config.data), config.data, progress=progress)
+    return restore_split(images, read_json(run.folder("train") / "site" / "split.json"))

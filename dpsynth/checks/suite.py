@@ -1,0 +1,53 @@
+"""All checks on one piece of evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dpsynth.checks.accounting import accounting
+from dpsynth.checks.copying import copying
+from dpsynth.checks.evidence import Evidence, compute_features
+from dpsynth.checks.fidelity import fidelity
+from dpsynth.checks.membership import membership
+from dpsynth.checks.utility import utility
+from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.config import GateConfig
+from dpsynth.progress import Progress
+
+
+def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Progress) -> tuple[Verdict, ...]:
+    """One verdict per check, always all of them. A check that breaks is INCONCLUSIVE, never left out."""
+    features = compute_features(evidence, progress=progress)
+
+    def rng(number: int) -> np.random.Generator:
+        return np.random.default_rng([seed, number])
+
+    checks: dict[str, Callable[[], Verdict]] = {
+        "accounting": lambda: accounting(evidence),
+        "membership": lambda: membership(evidence, features, gate, rng=rng(1)),
+        "copying": lambda: copying(evidence, features, gate, rng=rng(2)),
+        "fidelity": lambda: fidelity(evidence, features, gate, rng=rng(3)),
+        "utility": lambda: utility(evidence, gate, rng=rng(4), seed=seed, progress=progress),
+    }
+    return tuple(_guarded(name, check) for name, check in checks.items())
+
+
+def _guarded(name: str, check: Callable[[], Verdict]) -> Verdict:
+    try:
+        return check()
+    except Exception as error:  # a broken check must stop a release, not the other checks
+        return Verdict(
+            check=name,
+            question="",
+            outcome=Outcome.INCONCLUSIVE,
+            statistic_name="none",
+            statistic=0.0,
+            interval=(0.0, 0.0),
+            threshold=0.0,
+            confidence_level=0.0,
+            false_alarm_rate=0.0,
+            reason=f"the check broke ({type(error).__name__}: {error})",
+            limitation="It gave no answer.",
+        )
