@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpsynth.errors import DpsynthError, StorageError
+from dpsynth import __version__
+from dpsynth.errors import DpsynthError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from dpsynth.progress import Progress
@@ -38,6 +39,19 @@ LedgerOption = Annotated[
     typer.Option("--ledger", metavar="FILE", help="Ledger of the data set. Default: beside the data, NAME.ledger.jsonl."),
 ]
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="How to print the result.")]
+
+
+def _version(value: bool) -> None:  # noqa: FBT001 (typer calls it)
+    if value:
+        print(f"dpsynth {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,  # noqa: FBT002
+) -> None:
+    """Options before the verb."""
 
 
 @app.command()
@@ -100,7 +114,7 @@ def check(run: RunArgument, ledger: LedgerOption = None) -> None:
 @app.command()
 def report(run: RunArgument, ledger: LedgerOption = None) -> None:
     """Write the epsilon report: one HTML file without scripts, and its JSON."""
-    from dpsynth.report.run import report as write_report
+    from dpsynth.release.run import report as write_report
 
     print(f"Report: {write_report(run, ledger_path=ledger)}")
 
@@ -111,12 +125,18 @@ def release(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; it must not exist.")],
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Private signing key; `dpsynth key FOLDER` makes one.")],
     ledger: LedgerOption = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option("--accept", metavar="CHECK=WHO: WHY", help="Accept a flag of a check after looking; goes into the release."),
+    ] = None,
 ) -> None:
     """Ask the gate, and if it allows, write the signed release folder."""
     from dpsynth.release.run import release as write_release
 
     with _progress() as progress:
-        folder = write_release(run, out=out, key_path=key, ledger_path=ledger, progress=progress)
+        folder = write_release(
+            run, out=out, key_path=key, ledger_path=ledger, reviews=_reviews(accept or []), progress=progress
+        )
     print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key signing.pub")
 
 
@@ -155,16 +175,17 @@ def ledger_open(
 ) -> None:
     """Open the ledger of a data set: the data owner's budget becomes its first line and cannot be changed."""
     from dpsynth.config import load_config
-    from dpsynth.data.ledger import open_ledger
+    from dpsynth.data.fingerprint import open_ledger
 
     settings = load_config(config)
     path = ledger or default_ledger(settings.data.path, settings.data.name)
-    open_ledger(settings, path=path, epsilon=epsilon, delta=delta, max_gate_attempts=max_gate_attempts)
+    with _progress() as progress:
+        open_ledger(settings, path=path, epsilon=epsilon, delta=delta, max_gate_attempts=max_gate_attempts, progress=progress)
     print(f"Ledger: {path}")
 
 
 @ledger_app.command("show")
-def ledger_show(ledger: Annotated[Path, typer.Argument(metavar="LEDGER")], output: Format = "text") -> None:
+def ledger_show(ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A ledger file.")], output: Format = "text") -> None:
     """Show every charge, what is spent and what is left."""
     from dpsynth.privacy.ledger import Ledger
 
@@ -179,7 +200,7 @@ def ledger_show(ledger: Annotated[Path, typer.Argument(metavar="LEDGER")], outpu
 
 
 @ledger_app.command("verify")
-def ledger_verify(ledger: Annotated[Path, typer.Argument(metavar="LEDGER")]) -> None:
+def ledger_verify(ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A ledger file.")]) -> None:
     """Check chain, head, budget and every charge; name each line that does not hold."""
     from dpsynth.privacy.ledger import Ledger
 
@@ -198,6 +219,17 @@ def quickstart(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Ne
 
     with _progress() as progress:
         play(folder, progress=progress)
+
+
+def _reviews(accepted: list[str]) -> dict[str, str]:
+    """Parse `CHECK=WHO: WHY`. Raises UsageError."""
+    reviews = {}
+    for item in accepted:
+        check_name, _, text = item.partition("=")
+        if not text.strip():
+            raise UsageError(f"Expected --accept CHECK=WHO: WHY, found {item!r}.")
+        reviews[check_name.strip()] = text.strip()
+    return reviews
 
 
 def default_ledger(data: Path | None, name: str) -> Path:

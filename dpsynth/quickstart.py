@@ -11,9 +11,8 @@ from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ArtifactError, GateRefused
 from dpsynth.generate import generate
 from dpsynth.progress import Progress
-from dpsynth.release.run import release
+from dpsynth.release.run import release, report
 from dpsynth.release.verify import verify
-from dpsynth.report.run import report
 from dpsynth.signing import generate_key
 from dpsynth.train.run import train
 
@@ -44,7 +43,7 @@ def quickstart(folder: Path, *, progress: Progress) -> None:
     write_bytes(config_path, CONFIG.encode())
     config = load_config(config_path)
     print("1/7 The data owner opens the ledger: epsilon 10 over all runs.")
-    open_ledger(config, path=ledger, epsilon=10.0, delta=1e-5, max_gate_attempts=3)
+    open_ledger(config, path=ledger, epsilon=10.0, delta=1e-5, max_gate_attempts=3, progress=progress)
     print("2/7 Train under differential privacy.")
     guarantee = train(config, run_path=run, ledger_path=ledger, progress=progress)
     print(f"    {guarantee.sentence()}")
@@ -57,7 +56,7 @@ def quickstart(folder: Path, *, progress: Progress) -> None:
     page = report(run, ledger_path=ledger)
     print("6/7 Ask the gate, sign and release.")
     generate_key(folder / "keys")
-    release(run, out=out, key_path=folder / "keys" / "signing.key", ledger_path=ledger, progress=progress)
+    release(run, out=out, key_path=folder / "keys" / "signing.key", ledger_path=ledger, reviews={}, progress=progress)
     print("7/7 Verify as a recipient would.")
     problems = verify(out, folder / "keys" / "signing.pub")
     if problems:

@@ -18,7 +18,7 @@ TORCH_FREE_MODULES = (
     "dpsynth.checks.verdict",
     "dpsynth.report.epsilon",
     "dpsynth.report.html",
-    "dpsynth.report.run",
+    "dpsynth.release.decision",
     "dpsynth.release.gate",
     "dpsynth.release.bundle",
     "dpsynth.release.mark",

@@ -54,7 +54,7 @@ def read_image(path: Path, *, channels: int) -> Image:
                 pixels = _pixels(picture, channels)
     except Exception as error:  # pillow raises many kinds for broken files
         raise DataError(
-            f"{path.name}: expected a readable PNG or JPEG, found a damaged or foreign one ({type(error).__name__}). Replace it."
+            f"{path.name}: expected a readable PNG or JPEG, found a damaged or other file ({type(error).__name__}). Replace it."
         ) from error
     return Image(voxels=np.ascontiguousarray(pixels, dtype=np.float32))
 

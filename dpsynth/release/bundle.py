@@ -1,0 +1,165 @@
+"""The release folder: images, labels, guarantee, outcomes, report, manifest, signature. Built beside its place and moved there whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from dpsynth import __version__
+from dpsynth.artifacts import sha256_file, storage_errors, write_bytes, write_json
+from dpsynth.checks.verdict import Verdict
+from dpsynth.config import ReleaseConfig
+from dpsynth.data.candidates import Candidates, to_unit_range
+from dpsynth.data.cohort import Float32
+from dpsynth.data.dicom_marking import SyntheticSubject, write_dicom
+from dpsynth.data.medmnist import write_npz
+from dpsynth.data.nifti import write_nifti
+from dpsynth.data.raster import write_png
+from dpsynth.errors import ArtifactError, GateRefused
+from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.progress import Progress
+from dpsynth.release.gate import Allowed
+from dpsynth.release.mark import DISCLOSURE, data_card, marking
+from dpsynth.signing import STATEMENT_TYPE, sign_statement
+
+MANIFEST, SIGNATURE, ARCHIVE = "manifest.json", "manifest.dsse.json", "synthetic.npz"
+PREDICATE_TYPE = "urn:dpsynth:release:v1"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What is about to leave. `allowed` comes from the gate and names the candidates it was given for."""
+
+    allowed: Allowed
+    release_id: str
+    candidates: Candidates
+    candidates_sha256: str
+    classes: Sequence[str]
+    guarantee: Guarantee
+    verdicts: Sequence[Verdict]
+    reviews: dict[str, str]
+    method: str
+    report_html: str
+    ledger_head: tuple[int, str]
+    settings: ReleaseConfig
+
+    def __post_init__(self) -> None:
+        if self.allowed.candidates_sha256 != self.candidates_sha256:
+            raise GateRefused("The gate allowed other images than these. Run `dpsynth check` again.")
+
+
+def write_release(release: Release, *, out: Path, private: Ed25519PrivateKey, progress: Progress) -> Path:
+    """Write the signed folder at `out`. Raises ArtifactError when something is there, StorageError when it cannot be written."""
+    if out.exists():
+        raise ArtifactError(f"Expected {out} not to exist. Name another folder.")
+    with storage_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write_contents(release, building, progress)
+        manifest = _manifest(release, building)
+        write_json(building / MANIFEST, manifest)
+        write_json(building / SIGNATURE, sign_statement(_statement(release, manifest, building), private))
+        with storage_errors(out):
+            building.chmod(0o755)
+            building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return out
+
+
+def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
+    candidates, names = release.candidates, list(release.classes)
+    files = _write_images(release, folder, progress)
+    provenance = json.dumps({"synthetic": True, "release": release.release_id}, sort_keys=True).encode()
+    extra: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
+        "synthetic": np.array(1, dtype=np.uint8),
+        "provenance": np.frombuffer(provenance, dtype=np.uint8),
+    }
+    write_npz(folder / ARCHIVE, images=candidates.images, labels=candidates.labels, extra=extra)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["index", "label", "synthetic", *release.settings.formats])
+    for index, label in enumerate(candidates.labels.tolist()):
+        writer.writerow([index, names[label], 1, *files[index]])
+    write_bytes(folder / "labels.csv", table.getvalue().encode())
+    write_json(folder / "guarantee.json", release.guarantee.to_json())
+    public = {"verdicts": [verdict.to_public_json() for verdict in release.verdicts], "reviews": release.reviews}
+    write_json(folder / "verdicts.json", public)
+    write_bytes(folder / "report.html", release.report_html.encode())
+    write_bytes(folder / "DISCLOSURE.txt", DISCLOSURE.encode())
+    counts = {name: int((candidates.labels == label).sum()) for label, name in enumerate(names)}
+    card = data_card(
+        title=release.settings.title,
+        licence=release.settings.licence,
+        contact=release.settings.contact,
+        classes=names,
+        counts=counts,
+        guarantee=release.guarantee,
+        method=release.method,
+    )
+    write_bytes(folder / "README.md", card.encode())
+
+
+def _write_images(release: Release, folder: Path, progress: Progress) -> list[list[str]]:
+    """Every image in every wanted format; returns the file names of each."""
+    total, written = len(release.candidates.images), []
+    for index in range(total):
+        image = to_unit_range(release.candidates.images[index])
+        label = release.classes[int(release.candidates.labels[index])]
+        written.append([_write_image(release, folder, image, label, index, kind) for kind in release.settings.formats])
+        if index % 50 == 49 or index + 1 == total:
+            progress("write images", index + 1, total)
+    return written
+
+
+def _write_image(release: Release, folder: Path, image: Float32, label: str, index: int, kind: str) -> str:
+    marks = marking(release_id=release.release_id, index=index, label=label, guarantee=release.guarantee)
+    if kind == "png":
+        name = f"images/synthetic-{index:06d}.png"
+        write_png(folder / name, image, text=marks)
+    elif kind == "nifti":
+        name = f"images/synthetic-{index:06d}.nii.gz"
+        write_nifti(folder / name, image, spacing_mm=None, marking=marks)
+    else:
+        name = f"images/synthetic-{index:06d}.dcm"
+        subject = SyntheticSubject(run_id=release.release_id, sample_id=f"{index:06d}", label=label)
+        write_dicom(folder / name, image, subject=subject, marking=marks)
+    return name
+
+
+def release_files(folder: Path) -> list[str]:
+    """Every file of a release but the manifest and its signature, relative, in order."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for name in names if name not in (MANIFEST, SIGNATURE))
+
+
+def _manifest(release: Release, folder: Path) -> dict[str, Any]:
+    files = {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in release_files(folder)}
+    return {
+        "schema": SCHEMA,
+        "dpsynth": __version__,
+        "release": release.release_id,
+        "synthetic": True,
+        "images": len(release.candidates.images),
+        "ledger_head": {"lines": release.ledger_head[0], "sha256": release.ledger_head[1]},
+        "files": files,
+    }
+
+
+def _statement(release: Release, manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+    subjects = [{"name": MANIFEST, "digest": {"sha256": sha256_file(folder / MANIFEST)}}]
+    subjects += [{"name": name, "digest": {"sha256": entry["sha256"]}} for name, entry in manifest["files"].items()]
+    predicate = {"release": release.release_id, "images": manifest["images"], "guarantee": release.guarantee.to_json()}
+    return {"_type": STATEMENT_TYPE, "subject": subjects, "predicateType": PREDICATE_TYPE, "predicate": predicate}

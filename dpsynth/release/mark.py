@@ -1,0 +1,69 @@
+"""Words and tags by which a released image says that it is synthetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dpsynth.privacy.guarantee import Guarantee
+
+DISCLOSURE = """\
+These images are SYNTHETIC. They were drawn by a computer program and show no real person.
+
+They must not be used for diagnosis, and must not be presented as images of patients. Every file is marked as synthetic in its
+own format; the marks can be lost when a file is converted, so keep this notice and the manifest with the images.
+"""
+
+
+def marking(*, release_id: str, index: int, label: str, guarantee: Guarantee) -> dict[str, str]:
+    """Text that goes into an image file."""
+    return {
+        "Synthetic": "YES",
+        "Disclosure": "Synthetic image drawn by a generative model; not for diagnostic use",
+        "Software": "dpsynth",
+        "Release": release_id,
+        "Sample": f"{index:06d}",
+        "Label": label,
+        "Privacy": f"epsilon {guarantee.epsilon:.3f}, delta {guarantee.delta:.3g}, per {guarantee.unit.value}",
+    }
+
+
+def data_card(
+    *, title: str, licence: str, contact: str, classes: Sequence[str], counts: Mapping[str, int], guarantee: Guarantee, method: str
+) -> str:
+    """README.md of a release."""
+    rows = "\n".join(f"| {name} | {counts[name]} |" for name in classes)
+    return f"""\
+# {title}
+
+{sum(counts.values())} synthetic images. They show no real person and are not for diagnosis.
+
+## Privacy
+
+{guarantee.sentence()}
+
+Protected unit: {guarantee.unit.value}; neighbouring data sets differ by {guarantee.neighboring_relation.lower().replace("_", " ")}. What is not claimed is in `report.html`.
+
+## Images
+
+Method: {method}.
+
+| class | images |
+|---|---|
+{rows}
+
+`synthetic.npz` has the layout of MedMNIST: `train_images`, `train_labels` (the other splits are empty). `images/` holds the same images as files,
+`labels.csv` their labels.
+
+```python
+import numpy as np
+arrays = np.load("synthetic.npz")
+images, labels = arrays["train_images"], arrays["train_labels"]
+```
+
+## Checking this folder
+
+`dpsynth verify FOLDER --key signing.pub` tells whether it is complete and unchanged since the releasing site signed it. Get the key from the site,
+not from this folder.
+
+Licence: {licence}. Contact: {contact or "the releasing site"}.
+"""

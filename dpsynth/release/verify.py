@@ -1,0 +1,62 @@
+"""Is a released folder complete, unchanged and signed by this key, and does its epsilon follow from its mechanisms? Needs no data and no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from dpsynth.artifacts import read_json, sha256_file
+from dpsynth.errors import ArtifactError, SignatureError
+from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.release.bundle import MANIFEST, PREDICATE_TYPE, SIGNATURE, release_files
+from dpsynth.signing import load_public, verify_envelope
+
+
+def verify(folder: Path, public_key: Path) -> list[str]:
+    """Problems, each naming its file; empty when all is well. Raises SignatureError or ArtifactError when there is nothing to verify."""
+    public = load_public(public_key)
+    if not folder.is_dir():
+        raise ArtifactError(f"Expected a released folder at {folder}, found none.")
+    try:
+        statement = _statement(folder, public)
+    except (ArtifactError, SignatureError) as error:
+        return [f"{SIGNATURE}: {error}"]
+    problems = _file_problems(folder, statement)
+    return problems or _claim_problems(folder, statement)
+
+
+def _statement(folder: Path, public: Ed25519PublicKey) -> dict[str, Any]:
+    if (folder / SIGNATURE).is_symlink():
+        raise ArtifactError("it is a link, not a file")
+    statement = verify_envelope(read_json(folder / SIGNATURE), public)
+    if statement.get("predicateType") != PREDICATE_TYPE:
+        raise SignatureError(f"Expected a statement about a release, found {statement.get('predicateType')!r}.")
+    return statement
+
+
+def _file_problems(folder: Path, statement: dict[str, Any]) -> list[str]:
+    """Every file against the signed digests; the signature itself covers the manifest."""
+    signed = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+    present = {*release_files(folder), *([MANIFEST] if (folder / MANIFEST).exists() else [])}
+    problems = [f"{name}: missing" for name in sorted(signed.keys() - present)]
+    problems += [f"{name}: not part of the release" for name in sorted(present - signed.keys())]
+    for name in sorted(signed.keys() & present):
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            problems.append(f"{name}: it is a link or no regular file")
+        elif sha256_file(path) != signed[name]:
+            problems.append(f"{name}: changed since it was signed")
+    return problems
+
+
+def _claim_problems(folder: Path, statement: dict[str, Any]) -> list[str]:
+    try:
+        value = read_json(folder / "guarantee.json")
+        if value != statement["predicate"]["guarantee"]:
+            return ["guarantee.json: it is not the guarantee that was signed"]
+        guarantee = Guarantee.from_json(value)
+    except (ArtifactError, KeyError) as error:
+        return [f"guarantee.json: {error}"]
+    return [f"guarantee.json: {problem}" for problem in guarantee.problems()]
