@@ -1,7 +1,7 @@
 """Stage 1: class-wise moments under differential privacy, a generator of its own and the prior of the denoiser.
 
 Images are taken to the orthonormal cosine domain. Of each class three noised sums are released, each query using the results of the
-one before: count and sum of the low frequencies; second moments of their residuals; energies of what is left, by band of frequency.
+one before: count and sum of the low frequencies; second moments of their residuals; energies around the mean by ring of frequency.
 A patient's contribution to a query is the mean over their images of class-indexed vectors that were clipped to the query's clip
 norm, so by convexity it is never longer than the clip norm, whatever and however many the images are.
 All constants (centre, clip norms, band scales) are computed on public images, never on private ones.
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-BANDS = 18
+LOW_BANDS, HIGH_BANDS = 4, 14  # rings of frequency inside and outside the low block, per channel
 LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
 _COUNT_WEIGHT = 0.3
 _SHARES = {"means": 0.2, "second_moments": 0.7, "bands": 0.1}
@@ -35,7 +35,10 @@ _SMALLEST_VARIANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Frequencies:
-    """Layout of the cosine domain: flat index = channel * pixels + pixel. low: indices of the low block; band: of each index."""
+    """Layout of the cosine domain: flat index = channel * pixels + pixel. low: indices of the low block; band: of each index.
+
+    No band holds both low and other coefficients.
+    """
 
     shape: tuple[int, ...]  # (channel, *space)
     low: Int64
@@ -44,7 +47,7 @@ class Frequencies:
     @property
     def num_bands(self) -> int:
         """Bands over all channels."""
-        return BANDS * self.shape[0]
+        return (LOW_BANDS + HIGH_BANDS) * self.shape[0]
 
 
 @lru_cache(maxsize=8)
@@ -59,9 +62,18 @@ def frequencies(shape: tuple[int, ...], low_frequencies: int) -> Frequencies:
         candidates = candidates[np.argsort(radius[candidates], kind="stable")[:limit]]
     pixels = radius.size
     low = np.concatenate([np.sort(candidates) + channel * pixels for channel in range(shape[0])])
-    one = np.minimum((np.sqrt(radius) * 3 * np.sqrt(28 / max(shape[1:]))).astype(np.int64), BANDS - 1)
-    band = np.concatenate([one + channel * BANDS for channel in range(shape[0])])
+    is_low = np.isin(np.arange(pixels), candidates)
+    one = np.where(is_low, _rings(radius, is_low, LOW_BANDS), LOW_BANDS + _rings(radius, ~is_low, HIGH_BANDS))
+    band = np.concatenate([one + channel * (LOW_BANDS + HIGH_BANDS) for channel in range(shape[0])]).astype(np.int64)
     return Frequencies(shape=shape, low=low.astype(np.int64), band=band)
+
+
+def _rings(radius: Array, among: NDArray[np.bool_], count: int) -> Int64:
+    """Ring of each coefficient: radii cut into `count` rings that hold about equally many of those `among`."""
+    if not among.any():
+        return np.zeros(len(radius), dtype=np.int64)
+    edges = np.quantile(radius[among], np.linspace(0, 1, count + 1)[1:-1])
+    return np.searchsorted(edges, radius, side="left").astype(np.int64)
 
 
 def to_frequencies(images: Float32) -> Array:
@@ -103,7 +115,7 @@ class PublicReference:
 @dataclass(frozen=True, kw_only=True)
 class Moments:
     """Class-wise moments. counts: (classes,); mean: (classes, low); covariance: (classes, low, low); variance: (classes, channel * pixels),
-    of every coefficient's part that the low block's covariance does not explain.
+    of each coefficient; of a low one only what the covariance leaves unexplained.
     """
 
     shape: tuple[int, ...]
@@ -142,9 +154,8 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     centre = coefficients[:, layout.low].mean(axis=0)
     residual = coefficients[:, layout.low] - centre
     norms = np.linalg.norm(residual, axis=1)
-    rest = coefficients.copy()
-    rest[:, layout.low] = 0
-    energies = _energies(coefficients - _explained(coefficients, layout, centre, residual.T @ residual / len(residual)), layout)
+    centred = coefficients - coefficients.mean(axis=0)
+    energies = _energies(centred, layout)
     scale = 1 / (np.median(energies, axis=0) + 1e-3)
     return PublicReference(
         shape=shape,
@@ -275,16 +286,6 @@ def _denoised(total: Array, count: float, stddev: float) -> Array:
     return np.asarray((vectors * np.maximum(kept, 0)) @ vectors.T)
 
 
-def _explained(coefficients: Array, layout: Frequencies, mean: Array, covariance: Array) -> Array:
-    """The part of each row that lies in the mean and in the span of the covariance."""
-    values, vectors = np.linalg.eigh(covariance)
-    span = vectors[:, values > _SMALLEST_VARIANCE]
-    explained = np.zeros_like(coefficients)
-    centred = coefficients[:, layout.low] - mean
-    explained[:, layout.low] = mean + centred @ span @ span.T
-    return explained
-
-
 def _energies(rest: Array, layout: Frequencies) -> Array:
     """Sum of squares by band: (n, bands)."""
     squared = rest**2
@@ -301,16 +302,17 @@ def _release_bands(
     layout: Frequencies,
     reference: PublicReference,
 ) -> Array:
-    energies = np.empty((len(coefficients), layout.num_bands))
-    for label in range(release.num_classes):
-        rows = labels == label
-        rest = coefficients[rows] - _explained(coefficients[rows], layout, mean[label], covariance[label])
-        energies[rows] = _energies(rest, layout)
+    centred = coefficients.copy()
+    centred[:, layout.low] -= mean[labels]
+    energies = _energies(centred, layout)
     total = release.noised_sum("bands", energies * reference.band_scale, reference.clip_bands)
     per_band = np.maximum(total, 0) / counts[:, None] / reference.band_scale
-    floor = 1 / reference.band_scale * 0.02  # a band that drowned in noise keeps a little of the public energy
+    per_band = np.maximum(per_band, 0.02 / reference.band_scale)  # a band that drowned in noise keeps a little of the public energy
+    explained = np.zeros_like(per_band)
+    for label in range(release.num_classes):
+        np.add.at(explained[label], layout.band[layout.low], np.diag(covariance[label]))
     sizes = np.maximum(np.bincount(layout.band, minlength=layout.num_bands), 1)
-    variance = np.maximum(per_band, floor) / sizes
+    variance = np.maximum(per_band - explained, 0) / sizes
     return np.asarray(np.maximum(variance[:, layout.band], _SMALLEST_VARIANCE))
 
 
@@ -324,7 +326,6 @@ def sample_moment_images(moments: Moments, labels: Int64, seeds: NDArray[np.uint
         normal = rng.normal(size=len(layout.low))
         if texture:
             coefficients[index] = np.sqrt(moments.variance[label]) * rng.normal(size=layout.band.size)
-            coefficients[index, layout.low] *= _unexplained(moments, int(label), layout)
         coefficients[index, layout.low] += moments.mean[label] + roots[label] @ normal
     return np.clip(from_frequencies(coefficients, moments.shape), -1, 1)
 
@@ -332,15 +333,7 @@ def sample_moment_images(moments: Moments, labels: Int64, seeds: NDArray[np.uint
 def low_covariance(moments: Moments, label: int) -> Array:
     """Full covariance of the low block, (low, low): the released one plus the diagonal that it leaves unexplained."""
     layout = frequencies(moments.shape, moments.low_frequencies)
-    rest = moments.variance[label, layout.low] * _unexplained(moments, label, layout) ** 2
-    return np.asarray(moments.covariance[label] + np.diag(rest))
-
-
-def _unexplained(moments: Moments, label: int, layout: Frequencies) -> Array:
-    """Root of the share of each low coefficient outside the span of the covariance, (low,)."""
-    values, vectors = np.linalg.eigh(moments.covariance[label])
-    span = vectors[:, values > _SMALLEST_VARIANCE]
-    return np.asarray(np.sqrt(np.clip(1 - (span**2).sum(axis=1), 0, 1)))
+    return np.asarray(moments.covariance[label] + np.diag(moments.variance[label, layout.low]))
 
 
 def _root(covariance: Array) -> Array:

@@ -41,8 +41,12 @@ class NoiseStream:
         return np.asarray((self.integers(purpose, step, size) >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
     def normal(self, purpose: str, step: int, size: int) -> NDArray[np.float64]:
-        """Standard normal by the inverse distribution function, (size,). Uniforms are shifted half a step off 0 and 1."""
-        return np.asarray(ndtri(self.uniform(purpose, step, size) + 2.0**-54), dtype=np.float64)
+        """Standard normal by the inverse distribution function, (size,).
+
+        52 bits and half a step: the largest argument is 1 - 2^-53, the last number below 1, so no result is infinite.
+        """
+        inside = (self.integers(purpose, step, size) >> np.uint64(12)) * 2.0**-52 + 2.0**-53
+        return np.asarray(ndtri(inside), dtype=np.float64)
 
     def _bytes(self, purpose: str, step: int, count: int) -> bytes:
         # One cipher key per (purpose, step): the 128-bit nonce field then starts at zero and its counter cannot run into another stream.

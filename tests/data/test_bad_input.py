@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def only_one_of_class(folder: Path) -> None:
     edit(folder, "P01,normal", "P01,lesion")
 
 
+def one_patient_with_all_of_a_class(folder: Path) -> None:
+    for index in range(1, 24, 2):
+        edit(folder, f",P{index:02d},", ",P01,")
+    for index in range(0, 24, 2):  # enough others remain
+        edit(folder, f",P{index:02d},normal,F", f",P{index:02d},normal,F\nb{index}.png,Q{index},normal,F")
+        shutil.copy(folder / f"i{index:02d}.png", folder / f"b{index}.png")
+
+
+def a_million_megapixels(folder: Path) -> None:
+    content = (folder / "i03.png").read_bytes()
+    header = b"IHDR" + (2**20).to_bytes(4, "big") * 2 + content[24:29]
+    (folder / "i03.png").write_bytes(content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:])
+
+
 def fewer_patients(folder: Path) -> None:
     for index in range(4, 24):
         edit(folder, f",P{index:02d},", f",P{index % 4:02d},")
@@ -76,6 +91,8 @@ RASTER: dict[str, tuple[Spoil, str]] = {
     "a name that is too long": (lambda f: edit(f, "i03.png", "x" * 5000), "no file"),
     "fewer than 20 patients": (fewer_patients, "at least 20 patients"),
     "a class with one patient": (only_one_of_class, "lesion"),
+    "a class with many images of one patient": (one_patient_with_all_of_a_class, "lesion"),
+    "a decompression bomb": (a_million_megapixels, "i03.png"),
     "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "table.csv"),
     "no folder": (shutil.rmtree, "data.path"),
     "a truncated image": (lambda f: cut(f / "i03.png"), "i03.png"),
@@ -191,6 +208,12 @@ def labels(folder: Path, *rows: str) -> None:
     (folder / "table.csv").write_text("\n".join(["patient_id,SeriesDescription", *rows]) + "\n")
 
 
+def damage(folder: Path, old: bytes, new: bytes) -> None:
+    content = (folder / "i03.dcm").read_bytes()
+    assert content.count(old) == 1
+    (folder / "i03.dcm").write_bytes(content.replace(old, new))
+
+
 def eight_frames(folder: Path) -> None:
     change(folder, NumberOfFrames=8, PixelData=bytes(range(144)) * 8)
 
@@ -200,6 +223,8 @@ DICOM: dict[str, tuple[Spoil, str]] = {
     "an empty patient": (lambda f: change(f, PatientID=""), "PatientID"),
     "no label": (lambda f: change(f, SeriesDescription=None), "SeriesDescription"),
     "an unknown label": (lambda f: change(f, SeriesDescription="tumour"), "tumour"),
+    "a patient of no known type": (lambda f: damage(f, b"\x10\0\x20\0LO", b"\x10\0\x20\0L\xff"), "PatientID"),
+    "a character set of no known type": (lambda f: damage(f, b"\x08\0\x05\0CS", b"\x08\0\x05\0C\xff"), "i03.dcm"),
     "not DICOM": (lambda f: (f / "i03.dcm").write_text("hello"), "i03.dcm"),
     "truncated pixels": (lambda f: change(f, PixelData=b"\0\0"), "pixel data"),
     "a truncated file": (lambda f: (f / "i03.dcm").write_bytes((f / "i03.dcm").read_bytes()[:-60]), "i03.dcm"),

@@ -58,7 +58,15 @@ def drop_one(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [one_grey_level, edit("P03,lesion", "P03,normal"), edit(",P03,", ",P05,"), swap_two_images, drop_one]
+    "change",
+    [
+        one_grey_level,
+        edit("P03,lesion", "P03,normal"),
+        edit(",P03,", ",P05,"),
+        edit(",P03,", ",P03b,"),
+        swap_two_images,
+        drop_one,
+    ],
 )
 def test_any_change_of_the_data_matters(raster: tuple[Path, DataConfig], change: Callable[[Path], None]) -> None:
     folder, config = raster

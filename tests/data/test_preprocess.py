@@ -35,7 +35,7 @@ def test_halving_averages_blocks_of_pixels() -> None:
 
 
 def test_a_fine_pattern_does_not_alias() -> None:
-    stored = np.tile(np.array([0, 255], dtype=np.float32), (1, 32, 16))
+    stored = np.tile(np.array([0, 255, 255, 0], dtype=np.float32), (1, 32, 8))
     assert np.abs(Preprocess((8, 8), (0.0, 255.0))(stored)).max() < 1e-5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 
 import nibabel
@@ -47,6 +48,8 @@ def test_npz(tmp_path: Path, shape: tuple[int, ...]) -> None:
     for name in ("a.npz", "b.npz"):
         write_npz(tmp_path / name, images=stored.astype(np.uint8), labels=labels, extra=extra)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     cohort = read_medmnist(tmp_path / "a.npz", name="x", split="train", classes=("a", "b", "c"), dimensions=len(shape) - 1)
     assert [record.label for record in cohort.records] == [0, 1, 1, 2]
     assert np.array_equal(np.stack([record.read().voxels for record in cohort.records]), stored)
@@ -66,6 +69,8 @@ def test_nifti(tmp_path: Path, shape: tuple[int, ...], name: str) -> None:
     for folder in ("one", "two"):
         write_nifti(tmp_path / folder / name, image, spacing_mm=spacing, marking={"run": "r", "sample": 3})
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    if name.endswith(".gz"):
+        assert (tmp_path / "one" / name).read_bytes()[4:8] == bytes(4)  # no time of writing
     back = read_volume(tmp_path / "one" / name)
     assert np.array_equal(back.voxels, stored)
     assert back.spacing_mm == spacing
@@ -147,6 +152,15 @@ def test_every_kind_of_png_becomes_the_channels_asked_for(tmp_path: Path) -> Non
     deep = saved(tmp_path, Pillow.fromarray(grey.astype(np.uint16) * 256))
     assert np.array_equal(read_image(deep, channels=1).voxels[0], grey * 256.0)
     assert read_image(saved(tmp_path, picture.convert("1", dither=Pillow.Dither.NONE)), channels=1).voxels.max() == 255
+
+
+def test_what_is_transparent_counts_as_black(tmp_path: Path) -> None:
+    pixels = np.full((8, 9, 4), 200, dtype=np.uint8)
+    pixels[:, :4, 3], pixels[:, 4:, 3] = 0, 255
+    for channels in (1, 3):
+        voxels = read_image(saved(tmp_path, Pillow.fromarray(pixels)), channels=channels).voxels
+        assert (voxels[:, :, :4] == 0).all()
+        assert (voxels[:, :, 4:] == 200).all()
 
 
 def test_colour_becomes_luminance_when_one_channel_is_asked_for(tmp_path: Path) -> None:

@@ -97,7 +97,9 @@ def test_the_record_restores_the_split_and_commits_to_the_key() -> None:
     assert split_problems(again) == ()
 
 
-def test_a_record_of_other_patients_is_refused() -> None:
+@pytest.mark.parametrize("side", ["training", "control"])
+def test_a_record_of_other_patients_is_refused(side: str) -> None:
     record = split_patients(images_of(ids(60), [1] * 60), control_fraction=0.4, key=KEY).record()
+    left = tuple(name for name in ids(60) if name != record[side][0])
     with pytest.raises(DataError, match="not those"):
-        restore_split(images_of(ids(59), [1] * 59), record)
+        restore_split(images_of(left, [1] * 59), record)

@@ -1,0 +1,168 @@
+"""Real X-rays through the whole command line, then the table: real on real, moments alone, diffusion.
+
+    python experiments/001-first-release/run.py [--rows pneumonia-1 pneumonia-10 kermany-10] [--seeds 3]
+
+Needs the data sets of the README in the folder that DPSYNTH_DATA names. Each run opens a ledger of its own, trains, generates, checks and
+reports with the same verbs as a user; epsilon in the table is what the report says. Results go to results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsynth.artifacts import RunFolder, read_json, write_json
+from dpsynth.checks.classifier import auc, balanced_accuracy, train_and_predict
+from dpsynth.checks.features import encode
+from dpsynth.checks.statistics import kid, neighbourhoods
+from dpsynth.config import Config, load_config
+from dpsynth.data.candidates import load_candidates, to_unit_range
+from dpsynth.data.cohort import Float32, ImageSet, Int64
+from dpsynth.data.preprocess import prepare
+from dpsynth.data.source import read_cohort
+from dpsynth.data.split import restore_split
+from dpsynth.progress import silent
+
+HERE = Path(__file__).resolve().parent
+ROWS = {"pneumonia-1": 1, "pneumonia-10": 10, "kermany-10": 10}
+METHODS = ("moments", "moments-texture", "diffusion")
+SAMPLE = 1500  # images a side of every fidelity figure
+
+
+def data_folder() -> Path:
+    """Where the real data sets lie; ends with one clear line when they do not."""
+    folder = Path(os.environ.get("DPSYNTH_DATA", HERE.parent.parent.parent / "shared" / "data")).resolve()
+    if not (folder / "pneumoniamnist.npz").is_file():
+        sys.exit("Set DPSYNTH_DATA to a folder with pneumoniamnist.npz, kermany_cxr/ and nih1000/ (sources: experiments/README.md).")
+    return folder
+
+
+def dpsynth(work: Path, *arguments: str) -> tuple[str, float]:
+    """Run a verb; returns its output and the seconds it took. A refusal by a check is an answer, not an error."""
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "dpsynth.cli", *arguments], cwd=work, capture_output=True, text=True, check=False
+    )
+    if result.returncode not in (0, 3):
+        sys.exit(f"dpsynth {' '.join(arguments)}: {result.stderr}")
+    return result.stdout + result.stderr, time.monotonic() - start
+
+
+def config_text(row: str, method: str, work: Path) -> str:
+    """The row's configuration with its paths and method filled in."""
+    text = (HERE / f"{row}.yaml").read_text(encoding="utf-8")
+    text = text.replace("DATA", str(data_folder())).replace("CACHE", str(work.parent / "pretrained"))
+    return text.replace("METHOD", method.split("-")[0]).replace("TEXTURE", str(method.endswith("texture")).lower())
+
+
+def one_run(row: str, method: str, seed: int, work: Path) -> dict[str, Any]:
+    """Ledger, train, generate, check, report of one run and its figures. A finished run is not done again."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "config.yaml").write_text(config_text(row, method, work), encoding="utf-8")
+    if not (work / "ledger.jsonl").exists():
+        dpsynth(work, "ledger", "open", "config.yaml", "--epsilon", str(ROWS[row]), "--delta", "1e-5", "--ledger", "ledger.jsonl")
+    seconds = {}
+    for verb, arguments in (
+        ("train", ("config.yaml", "--run", "run", "--ledger", "ledger.jsonl")),
+        ("generate", ("run",)),
+        ("check", ("run",)),
+        ("report", ("run",)),
+    ):
+        if not (work / "run" / verb / "stage.json").exists():
+            _, seconds[verb] = dpsynth(work, verb, *arguments)
+    if seconds:
+        write_json(work / "seconds.json", seconds)
+    return {**figures(work, seed), "seconds": read_json(work / "seconds.json")}
+
+
+def test_images(config: Config, control: ImageSet) -> tuple[Float32, Int64]:
+    """Patients that no run trained on: the official test split where there is one, else the control patients."""
+    if config.data.format != "medmnist":
+        return control.images, control.labels
+    data = config.data.model_copy(update={"medmnist_split": "test"})
+    images = prepare(read_cohort(data), data, progress=silent)
+    return images.images, images.labels
+
+
+def figures(work: Path, seed: int) -> dict[str, Any]:
+    """All figures of one finished run."""
+    run = RunFolder.open(work / "run")
+    config = load_config(work / "config.yaml")
+    images = prepare(read_cohort(config.data), config.data, progress=silent)
+    split = restore_split(images, read_json(run.path / "train" / "site" / "split.json"))
+    candidates = load_candidates(run)
+    guarantee = read_json(run.path / "train" / "guarantee.json")["accounting"]
+    verdicts = {v["check"]: v["outcome"] for v in read_json(run.path / "check" / "verdicts.json")["verdicts"]}
+    test = test_images(config, split.control)
+    rng = np.random.default_rng(seed)
+    synthetic = to_unit_range(candidates.images)
+    return {
+        "epsilon": {name: guarantee[name] for name in ("pld", "rdp", "second_opinion")},
+        "verdicts": verdicts,
+        "synthetic": measured(synthetic, candidates.labels, split.training, test, rng, seed),
+        "real": measured(split.training.images, split.training.labels, split.training, test, rng, seed, real=True),
+    }
+
+
+def measured(
+    images: Float32,
+    labels: Int64,
+    training: ImageSet,
+    test: tuple[Float32, Int64],
+    rng: np.random.Generator,
+    seed: int,
+    *,
+    real: bool = False,
+) -> dict[str, float]:
+    """Utility on test patients, and fidelity against one half of the training images (real: the other half against it)."""
+    classes = len(training.classes)
+    probabilities = train_and_predict(images, labels, test[0], classes=classes, seed=seed, task="", progress=silent)
+    order = rng.permutation(len(training.images))
+    size = min(SAMPLE, len(order) // 2)
+    against = features(training.images[order[:size]])
+    other = images[order[size : 2 * size]] if real else images[rng.permutation(len(images))[:size]]
+    theirs = features(other)
+    return {
+        "auc": auc(probabilities, test[1]),
+        "balanced_accuracy": balanced_accuracy(probabilities, test[1]),
+        "kid": kid(against[: len(theirs)], theirs),
+        **neighbourhoods(against, theirs).__dict__,
+    }
+
+
+def features(images: Float32) -> NDArray[np.float64]:
+    """Encoder features."""
+    return encode(images, task="", progress=silent)
+
+
+def main() -> None:
+    """Run the wanted rows and write results.json after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs/001"))
+    arguments = parser.parse_args()
+    path = HERE / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for seed in range(arguments.seeds):
+        for row in arguments.rows:
+            for method in arguments.methods:
+                name = f"{row}/{method}/{seed}"
+                work = (arguments.work / row / f"{method}-{seed}").resolve()
+                results[name] = one_run(row, method, seed, work)
+                write_json(path, results)
+                print(name, json.dumps(results[name]["synthetic"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Known-bad training engines and nets: each must be refused, by name, before anything is charged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import VQVAE
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor, nn
+
+from dpsynth.errors import SelfCheckFailed
+from dpsynth.privacy.mechanism import PoissonDpSgd
+from dpsynth.privacy.noise import NoiseStream
+from dpsynth.train.dpsgd import Engine, private_mean
+from dpsynth.train.poisson import poisson_batch
+from dpsynth.train.selfcheck import fixed_rows, require, self_check
+
+MECHANISM = PoissonDpSgd(noise_multiplier=1.3, clip_norm=0.5, sampling_probability=0.1, steps=10, declared_patients=200)
+SHAPE = (2, 8, 8)
+
+
+class SmallNet(nn.Module):
+    """Convolutions that see their input without padding, where a wrong memory layout shows."""
+
+    def __init__(self, *, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3)
+        self.norm = norm or nn.GroupNorm(2, 4)
+        self.second = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.norm(self.first(x)))).flatten(1)
+
+
+def losses(net: nn.Module, x: Tensor, levels: Tensor) -> Tensor:
+    return (net(x) * levels[:, None]).square().mean(1)
+
+
+def checked(net: nn.Module, *, engine: Engine | None = None, hooks: type[GradSampleModule] | None = None, rows: int = 1) -> dict[str, bool]:
+    findings = self_check(
+        net, fixed_rows(losses), SHAPE, mechanism=MECHANISM, rows_per_patient=rows, engine=engine or Engine(), hooks=hooks
+    )
+    return {name: finding.ok for name, finding in findings.items()}
+
+
+def failed(results: dict[str, bool]) -> set[str]:
+    return {name for name, ok in results.items() if not ok}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_real_engine_passes(rows: int) -> None:
+    assert failed(checked(SmallNet(), rows=rows)) == set()
+
+
+def no_noise(total: Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream, step: int) -> Tensor:
+    return total.double() / mechanism.expected_batch_size
+
+
+def half_noise(total: Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream, step: int) -> Tensor:
+    full = private_mean(total, mechanism=mechanism, stream=stream, step=step)
+    return (full + total.double() / mechanism.expected_batch_size) / 2
+
+
+def same_noise(total: Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream, step: int) -> Tensor:
+    return private_mean(total, mechanism=mechanism, stream=stream, step=0)
+
+
+@pytest.mark.parametrize("fault", [no_noise, half_noise, same_noise])
+def test_noise_that_is_off_halved_or_repeated_is_caught(fault) -> None:
+    assert failed(checked(SmallNet(), engine=Engine(noise=fault))) == {"noise_scale"}
+
+
+def no_clip(gradients: list[Tensor], *, clip_norm: float) -> tuple[Tensor, Tensor]:
+    flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+    return flat.sum(0), flat.norm(dim=1).clamp(max=clip_norm)  # and it lies about the norms
+
+
+def batch_clip(gradients: list[Tensor], *, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Clips the mean of the batch, as in ordinary training, and scales it up again."""
+    flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+    mean = flat.mean(0)
+    clipped = mean * (clip_norm / mean.norm()).clamp(max=1) * len(flat)
+    return clipped, torch.full((len(flat),), clip_norm)
+
+
+@pytest.mark.parametrize("fault", [no_clip, batch_clip])
+def test_clipping_that_is_off_or_of_the_batch_is_caught(fault) -> None:
+    assert failed(checked(SmallNet(), engine=Engine(clip=fault))) == {"contribution_bounded"}
+
+
+def shuffled(stream: NoiseStream, *, step: int, probability: float, num_patients: int) -> np.ndarray:
+    """Every patient once per pass in fixed-size batches, the usual data loader."""
+    per_pass = round(1 / probability)
+    order = np.argsort(stream.uniform("shuffle", step // per_pass, num_patients))
+    return np.array_split(order, per_pass)[step % per_pass]
+
+
+def fixed_size(stream: NoiseStream, *, step: int, probability: float, num_patients: int) -> np.ndarray:
+    return np.argsort(stream.uniform("shuffle", step, num_patients))[: round(probability * num_patients)]
+
+
+def too_often(stream: NoiseStream, *, step: int, probability: float, num_patients: int) -> np.ndarray:
+    return poisson_batch(stream, step=step, probability=1.3 * probability, num_patients=num_patients)
+
+
+def favourites(stream: NoiseStream, *, step: int, probability: float, num_patients: int) -> np.ndarray:
+    """The right sizes on average, but some patients are drawn more often."""
+    weights = np.where(np.arange(num_patients) % 2, 1.6, 0.4) * probability
+    return np.flatnonzero(stream.uniform("batch", step, num_patients) < weights)
+
+
+@pytest.mark.parametrize("fault", [shuffled, fixed_size, too_often, favourites])
+def test_samplers_other_than_poisson_are_caught(fault) -> None:
+    assert failed(checked(SmallNet(), engine=Engine(sample=fault))) == {"sampler_poisson"}
+
+
+def test_opacus_own_convolution_sampler_is_caught_on_channels_last() -> None:
+    assert "gradients_exact" in failed(checked(SmallNet(), hooks=GradSampleModule))
+
+
+def test_several_rows_of_a_patient_under_a_row_sampler_are_caught() -> None:
+    results = checked(SmallNet(), hooks=GradSampleModule, rows=2)
+    assert failed(results) & {"gradients_exact", "contribution_bounded", "all_parameters_covered"}
+
+
+def test_batch_norm_is_caught_by_name() -> None:
+    findings = self_check(SmallNet(norm=nn.BatchNorm2d(4)), fixed_rows(losses), SHAPE, mechanism=MECHANISM, rows_per_patient=1)
+    assert not findings["buffers_unchanged"].ok
+    assert "norm.running_mean" in findings["buffers_unchanged"].detail
+    assert not findings["all_parameters_covered"].ok
+    with pytest.raises(SelfCheckFailed, match="buffers_unchanged.*batch statistics"):
+        require(findings)
+
+
+def test_an_ema_codebook_is_caught_by_name() -> None:
+    net = VQVAE(
+        spatial_dims=2, in_channels=2, out_channels=3, channels=(4, 4), num_res_channels=(4, 4), num_res_layers=1,
+        downsample_parameters=((2, 4, 1, 1), (2, 4, 1, 1)), upsample_parameters=((2, 4, 1, 1, 0), (2, 4, 1, 1, 0)),
+        num_embeddings=8, embedding_dim=4,
+    )  # fmt: skip
+
+    def codebook_losses(net: nn.Module, x: Tensor, levels: Tensor) -> Tensor:
+        return (net(x)[0].flatten(1) * levels[:, None]).square().mean(1)
+
+    findings = self_check(net, fixed_rows(codebook_losses), SHAPE, mechanism=MECHANISM, rows_per_patient=1)
+    assert not findings["buffers_unchanged"].ok
+    assert "codebook" in findings["buffers_unchanged"].detail
+
+
+def test_a_layer_that_mixes_patients_is_caught() -> None:
+    class Mixing(SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0, keepdim=True))
+
+    assert failed(checked(Mixing())) & {"gradients_exact", "contribution_bounded"}
+
+
+def test_a_raw_trainable_parameter_is_refused() -> None:
+    class Raw(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale.repeat(36)
+
+    assert "all_parameters_covered" in failed(checked(Raw()))

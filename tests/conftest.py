@@ -1,0 +1,29 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+BLOCKED = ("torch", "monai", "opacus", "safetensors", "sklearn", "einops")
+_HEADER = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture(scope="session")
+def without_torch() -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs code in an interpreter in which importing torch and what needs it raises ImportError."""
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", _HEADER + code], capture_output=True, text=True, timeout=120, check=False)
+
+    return run

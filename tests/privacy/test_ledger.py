@@ -1,0 +1,334 @@
+"""The ledger: what it charges, what it refuses, and that every tampering is named."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpsynth.errors import BudgetExceeded, LedgerError, LedgerTampered, StorageError
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd
+from dpsynth.privacy.unit import PrivacyUnit
+
+SMALL = MomentRelease(noise_multiplier=20.0, queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
+SGD = PoissonDpSgd(noise_multiplier=2.0, clip_norm=1.0, sampling_probability=0.1, steps=50, declared_patients=100)
+RUN = (SMALL, SGD)
+
+
+def open_ledger(path: Path, epsilon: float = 3.0) -> Ledger:
+    return Ledger.open_new(
+        path, data_name="x", unit=PrivacyUnit.PATIENT, epsilon=epsilon, delta=1e-5, max_gate_attempts=2, data_digest="d", digest_salt="00"
+    )
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return open_ledger(tmp_path / "data.ledger.jsonl")
+
+
+def spoil(ledger: Ledger, content: bytes) -> list[str]:
+    ledger.path.write_bytes(content)
+    return Ledger.problems_of(ledger.path)
+
+
+def test_a_reservation_is_charged_in_full_and_a_settlement_lowers_it(ledger: Ledger) -> None:
+    reservation = ledger.reserve(RUN, purpose="train", run_id="r")
+    assert ledger.spent() == pytest.approx(epsilon_pld(RUN, 1e-5))
+    done = (SMALL, replace(SGD, steps=10))
+    ledger.settle(reservation, mechanisms=done)
+    assert ledger.spent() == pytest.approx(epsilon_pld(done, 1e-5))
+    assert Ledger.problems_of(ledger.path) == []
+
+
+def test_reserve_refuses_what_exceeds_the_budget(ledger: Ledger) -> None:
+    ledger.reserve(RUN, purpose="train", run_id="1")
+    before = ledger.path.read_bytes()
+    with pytest.raises(BudgetExceeded, match=r"budget.*spent"):
+        for attempt in range(10):
+            before = ledger.path.read_bytes()
+            ledger.reserve(RUN, purpose="train", run_id=str(attempt))
+    assert ledger.path.read_bytes() == before
+    assert ledger.spent() <= ledger.budget_epsilon
+
+
+def test_runs_compose_as_mechanisms_not_as_epsilons(ledger: Ledger) -> None:
+    for run_id in ("1", "2"):
+        ledger.reserve((SGD,), purpose="train", run_id=run_id)
+    one = epsilon_pld([SGD], 1e-5)
+    assert one < ledger.spent() < 2 * one
+    assert ledger.spent() == pytest.approx(epsilon_pld([SGD, SGD], 1e-5))
+
+
+@pytest.mark.parametrize(
+    "settled",
+    [
+        (SGD,),
+        (SMALL, replace(SGD, steps=51)),
+        (SMALL, replace(SGD, noise_multiplier=2.1)),
+        (replace(SMALL, noise_multiplier=30.0), SGD),
+        (SMALL, replace(SGD, sampling_probability=0.05, steps=10)),
+        (SMALL, SGD, SGD),
+        (NonPrivate(reason="x"), SGD),
+    ],
+)
+def test_a_settlement_may_only_drop_steps(ledger: Ledger, settled: tuple[Mechanism, ...]) -> None:
+    reservation = ledger.reserve(RUN, purpose="train", run_id="r")
+    with pytest.raises(LedgerError, match="lower the steps"):
+        ledger.settle(reservation, mechanisms=settled)
+    assert ledger.spent() == pytest.approx(epsilon_pld(RUN, 1e-5))
+
+
+def test_a_reservation_is_resumed_only_as_it_was_and_settled_only_once(ledger: Ledger) -> None:
+    reservation = ledger.reserve(RUN, purpose="train", run_id="r")
+    ledger.resume(reservation, RUN)
+    with pytest.raises(LedgerError, match="differ"):
+        ledger.resume(reservation, (SMALL, replace(SGD, steps=60)))
+    ledger.settle(reservation, mechanisms=RUN)
+    for again in (lambda: ledger.settle(reservation, mechanisms=RUN), lambda: ledger.resume(reservation, RUN)):
+        with pytest.raises(LedgerError, match="open reservation"):
+            again()
+
+
+def test_gate_attempts_are_counted_per_generator(ledger: Ledger) -> None:
+    assert [ledger.record_gate_attempt("r"), ledger.record_gate_attempt("r"), ledger.record_gate_attempt("s")] == [1, 2, 1]
+    with pytest.raises(BudgetExceeded, match="checked 2 times"):
+        ledger.record_gate_attempt("r")
+
+
+def test_a_budget_is_never_rewritten(ledger: Ledger) -> None:
+    with pytest.raises(LedgerError, match="exists already"):
+        open_ledger(ledger.path, epsilon=100.0)
+    assert ledger.budget_epsilon == 3.0
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0, math.nan])
+def test_a_meaningless_budget_is_refused(tmp_path: Path, epsilon: float) -> None:
+    with pytest.raises(LedgerError, match="above 0"):
+        open_ledger(tmp_path / "new", epsilon)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_non_private_run_needs_an_infinite_budget(ledger: Ledger, tmp_path: Path) -> None:
+    with pytest.raises(BudgetExceeded):
+        ledger.reserve((NonPrivate(reason="x"),), purpose="train", run_id="r")
+    research = open_ledger(tmp_path / "research", math.inf)
+    research.reserve((NonPrivate(reason="x"),), purpose="train", run_id="r")
+    assert research.spent() == math.inf
+    assert research.summary()["spent"] == "inf"
+
+
+def test_other_data_are_refused(ledger: Ledger) -> None:
+    ledger.require_data("d")
+    with pytest.raises(LedgerError, match="other data"):
+        ledger.require_data("e")
+
+
+# -- tampering ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def used(ledger: Ledger) -> Ledger:
+    reservation = ledger.reserve((SMALL,), purpose="train", run_id="1")
+    ledger.settle(reservation, mechanisms=(SMALL,))
+    ledger.reserve((SMALL,), purpose="train", run_id="2")
+    return ledger
+
+
+def test_every_flipped_bit_is_found(used: Ledger) -> None:
+    content = used.path.read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << (position % 7)
+        problems = spoil(used, bytes(flipped))
+        assert problems, f"byte {position} of {content[max(0, position - 20) : position + 5]!r}"
+        assert "line" in problems[0]
+
+
+def test_every_cut_is_found_and_no_charge_is_lost(used: Ledger) -> None:
+    content = used.path.read_bytes()
+    for length in range(len(content)):
+        assert spoil(used, content[:length]), f"cut at {length}"
+
+
+def test_removed_swapped_and_doubled_lines_are_named(used: Ledger) -> None:
+    lines = used.path.read_bytes().splitlines(keepends=True)
+    for changed in ([lines[0], *lines[2:]], [lines[0], lines[2], lines[1], lines[3]], [*lines, lines[-1]], lines[1:], []):
+        assert spoil(used, b"".join(changed))
+
+
+def test_a_larger_budget_with_a_recomputed_chain_is_found_by_the_head(used: Ledger) -> None:
+    import hashlib
+
+    previous, forged = "0" * 64, []
+    for raw in used.path.read_bytes().splitlines():
+        entry = json.loads(raw)
+        entry["previous"] = previous
+        if entry["type"] == "genesis":
+            entry["epsilon"] = 1000.0
+        line = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
+        previous = hashlib.sha256(line).hexdigest()
+        forged.append(line)
+    assert any("head" in problem for problem in spoil(used, b"\n".join(forged) + b"\n"))
+
+
+def test_a_missing_or_foreign_head_is_named(used: Ledger) -> None:
+    head = used.path.with_name(used.path.name + ".head")
+    for content in (b"", b"{}", b'{"lines": 99, "sha256": "x"}', b'{"lines": 2, "sha256": "x"}'):
+        head.write_bytes(content)
+        assert Ledger.problems_of(used.path)
+    head.unlink()
+    assert "head" in Ledger.problems_of(used.path)[0]
+
+
+def test_a_tampered_ledger_reserves_nothing(used: Ledger) -> None:
+    used.path.write_bytes(used.path.read_bytes().replace(b'"run_id":"1"', b'"run_id":"9"'))
+    with pytest.raises(LedgerTampered, match="line"):
+        used.reserve((SMALL,), purpose="train", run_id="3")
+
+
+def test_an_unknown_kind_of_line_or_mechanism_is_refused(used: Ledger) -> None:
+    used._append("bribe", {}, lines=used._sound())
+    assert "bribe" in Ledger.problems_of(used.path)[0]
+
+
+def test_charges_above_the_budget_are_named_by_verify(ledger: Ledger) -> None:
+    from dpsynth.privacy.mechanism import to_json
+
+    fields = {"reservation": "f", "purpose": "x", "run_id": "x", "mechanisms": [to_json(replace(SMALL, noise_multiplier=0.1))]}
+    ledger._append("reserve", fields, lines=ledger._sound())
+    assert "above the budget" in Ledger.problems_of(ledger.path)[0]
+
+
+# -- crashes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_line_is_closed_and_no_byte_removed(used: Ledger) -> None:
+    whole = used.path.read_bytes()
+    with used.path.open("ab") as file:
+        file.write(b'{"seq":5,"type":"reserve","prev')
+    spent = used.spent()
+    used.reserve((SMALL,), purpose="train", run_id="3")
+    assert used.path.read_bytes().startswith(whole + b'{"seq":5,"type":"reserve","prev\n')
+    assert used.spent() > spent
+    assert Ledger.problems_of(used.path) == []
+
+
+def test_a_crash_between_line_and_head_is_rolled_forward(used: Ledger) -> None:
+    head = used.path.with_name(used.path.name + ".head")
+    before = head.read_bytes()
+    used.reserve((SMALL,), purpose="train", run_id="3")
+    spent = used.spent()
+    head.write_bytes(before)
+    assert used.spent() == spent
+    used.record_gate_attempt("3")
+    assert Ledger.problems_of(used.path) == []
+    assert json.loads(head.read_bytes())["lines"] == len(used.path.read_bytes().splitlines())
+
+
+def test_a_clock_that_goes_back_is_noted_and_harmless(used: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    used.reserve((SMALL,), purpose="train", run_id="3")
+    last = json.loads(used.path.read_bytes().splitlines()[-1])
+    assert last["clock_went_back"] is True
+    assert last["time"] > 1e9
+    assert Ledger.problems_of(used.path) == []
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
+from dpsynth.errors import BudgetExceeded
+small = MomentRelease(noise_multiplier=float(sys.argv[2]), queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
+ledger = Ledger.load(Path(sys.argv[1]))
+print("ready", flush=True)
+try:
+    for number in range(int(sys.argv[3])):
+        print(ledger.reserve((small,), purpose="train", run_id=str(number)), flush=True)
+except BudgetExceeded:
+    pass
+"""
+
+
+def child(path: Path, noise: float, count: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, str(path), str(noise), str(count)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_that_reserve_at_once_never_overspend(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path / "l", epsilon=1.0)
+    children = [child(ledger.path, 8.0, 20) for _ in range(3)]
+    granted = [line for process in children for line in process.communicate(timeout=120)[0].split() if line != "ready"]
+    charges = ledger.charges()
+    assert sorted(granted) == sorted(charge.reservation for charge in charges)
+    assert 2 < len(charges) < 60
+    assert ledger.spent() <= 1.0
+    assert Ledger.problems_of(ledger.path) == []
+
+
+def test_a_killed_process_loses_no_reservation(tmp_path: Path) -> None:
+    ledger, random_time = open_ledger(tmp_path / "l", epsilon=50.0), random.Random(7)
+    printed: set[str] = set()
+    for _ in range(6):
+        process = child(ledger.path, 50.0, 1000)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(random_time.uniform(0.5, 2.5))
+        process.send_signal(signal.SIGKILL)
+        printed |= set(process.communicate(timeout=60)[0].split())
+    charged = {charge.reservation for charge in ledger.charges()}
+    complete = {name for name in printed if len(name) == 16}
+    assert complete
+    assert complete <= charged
+    ledger.reserve((SMALL,), purpose="after", run_id="after")
+    assert Ledger.problems_of(ledger.path) == []
+
+
+def test_a_full_disk_charges_nothing_and_leaves_a_sound_ledger(tmp_path: Path) -> None:
+    """The limit on a file's size stands in for a full disk: a write ends in the middle of a line."""
+    ledger = open_ledger(tmp_path / "l")
+    ledger.reserve((SMALL,), purpose="train", run_id="0")
+    size = ledger.path.stat().st_size
+    code = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 100}, {size + 100}))\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code + CHILD, str(ledger.path), "20", "5"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode != 0
+    assert "StorageError" in process.stderr
+    assert process.stdout.split() == ["ready"]
+    assert len(ledger.charges()) == 1
+    ledger.reserve((SMALL,), purpose="train", run_id="1")
+    assert len(ledger.charges()) == 2
+    assert Ledger.problems_of(ledger.path) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_file_system_is_reported_in_one_line(tmp_path: Path) -> None:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)], capture_output=True, check=False)
+    if mount.returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    try:
+        ledger = open_ledger(tmp_path / "l", epsilon=50.0)
+        with pytest.raises(StorageError, match="Free some space"):
+            for number in range(1000):
+                ledger.reserve((SMALL,), purpose="train", run_id=str(number))
+        spent = ledger.spent()
+        assert spent > 0
+        assert Ledger.problems_of(ledger.path) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

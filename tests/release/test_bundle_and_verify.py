@@ -1,0 +1,188 @@
+"""What leaves, and that every change to it is named by verification without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.config import ReleaseConfig
+from dpsynth.data.candidates import Candidates
+from dpsynth.errors import ArtifactError, GateRefused, SignatureError
+from dpsynth.privacy.accountant import account
+from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
+from dpsynth.privacy.unit import PrivacyUnit
+from dpsynth.progress import silent
+from dpsynth.release.bundle import Release, write_release
+from dpsynth.release.gate import Allowed
+from dpsynth.release.verify import verify
+from dpsynth.signing import generate_key, load_private
+
+RELEASE = MomentRelease(noise_multiplier=1.0, queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
+SECRET = "MRN-4711 /data/hospital/secret.png"
+
+
+def package(spatial: tuple[int, ...] = (8, 8), formats: tuple[str, ...] = ("png", "nifti", "dicom")) -> Release:
+    rng = np.random.default_rng(0)
+    candidates = Candidates(
+        images=rng.integers(0, 256, (4, 1, *spatial), dtype=np.uint8),
+        labels=np.array([0, 1, 1, 0]),
+        seeds=np.arange(4, dtype=np.uint64),
+    )
+    accounting = account([RELEASE], 1e-5, second_opinion=lambda mechanisms, delta: account(mechanisms, delta, second_opinion=None).pld)
+    guarantee = Guarantee(
+        data_name="clinic", unit=PrivacyUnit.PATIENT, declared_patients=500, mechanisms=(RELEASE,), accounting=accounting,
+        ledger_epsilon=accounting.pld, max_images_per_patient=8, unprotected=("the list of classes",),
+    )  # fmt: skip
+    verdict = Verdict(
+        check="copying", question="?", outcome=Outcome.PASS, statistic_name="s", statistic=0.123456, interval=(0.0, 0.654321), threshold=1.0,
+        confidence_level=0.95, false_alarm_rate=0.01, reason=SECRET, limitation="much", figures={SECRET: 77.7},
+    )  # fmt: skip
+    return Release(
+        allowed=Allowed(candidates_sha256="c"), release_id="ab12", candidates=candidates, candidates_sha256="c", classes=("normal", "lesion"),
+        guarantee=guarantee, verdicts=(verdict,), reviews={}, method="diffusion", report_html="<p>report</p>", ledger_head=(5, "f" * 64),
+        settings=ReleaseConfig(formats=formats),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    generate_key(tmp_path / "keys")
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def out(tmp_path: Path, keys: Path) -> Path:
+    return write_release(package(), out=tmp_path / "out", private=load_private(keys / "signing.key"), progress=silent)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_fresh_release_verifies_and_is_complete(out: Path, keys: Path) -> None:
+    assert verify(out, keys / "signing.pub") == []
+    names = {path.relative_to(out).as_posix() for path in files(out)}
+    assert {"synthetic.npz", "labels.csv", "guarantee.json", "verdicts.json", "report.html", "README.md", "DISCLOSURE.txt"} <= names
+    for suffix in (".png", ".nii.gz", ".dcm"):
+        assert sum(name.endswith(suffix) for name in names) == 4
+
+
+def test_volumes_are_released_as_nifti_and_dicom(tmp_path: Path, keys: Path) -> None:
+    volumes = package(spatial=(8, 8, 8), formats=("nifti", "dicom"))
+    folder = write_release(volumes, out=tmp_path / "volumes", private=load_private(keys / "signing.key"), progress=silent)
+    assert verify(folder, keys / "signing.pub") == []
+
+
+def test_every_flipped_bit_is_named(out: Path, keys: Path) -> None:
+    for path in files(out):
+        content = path.read_bytes()
+        for position in (0, len(content) // 2, len(content) - 1):
+            changed = bytearray(content)
+            changed[position] ^= 4
+            path.write_bytes(bytes(changed))
+            problems = verify(out, keys / "signing.pub")
+            assert any(path.name in problem for problem in problems), (path.name, position, problems)
+        path.write_bytes(content)
+    assert verify(out, keys / "signing.pub") == []
+
+
+def test_every_removed_or_renamed_file_is_named(out: Path, keys: Path) -> None:
+    for path in files(out):
+        moved = path.with_name("zz" + path.name)
+        path.rename(moved)
+        problems = verify(out, keys / "signing.pub")
+        assert any(problem.startswith(path.relative_to(out).as_posix()) or path.name in problem for problem in problems)
+        moved.rename(path)
+
+
+@pytest.mark.parametrize("name", ["extra.txt", "images/extra.png", ".hidden", "images/deeper/x"])
+def test_an_added_file_is_named(out: Path, keys: Path, name: str) -> None:
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("x")
+    assert any(name in problem for problem in verify(out, keys / "signing.pub"))
+
+
+def test_a_link_is_named_even_when_its_content_is_right(out: Path, keys: Path, tmp_path: Path) -> None:
+    target = out / "labels.csv"
+    (tmp_path / "elsewhere").write_bytes(target.read_bytes())
+    target.unlink()
+    target.symlink_to(tmp_path / "elsewhere")
+    assert any("labels.csv" in problem for problem in verify(out, keys / "signing.pub"))
+
+
+def test_a_wrong_key_is_named(out: Path, tmp_path: Path) -> None:
+    generate_key(tmp_path / "others")
+    assert "signature" in verify(out, tmp_path / "others" / "signing.pub")[0]
+    with pytest.raises(SignatureError):
+        verify(out, out / "labels.csv")
+
+
+def test_a_manifest_made_anew_by_someone_else_is_named(out: Path, keys: Path) -> None:
+    """Changing a file and the manifest alike does not help without the key."""
+    from dpsynth.artifacts import sha256_file
+
+    (out / "labels.csv").write_text("index,label\n")
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["files"]["labels.csv"]["sha256"] = sha256_file(out / "labels.csv")
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    problems = verify(out, keys / "signing.pub")
+    assert any("labels.csv" in problem for problem in problems)
+    assert any("manifest.json" in problem for problem in problems)
+
+
+def test_a_signed_lie_about_epsilon_is_found(tmp_path: Path, keys: Path) -> None:
+    lie = package()
+    small = replace(lie.guarantee.accounting, pld=0.5, rdp=0.6, second_opinion=0.5)
+    lie = replace(lie, guarantee=replace(lie.guarantee, accounting=small, ledger_epsilon=0.5))
+    folder = write_release(lie, out=tmp_path / "lie", private=load_private(keys / "signing.key"), progress=silent)
+    assert any("not the" in problem for problem in verify(folder, keys / "signing.pub"))
+
+
+def test_nothing_private_leaves(out: Path) -> None:
+    for path in files(out):
+        content = path.read_bytes()
+        for secret in (SECRET.encode(), b"MRN-4711", b"0.123456", b"0.654321", b"77.7", str(out.parent).encode()):
+            assert secret not in content, (path.name, secret)
+
+
+def test_only_the_candidates_that_the_gate_saw_can_leave(tmp_path: Path) -> None:
+    with pytest.raises(GateRefused, match="other images"):
+        replace(package(), candidates_sha256="d")
+
+
+def test_an_existing_folder_is_left_alone(out: Path, keys: Path) -> None:
+    before = {path: path.read_bytes() for path in files(out)}
+    with pytest.raises(ArtifactError, match="not to exist"):
+        write_release(package(), out=out, private=load_private(keys / "signing.key"), progress=silent)
+    assert {path: path.read_bytes() for path in files(out)} == before
+
+
+def test_a_failure_leaves_nothing_half_written(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpsynth.release.bundle.sign_statement", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
+    with pytest.raises(RuntimeError):
+        write_release(package(), out=tmp_path / "broken", private=load_private(keys / "signing.key"), progress=silent)
+    assert sorted(os.listdir(tmp_path)) == ["keys"]  # noqa: PTH208
+
+
+def test_equal_releases_have_equal_files(out: Path, tmp_path: Path, keys: Path) -> None:
+    second = write_release(package(), out=tmp_path / "second", private=load_private(keys / "signing.key"), progress=silent)
+    for path in files(out):
+        assert path.read_bytes() == (second / path.relative_to(out)).read_bytes(), path.name
+
+
+def test_verification_runs_without_torch(
+    out: Path, keys: Path, without_torch: Callable[[str], subprocess.CompletedProcess[str]]
+) -> None:
+    arguments = ["dpsynth", "verify", str(out), "--key", str(keys / "signing.pub")]
+    result = without_torch(f"sys.argv = {arguments!r}\nfrom dpsynth.cli import main\nmain()")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "true"
