@@ -6,8 +6,8 @@ import typing
 from pathlib import Path
 
 import typer.main
-from typer.core import TyperCommand, TyperGroup, TyperOption
 from pydantic import BaseModel
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from dpsynth.cli import app
 from dpsynth.config import Config
@@ -76,7 +76,7 @@ def _section(prefix: str, model: type[BaseModel]) -> list[str]:
         else:
             rows.append(f"| `{path}` | {_default(field.default)} | {field.description or ''} |")
     heading = [f"## {prefix or 'The run'}", "", (model.__doc__ or "").strip().splitlines()[0], ""]
-    return heading + ["| setting | default | meaning |", "|---|---|---|", *rows, "", *nested]
+    return [*heading, "| setting | default | meaning |", "|---|---|---|", *rows, "", *nested]
 
 
 def _default(value: object) -> str:

@@ -122,7 +122,8 @@ class RunFolder:
         version = facts.get("schema_version") if isinstance(facts, dict) else None
         if version != SCHEMA_VERSION:
             raise ArtifactError(
-                f"Expected a run folder of schema version {SCHEMA_VERSION}, found {version!r}. Use the dpsynth version that made it, or train again."
+                f"Expected a run folder of schema version {SCHEMA_VERSION}, found {version!r}. "
+                "Use the dpsynth version that made it, or train again."
             )
         try:
             text = (path / "config.yaml").read_bytes()

@@ -41,7 +41,7 @@ LedgerOption = Annotated[
 Format = Annotated[str, typer.Option("--format", metavar="text|json", help="How to print the result.")]
 
 
-def _version(value: bool) -> None:  # noqa: FBT001 (typer calls it)
+def _version(value: bool) -> None:
     if value:
         print(f"dpsynth {__version__}")
         raise typer.Exit
@@ -49,7 +49,7 @@ def _version(value: bool) -> None:  # noqa: FBT001 (typer calls it)
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,  # noqa: FBT002
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Options before the verb."""
 
@@ -83,7 +83,10 @@ def train(
     settings = load_config(config)
     with _progress() as progress:
         guarantee = train_generator(
-            settings, run_path=run, ledger_path=ledger or default_ledger(settings.data.path, settings.data.name), progress=progress
+            settings,
+            run_path=run,
+            ledger_path=ledger or default_ledger(settings.data.path, settings.data.name),
+            progress=progress,
         )
     print(guarantee.sentence())
     print(f"Next: dpsynth generate {run}")
@@ -134,9 +137,7 @@ def release(
     from dpsynth.release.run import release as write_release
 
     with _progress() as progress:
-        folder = write_release(
-            run, out=out, key_path=key, ledger_path=ledger, reviews=_reviews(accept or []), progress=progress
-        )
+        folder = write_release(run, out=out, key_path=key, ledger_path=ledger, reviews=_reviews(accept or []), progress=progress)
     print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key signing.pub")
 
 
@@ -157,7 +158,9 @@ def verify(
 
 
 @app.command("key")
-def make_key(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write signing.key and signing.pub.")]) -> None:
+def make_key(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write signing.key and signing.pub.")],
+) -> None:
     """Make an Ed25519 key pair for releases. Keep signing.key secret; give signing.pub to recipients."""
     from dpsynth.signing import generate_key
 

@@ -54,7 +54,10 @@ class DataConfig(_Settings):
     )
     max_images_per_patient: Count = Field(8, description="Images of a patient beyond this many are left out.")
     spatial_shape: tuple[Count, ...] = Field(
-        (28, 28), min_length=2, max_length=3, description="Size in pixels or voxels that images are resampled to; 2 or 3 numbers."
+        (28, 28),
+        min_length=2,
+        max_length=3,
+        description="Size in pixels or voxels that images are resampled to; 2 or 3 numbers.",
     )
     channels: Literal[1, 3] = Field(1, description="1 for grey images, 3 for colour.")
     intensity_range: tuple[float, float] = Field(
@@ -238,9 +241,7 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
         return None if path is None else (base / path.expanduser()).resolve()
 
     data = config.data.model_copy(update={"path": absolute(config.data.path)})
-    pretrain = config.pretrain.model_copy(
-        update={"path": absolute(config.pretrain.path), "cache": absolute(config.pretrain.cache)}
-    )
+    pretrain = config.pretrain.model_copy(update={"path": absolute(config.pretrain.path), "cache": absolute(config.pretrain.cache)})
     return config.model_copy(update={"data": data, "pretrain": pretrain})
 
 

@@ -17,6 +17,7 @@ from dpsynth.data.candidates import Candidates, save_candidates, to_8_bit
 from dpsynth.model.generator import Generator
 from dpsynth.progress import Progress
 
+
 def generate(run_path: Path, *, progress: Progress) -> int:
     """Draw the candidates of the run at `run_path`; a second call draws the same ones. Returns their number."""
     run = RunFolder.open(run_path)

@@ -91,8 +91,7 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
         ("guarantee", f"epsilon {plan_.epsilon:g} at delta {plan_.delta:.3g}, per {plan_.unit}, add or remove one"),
         ("accountants", f"PLD {plan_.epsilon_pld:.3f} (claimed), RDP {plan_.epsilon_rdp:.3f} (upper bound)"),
     ]
-    for mechanism in plan_.mechanisms:
-        rows.append(_describe_mechanism(mechanism))
+    rows += [_describe_mechanism(mechanism) for mechanism in plan_.mechanisms]
     for fpr, tpr in plan_.attack_rates:
         rows.append(
             (

@@ -31,9 +31,7 @@ def generate_key(folder: Path) -> tuple[Path, Path]:
     if private_path.exists():
         raise ArtifactError(f"{private_path} exists already. Name another folder; a lost key cannot be made again.")
     key = Ed25519PrivateKey.generate()
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     write_bytes(private_path, secret, private=True)
     write_bytes(public_path, public)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ class Classifier(nn.Module):
         super().__init__()
         convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
         widths = (channels, 16, 32, 64)
-        self.layers = nn.ModuleList(convolution(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(convolution(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.head = nn.Linear(64 * 3**dimensions, classes)
         self.pool = F.adaptive_avg_pool2d if dimensions == 2 else F.adaptive_avg_pool3d
         self.halve = F.max_pool2d if dimensions == 2 else F.max_pool3d
@@ -37,7 +39,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (n, channel, *space) to logits (n, classes)."""
         if max(x.shape[2:]) > 32:
-            x = self.pool(x, tuple(min(32, side) for side in x.shape[2:]))
+            x = self.pool(x, [min(32, side) for side in x.shape[2:]])  # type: ignore[arg-type]
         for index, layer in enumerate(self.layers):
             x = F.relu(layer(x))
             if index < 2:
@@ -45,9 +47,7 @@ class Classifier(nn.Module):
         return torch.as_tensor(self.head(self.pool(x, 3).flatten(1)))
 
 
-def train_and_predict(
-    images: Float32, labels: Int64, test: Float32, *, classes: int, seed: int, task: str, progress: Progress
-) -> Array:
+def train_and_predict(images: Float32, labels: Int64, test: Float32, *, classes: int, seed: int, task: str, progress: Progress) -> Array:
     """Class probabilities (n_test, classes) of a classifier trained on `images`, classes drawn equally often."""
     generator = torch.Generator().manual_seed(seed)
     net = Classifier(dimensions=images.ndim - 2, channels=images.shape[1], classes=classes, generator=generator)
@@ -67,7 +67,7 @@ def train_and_predict(
         if step % 50 == 49:
             progress(f"classifier on {task}", step + 1, _STEPS)
     with torch.no_grad():
-        return torch.cat([net(part).softmax(1) for part in torch.from_numpy(test).split(256)]).double().numpy()
+        return torch.cat([net(part).softmax(1) for part in torch.split(torch.from_numpy(test), 256)]).double().numpy()
 
 
 def auc(probabilities: Array, labels: Int64) -> float:

@@ -1,10 +1,10 @@
 """Do synthetic images copy training patients?
 
-On sides of equal size, a synthetic image copies a patient when it is at least `_NEAR` times nearer to one side's nearest patient than to the other
-side's, in normalised thumbnails, mirrored or not. Distinct patients are counted: `a` in training, `b` in control. Without copying, training
-and control patients are exchangeable, so a given a + b is Binomial(a + b, 1/2); the test repeats over random control-sized draws
-of the training patients, because a copied patient may be outside one draw, and takes the doubled median of the p-values
-(Meinshausen et al. 2009), which keeps the false-alarm rate.
+On sides of equal size, a synthetic image copies a patient when it is at least `_NEAR` times nearer to one side's nearest patient
+than to the other side's, in normalised thumbnails, mirrored or not. Distinct patients are counted: `a` in training, `b` in control.
+Without copying, training and control patients are exchangeable, so a given a + b is Binomial(a + b, 1/2). The test repeats over
+random control-sized draws of the training patients, because a copied patient may be outside one draw, and takes the doubled median
+of the p-values (Meinshausen et al. 2009), which keeps the false-alarm rate.
 Screening: an image nearer to a training patient than any two different patients are to each other is shown to a person.
 """
 
@@ -23,8 +23,8 @@ from dpsynth.data.cohort import Int64
 Array = NDArray[np.float64]
 QUESTION = "Do synthetic images lie nearer to training patients than chance allows?"
 LIMITATION = (
-    "It sees copies of the whole picture, mirrored, brightened or slightly moved; not copied parts, strong distortions, or fewer copied patients "
-    "than the number printed."
+    "It sees copies of the whole picture, mirrored, brightened or slightly moved; not copied parts, strong distortions, "
+    "or fewer copied patients than the number printed."
 )
 _NEAR = 0.5
 _DRAWS = 25
@@ -58,20 +58,34 @@ def copying_p(
 def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
     """FAIL by the test on distinct patients; FLAG by the screening; INCONCLUSIVE when too few patients could show anything."""
     both = np.concatenate([features.synthetic_thumbnails, features.mirrored_thumbnails])
-    arguments = (features.training_thumbnails, evidence.training.patients, features.control_thumbnails, evidence.control.patients)
+    arguments = (
+        features.training_thumbnails,
+        evidence.training.patients,
+        features.control_thumbnails,
+        evidence.control.patients,
+    )
     p, a, b = copying_p(both, *arguments, rng=rng)
     suspicious = _screened(both, features)
     needed = int(np.ceil(np.log2(2 / gate.false_alarm_rate)))
     size = min(evidence.training.num_patients, evidence.control.num_patients)
     low, high = clopper_pearson(round(a), max(round(a + b), 1), 0.95)
-    outcome, reason = Outcome.PASS, f"no evidence (about {a:.1f} training and {b:.1f} control patients nearer than chance, p {p:.2g})"
+    outcome, reason = (
+        Outcome.PASS,
+        f"no evidence (about {a:.1f} training and {b:.1f} control patients nearer than chance, p {p:.2g})",
+    )
     if suspicious:
         outcome = Outcome.FLAG
         reason = f"{suspicious} synthetic images are nearer to a training patient than two patients are to each other: a person must look"
     if size < 4 * needed:
-        outcome, reason = Outcome.INCONCLUSIVE, f"with {size} patients a side copying could not be seen; at least {4 * needed} are needed"
+        outcome, reason = (
+            Outcome.INCONCLUSIVE,
+            f"with {size} patients a side copying could not be seen; at least {4 * needed} are needed",
+        )
     if p < gate.false_alarm_rate:
-        outcome, reason = Outcome.FAIL, f"about {a:.0f} training patients are copied against {b:.0f} control patients (p {p:.2g})"
+        outcome, reason = (
+            Outcome.FAIL,
+            f"about {a:.0f} training patients are copied against {b:.0f} control patients (p {p:.2g})",
+        )
     return Verdict(
         check="copying",
         question=QUESTION,

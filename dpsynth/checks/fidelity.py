@@ -14,7 +14,8 @@ from dpsynth.config import GateConfig
 Array = NDArray[np.float64]
 QUESTION = "Do the synthetic images look like real ones and cover their variety?"
 LIMITATION = (
-    f"It sees what the encoder sees ({NAME}); an encoder made for photographs misses small findings. KID rewards blur and decides nothing here."
+    f"It sees what the encoder sees ({NAME}); an encoder made for photographs misses small findings. "
+    "KID rewards blur and decides nothing here."
 )
 _FEWEST = 30
 _MOST = 1000
@@ -28,7 +29,7 @@ def measures(real: Array, other: Array) -> dict[str, float]:
 
 
 def fidelity(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
-    """FAIL when precision or coverage, as part of what real images reach, lies below the policy's limit; INCONCLUSIVE with too few images."""
+    """FAIL when precision or coverage, as part of what real images reach, lies below the policy's limit; INCONCLUSIVE with few images."""
     control = features.control[first_rows(evidence.control)]
     training = features.training[first_rows(evidence.training)]
     size = min(len(control), len(training), len(features.synthetic), _MOST)
@@ -62,7 +63,9 @@ def fidelity(evidence: Evidence, features: Features, gate: GateConfig, *, rng: n
     )
 
 
-def _draws(control: Array, synthetic: Array, training: Array, size: int, rng: np.random.Generator) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+def _draws(
+    control: Array, synthetic: Array, training: Array, size: int, rng: np.random.Generator
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Measures over random draws of equal size, synthetic and real in turn against the same control patients."""
     part = max(7, round(0.8 * size))
     if size < 7:

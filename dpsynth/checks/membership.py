@@ -1,8 +1,8 @@
 """Can someone who sees only the synthetic images tell who was in training?
 
-Score of a patient: log distance to the nearest reference image minus log distance to the nearest synthetic image, as in DOMIAS (van Breugel et al.
-2023). The reference is a random part of the control patients and is used for both arms alike, so under the null training and remaining
-control patients are exchangeable and the rank test is exact.
+Score of a patient: log distance to the nearest reference image minus log distance to the nearest synthetic image, as in DOMIAS (van Breugel
+et al. 2023). The reference is a random part of the control patients and is used for both arms alike, so under the null training
+and remaining control patients are exchangeable and the rank test is exact.
 """
 
 from __future__ import annotations
@@ -47,11 +47,20 @@ def membership(evidence: Evidence, features: Features, gate: GateConfig, *, rng:
     p = float(stats.mannwhitneyu(inside, outside, alternative="greater").pvalue)
     auc, low, high = auc_interval(inside, outside, 0.95)
     if p < gate.false_alarm_rate:
-        outcome, reason = Outcome.FAIL, f"training patients lie nearer to the synthetic images than control patients (AUC {auc:.3f}, p {p:.2g})"
+        outcome, reason = (
+            Outcome.FAIL,
+            f"training patients lie nearer to the synthetic images than control patients (AUC {auc:.3f}, p {p:.2g})",
+        )
     elif detectable > gate.largest_membership_auc:
-        outcome, reason = Outcome.INCONCLUSIVE, f"with {len(control)} control patients only an AUC above {detectable:.2f} could be seen"
+        outcome, reason = (
+            Outcome.INCONCLUSIVE,
+            f"with {len(control)} control patients only an AUC above {detectable:.2f} could be seen",
+        )
     else:
-        outcome, reason = Outcome.PASS, f"no evidence (AUC {auc:.3f}, p {p:.2g}); an AUC of {detectable:.2f} would have been seen"
+        outcome, reason = (
+            Outcome.PASS,
+            f"no evidence (AUC {auc:.3f}, p {p:.2g}); an AUC of {detectable:.2f} would have been seen",
+        )
     return Verdict(
         check="membership",
         question=QUESTION,

@@ -14,13 +14,15 @@ from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]
 QUESTION = "Is a classifier trained on the synthetic images nearly as good on real patients as one trained on real images?"
-LIMITATION = "It is one task (the label) and one small classifier on this site's control patients; it says nothing about other tasks or hospitals."
+LIMITATION = (
+    "It is one task (the label) and one small classifier on this site's control patients; it says nothing about other tasks or hospitals."
+)
 _RESAMPLES = 400
 _CONFIDENCE = 0.90  # two-sided, so each limit holds at 95 %: the usual rule of non-inferiority
 
 
 def utility(evidence: Evidence, gate: GateConfig, *, rng: np.random.Generator, seed: int, progress: Progress) -> Verdict:
-    """Non-inferiority of AUC: PASS when the lower limit of TSTR - TRTR is above -margin, FAIL when the upper is below, else INCONCLUSIVE."""
+    """Non-inferiority of AUC: PASS when the lower limit of TSTR - TRTR is above -margin, FAIL when the upper is below."""
     control, classes = evidence.control, len(evidence.control.classes)
     reason = _impossible(evidence)
     if reason:
@@ -47,7 +49,10 @@ def utility(evidence: Evidence, gate: GateConfig, *, rng: np.random.Generator, s
     elif high < -gate.utility_margin:
         outcome, reason = Outcome.FAIL, f"{text}: the loss is larger than {gate.utility_margin:g}"
     else:
-        outcome, reason = Outcome.INCONCLUSIVE, f"{text}: with {control.num_patients} control patients a loss above {gate.utility_margin:g} cannot be excluded"
+        outcome, reason = (
+            Outcome.INCONCLUSIVE,
+            f"{text}: with {control.num_patients} control patients a loss above {gate.utility_margin:g} cannot be excluded",
+        )
     return _verdict(outcome, reason, tstr - trtr, (low, high), gate, figures)
 
 

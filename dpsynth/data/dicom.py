@@ -43,9 +43,7 @@ class _Header:
     attributes: Mapping[str, str]
 
 
-def read_dicom(
-    folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, dimensions: int
-) -> Cohort:
+def read_dicom(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, dimensions: int) -> Cohort:
     """Every DICOM file below `folder`. With 2 `dimensions` each file is an image, with 3 each series is a volume.
 
     A copy of an image (equal SOPInstanceUID, patient, label and pixels) is left out. Raises DataError for a file that is no
@@ -53,9 +51,7 @@ def read_dicom(
     """
     if not folder.is_dir():
         raise DataError(f"Expected a folder at {folder.name}, found none. Check data.path.")
-    paths = sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.name not in (TABLE, "DICOMDIR") and not p.name.startswith(".")
-    )
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (TABLE, "DICOMDIR") and not p.name.startswith("."))
     table = _Labels(folder / TABLE, label_column) if (folder / TABLE).exists() else None
     headers = [_header(path, folder, table=table, label_column=label_column) for path in paths]
     if table is not None:
@@ -91,9 +87,7 @@ class _Labels:
             raise DataError(f"{TABLE}: expected a readable CSV file in UTF-8. Export it again.") from error
         self._key = "file" if "file" in columns else "patient_id"
         if self._key not in columns or label_column not in columns:
-            raise DataError(
-                f"{TABLE}: expected the columns file or patient_id, and {label_column}. Add them or remove the table."
-            )
+            raise DataError(f"{TABLE}: expected the columns file or patient_id, and {label_column}. Add them or remove the table.")
         self._rows: dict[str, tuple[str, str]] = {}
         self._used: set[str] = set()
         for number, row in enumerate(rows, 2):
@@ -127,9 +121,7 @@ def _open(path: Path, *, pixels: bool) -> Any:
             warnings.simplefilter("ignore")  # pydicom's, about the spelling of values; those in use are checked here
             return pydicom.dcmread(path, stop_before_pixels=not pixels)
     except Exception as error:  # pydicom raises many kinds for broken files
-        raise DataError(
-            f"{path.name}: expected a DICOM file, found {type(error).__name__} on reading. Remove or replace it."
-        ) from error
+        raise DataError(f"{path.name}: expected a DICOM file, found {type(error).__name__} on reading. Remove or replace it.") from error
 
 
 def _value(dataset: Any, keyword: str, name: str) -> str:
@@ -150,9 +142,7 @@ def _header(path: Path, folder: Path, *, table: _Labels | None, label_column: st
     else:
         label = _value(dataset, label_column, file)
     if not patient_id:
-        raise DataError(
-            f"{file}: PatientID is empty. Restore it, or name the patients in {TABLE} (columns file, patient_id, label)."
-        )
+        raise DataError(f"{file}: PatientID is empty. Restore it, or name the patients in {TABLE} (columns file, patient_id, label).")
     if not label:
         raise DataError(f"{file}: no label in {label_column!r}. Set data.label_column to a DICOM keyword, or add {TABLE}.")
     frames = _value(dataset, "NumberOfFrames", file) or "1"
@@ -197,16 +187,12 @@ def _series(headers: list[_Header]) -> list[list[_Header]]:
     groups: dict[str, list[_Header]] = defaultdict(list)
     for header in headers:
         if not header.series:
-            raise DataError(
-                f"{header.file}: SeriesInstanceUID is empty, so its volume is unknown. Restore it or remove the file."
-            )
+            raise DataError(f"{header.file}: SeriesInstanceUID is empty, so its volume is unknown. Restore it or remove the file.")
         key = header.file if header.frames > 1 else header.series
         groups[key].append(header)
         first = groups[key][0]
         if (header.patient_id, header.label) != (first.patient_id, first.label):
-            raise DataError(
-                f"{header.file}: another patient or label than {first.file} of the same series. Correct one of them."
-            )
+            raise DataError(f"{header.file}: another patient or label than {first.file} of the same series. Correct one of them.")
     return list(groups.values())
 
 
@@ -215,9 +201,7 @@ def read_picture(path: Path) -> Image:
     dataset = _open(path, pixels=True)
     frames = _decoded(dataset, path.name)
     if frames.shape[1] != 1:
-        raise DataError(
-            f"{path.name}: expected one frame, found {frames.shape[1]}. Use 3 numbers in data.spatial_shape for volumes."
-        )
+        raise DataError(f"{path.name}: expected one frame, found {frames.shape[1]}. Use 3 numbers in data.spatial_shape for volumes.")
     spacing = _numbers(dataset, "PixelSpacing", 2)
     return Image(voxels=frames[:, 0], spacing_mm=None if spacing is None else (spacing[0], spacing[1]))
 
@@ -253,9 +237,7 @@ def _geometry(datasets: list[Any], name: str) -> tuple[list[int], NDArray[np.flo
         position = _numbers(dataset, "ImagePositionPatient", 3)
         direction = _numbers(dataset, "ImageOrientationPatient", 6)
         if position is None or direction is None:
-            raise DataError(
-                f"{name}: ImagePositionPatient or ImageOrientationPatient is missing in its series. Restore or remove it."
-            )
+            raise DataError(f"{name}: ImagePositionPatient or ImageOrientationPatient is missing in its series. Restore or remove it.")
         positions.append(position)
         directions.append(direction)
     spacing = _numbers(datasets[0], "PixelSpacing", 2) or (1.0, 1.0)
@@ -267,9 +249,7 @@ def _geometry(datasets: list[Any], name: str) -> tuple[list[int], NDArray[np.flo
     order = np.argsort(heights, kind="stable")
     gaps = np.diff(heights[order])
     if len(gaps) and (gaps.min() < 1e-3 or gaps.max() > 1.1 * float(np.median(gaps))):
-        raise DataError(
-            f"{name}: the slices of its series are not evenly spaced; one is missing or double. Complete the series."
-        )
+        raise DataError(f"{name}: the slices of its series are not evenly spaced; one is missing or double. Complete the series.")
     thickness = _numbers(datasets[0], "SliceThickness", 1) or (1.0,)
     step = corners[order[1]] - corners[order[0]] if len(order) > 1 else normal * thickness[0]
     affine = np.eye(4)
@@ -307,9 +287,7 @@ def _decoded(dataset: Any, name: str) -> Float32:
             f"{name}: its pixel data cannot be decoded ({type(error).__name__}). Export it uncompressed, or remove it."
         ) from error
     if frames.ndim != 4:
-        raise DataError(
-            f"{name}: expected pixels of (frame, row, column, channel), found shape {frames.shape}. Export it again."
-        )
+        raise DataError(f"{name}: expected pixels of (frame, row, column, channel), found shape {frames.shape}. Export it again.")
     return np.ascontiguousarray(np.moveaxis(frames, -1, 0), dtype=np.float32)
 
 

@@ -35,16 +35,12 @@ def fingerprint(cohort: Cohort, *, salt: bytes, dimensions: int, channels: int, 
     return total.hexdigest()
 
 
-def open_ledger(
-    config: Config, *, path: Path, epsilon: float, delta: float | None, max_gate_attempts: int, progress: Progress
-) -> Ledger:
+def open_ledger(config: Config, *, path: Path, epsilon: float, delta: float | None, max_gate_attempts: int, progress: Progress) -> Ledger:
     """Read the data set of `config` once and open its ledger with the owner's budget."""
     cohort = read_cohort(config.data)
     require_usable(cohort)
     salt = secrets.token_bytes(16)
-    digest = fingerprint(
-        cohort, salt=salt, dimensions=len(config.data.spatial_shape), channels=config.data.channels, progress=progress
-    )
+    digest = fingerprint(cohort, salt=salt, dimensions=len(config.data.spatial_shape), channels=config.data.channels, progress=progress)
     return Ledger.open_new(
         path,
         data_name=config.data.name,

@@ -27,8 +27,7 @@ def read_medmnist(path: Path, *, name: str, split: str, classes: tuple[str, ...]
         raise DataError(f"{path.name}: expected {split}_images of {dimensions} spatial dimensions, found shape {images.shape}.")
     if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "ui":
         raise DataError(
-            f"{path.name}: expected one whole-number label per image in {split}_labels, "
-            f"found shape {labels.shape}, dtype {labels.dtype}."
+            f"{path.name}: expected one whole-number label per image in {split}_labels, found shape {labels.shape}, dtype {labels.dtype}."
         )
     flat = labels.reshape(len(images)).astype(np.int64)
     unknown = flat[(flat < 0) | (flat >= len(classes))]
@@ -51,9 +50,7 @@ def _arrays(path: Path, split: str) -> tuple[NDArray[np.generic], NDArray[np.gen
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if f"{split}_images" not in archive or f"{split}_labels" not in archive:
-                raise DataError(
-                    f"{path.name}: expected the arrays {split}_images and {split}_labels, found {sorted(archive)[:6]}."
-                )
+                raise DataError(f"{path.name}: expected the arrays {split}_images and {split}_labels, found {sorted(archive)[:6]}.")
             return archive[f"{split}_images"], archive[f"{split}_labels"]
     except DataError:
         raise
@@ -68,9 +65,7 @@ def _image(stored: NDArray[np.generic], *, colour: bool) -> Image:
     return Image(voxels=np.ascontiguousarray(np.moveaxis(voxels, -1, 0)) if colour else voxels[None])
 
 
-def write_npz(
-    path: Path, *, images: NDArray[np.uint8], labels: NDArray[np.int64], extra: Mapping[str, NDArray[np.generic]]
-) -> None:
+def write_npz(path: Path, *, images: NDArray[np.uint8], labels: NDArray[np.int64], extra: Mapping[str, NDArray[np.generic]]) -> None:
     """Write images (n, channel, *space) in MedMNIST layout: train_* filled, val_* and test_* empty.
 
     Equal input gives equal bytes.

@@ -83,9 +83,7 @@ def _channels_first(stored: NDArray[Any], name: str) -> Float32:
     if stored.ndim == 3:
         stored = stored[..., None]
     if stored.ndim != 4 or 0 in stored.shape:
-        raise DataError(
-            f"{name}: expected one volume of 3 dimensions, found shape {stored.shape[1:]}. Split series into volumes."
-        )
+        raise DataError(f"{name}: expected one volume of 3 dimensions, found shape {stored.shape[1:]}. Split series into volumes.")
     return np.asarray(stored, dtype=np.float32)
 
 

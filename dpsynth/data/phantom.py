@@ -132,12 +132,8 @@ def _person(*, seed: int, stream: int, number: int, num_classes: int, max_images
     )
 
 
-def _image(
-    *, anatomy: AnatomyName, person: _Person, index: int, spatial_shape: tuple[int, ...], channels: int, seed: int
-) -> Image:
-    voxels = _pixels(
-        anatomy=anatomy, person=person, index=index, spatial_shape=spatial_shape, channels=channels, seed=seed, stream=_COHORT
-    )
+def _image(*, anatomy: AnatomyName, person: _Person, index: int, spatial_shape: tuple[int, ...], channels: int, seed: int) -> Image:
+    voxels = _pixels(anatomy=anatomy, person=person, index=index, spatial_shape=spatial_shape, channels=channels, seed=seed, stream=_COHORT)
     return Image(voxels=voxels)
 
 

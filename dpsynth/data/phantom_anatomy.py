@@ -53,9 +53,7 @@ class Pose:
     noise: float
 
 
-def draw_anatomy(
-    rng: np.random.Generator, *, anatomy: str, label: int, male: bool, age: float, site: int, variety: float
-) -> Anatomy:
+def draw_anatomy(rng: np.random.Generator, *, anatomy: str, label: int, male: bool, age: float, site: int, variety: float) -> Anatomy:
     """A patient's body. `variety` 1 is a cohort of one kind; larger values spread every property."""
     shape = tuple((np.clip(rng.standard_normal(16), -2.2, 2.2) * variety**0.5).tolist())
     findings, haze = _findings(rng, anatomy=anatomy, label=label)
@@ -163,9 +161,7 @@ def _chest(body: Anatomy, x: Grid, y: Grid, z: Grid) -> tuple[Grid, Grid]:
     height = (0.64 if body.male else 0.58) + 0.05 * s[1] - 0.05 * body.age
     middle = -0.1 + 0.05 * s[2]
     narrowing = 1 + 0.28 * np.clip(-(y - middle), 0, None)  # the apex of a lung is narrower than its base
-    trunk = _inside(
-        _radius(x * (1 + 0.18 * np.clip(-y - 0.55, 0, None)), y, z, (0, 0.35), (0.98 + 0.05 * s[3], 1.7), 1.2), 0.09
-    )
+    trunk = _inside(_radius(x * (1 + 0.18 * np.clip(-y - 0.55, 0, None)), y, z, (0, 0.35), (0.98 + 0.05 * s[3], 1.7), 1.2), 0.09)
     neck = _inside(np.abs(x) / (0.3 + np.clip(y + 1.0, 0, None) * 3.5), 0.25)
     trunk = trunk * neck
     left = _radius(x * narrowing, y, z, (0.43 + 0.02 * s[4], middle), (width, height), 1.0)
@@ -192,9 +188,7 @@ def _brain(body: Anatomy, x: Grid, y: Grid, z: Grid) -> tuple[Grid, Grid]:
     across, along = (0.69 if body.male else 0.66) + 0.05 * s[0], 0.84 + 0.04 * s[1]
     radius = _radius(x, y, z, (0, 0), (across, along), 0.95)
     angle = np.arctan2(x, -y)
-    folds = 0.028 * np.cos((14 + round(s[2])) * angle + 3 * s[3]) + 0.022 * np.cos(
-        (23 + round(s[4])) * angle + 9 * z + 5 * s[5]
-    )
+    folds = 0.028 * np.cos((14 + round(s[2])) * angle + 3 * s[3]) + 0.022 * np.cos((23 + round(s[4])) * angle + 9 * z + 5 * s[5])
     atrophy = 0.03 * body.age
     scalp = np.exp(-(((radius - 1.06) / 0.05) ** 2))
     cortex = _inside(radius / (0.9 - 0.5 * atrophy + 0.3 * folds), 0.05)

@@ -23,9 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
-def read_raster(
-    folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, channels: int
-) -> Cohort:
+def read_raster(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, channels: int) -> Cohort:
     """Patients and labels from table.csv; pixels are decoded later. Raises DataError."""
     rows = read_table(folder, label_column=label_column, suffixes=SUFFIXES)
     records = tuple(

@@ -73,8 +73,6 @@ def _require_one_to_one(folder: Path, rows: tuple[Row, ...], suffixes: tuple[str
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(suffixes)}
     without = sorted(present - seen)
     if without:
-        raise DataError(
-            f"{NAME}: {len(without)} images have no row, the first is {without[0]!r}. Add rows or remove the files."
-        )
+        raise DataError(f"{NAME}: {len(without)} images have no row, the first is {without[0]!r}. Add rows or remove the files.")
     if not rows:
         raise DataError(f"Expected at least one image in {folder.name}, found none.")

@@ -59,6 +59,4 @@ def label_index(label: str, classes: tuple[str, ...], *, where: str) -> int:
     try:
         return classes.index(label.strip())
     except ValueError as error:
-        raise DataError(
-            f"{where}: label {label!r} is not in data.classes {list(classes)}. Correct the table or the list."
-        ) from error
+        raise DataError(f"{where}: label {label!r} is not in data.classes {list(classes)}. Correct the table or the list.") from error

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-import torch
 from dpsynth.artifacts import read_json, write_bytes, write_json
 from dpsynth.config import GenerateConfig
 from dpsynth.errors import ArtifactError

@@ -108,7 +108,11 @@ class PublicReference:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PublicReference:
         """Inverse of `to_json`."""
-        arrays = {"centre": np.array(value["centre"]), "band_scale": np.array(value["band_scale"]), "shape": tuple(value["shape"])}
+        arrays = {
+            "centre": np.array(value["centre"]),
+            "band_scale": np.array(value["band_scale"]),
+            "shape": tuple(value["shape"]),
+        }
         return cls(**{**value, **arrays})
 
 
@@ -143,7 +147,11 @@ class Moments:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], *, shape: tuple[int, ...], low_frequencies: int) -> Moments:
         """Inverse of `to_arrays`."""
-        return cls(shape=shape, low_frequencies=low_frequencies, **{name: arrays[name] for name in ("counts", "mean", "covariance", "variance")})
+        return cls(
+            shape=shape,
+            low_frequencies=low_frequencies,
+            **{name: arrays[name] for name in ("counts", "mean", "covariance", "variance")},
+        )
 
 
 def public_reference(images: Float32, *, low_frequencies: int) -> PublicReference:

@@ -33,9 +33,7 @@ def loss_distribution(mechanisms: Sequence[Mechanism], *, interval: float = FINE
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     def gaussian(noise: float, probability: float = 1.0) -> PrivacyLossDistribution:
-        return pld.from_gaussian_mechanism(
-            noise, value_discretization_interval=interval, sampling_prob=probability, use_connect_dots=True
-        )
+        return pld.from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=probability, use_connect_dots=True)
 
     parts = []
     for mechanism in mechanisms:
@@ -95,7 +93,7 @@ def tpr_at_fpr(mechanisms: Sequence[Mechanism], fprs: Sequence[float]) -> NDArra
     growth = np.exp(epsilons)[None, :]
     first = np.min(deltas + growth * fpr, axis=1)
     second = np.min(1 - (1 - deltas - fpr) / growth, axis=1)
-    return np.clip(np.minimum(first, second), fpr[:, 0], 1.0)
+    return np.asarray(np.clip(np.minimum(first, second), fpr[:, 0], 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +114,9 @@ class Accounting:
         if self.second_opinion is None:
             found.append(f"the second accountant ({self.second_opinion_name}) gave no number")
         elif not _within(self.second_opinion, self.pld, LARGEST_DISAGREEMENT):
-            found.append(f"{self.second_opinion_name} says epsilon {self.second_opinion:.4g}, PLD says {self.pld:.4g}: they differ by more than 2 %")
+            found.append(
+                f"{self.second_opinion_name} says epsilon {self.second_opinion:.4g}, PLD says {self.pld:.4g}: they differ by more than 2 %"
+            )
         if not self.rdp >= self.pld * (1 - LARGEST_DISAGREEMENT):
             found.append(f"the RDP bound {self.rdp:.4g} lies below the PLD value {self.pld:.4g}")
         return tuple(found)
@@ -128,7 +128,8 @@ class Accounting:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Accounting:
         """Inverse of `to_json`."""
-        return cls(**{name: math.inf if item == "inf" else item for name, item in value.items()})
+        restored: dict[str, Any] = {name: math.inf if item == "inf" else item for name, item in value.items()}
+        return cls(**restored)
 
 
 def account(mechanisms: Sequence[Mechanism], delta: float, *, second_opinion: SecondOpinion | None, name: str = "Opacus PRV") -> Accounting:

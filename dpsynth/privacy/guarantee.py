@@ -55,8 +55,8 @@ class Guarantee:
         whom = "any one patient, with all of their images," if self.unit is PrivacyUnit.PATIENT else "any one image"
         what = (
             f"Whether {whom} was in the training data changes the chance of anything seen in the synthetic images by at most a factor "
-            f"e^{self.epsilon:.2f} (epsilon {self.epsilon:.2f}, delta {self.delta:.2g}): a test that wrongly accuses 1 in 100 of those who were not in "
-            f"the data can find at most {100 * self.attack_rate(_FPR):.0f} in 100 of those who were"
+            f"e^{self.epsilon:.2f} (epsilon {self.epsilon:.2f}, delta {self.delta:.2g}): a test that wrongly accuses 1 in 100 "
+            f"of those who were not in the data can find at most {100 * self.attack_rate(_FPR):.0f} in 100 of those who were"
         )
         if self.unit is PrivacyUnit.IMAGE:
             what += "; this protects single images, so a patient with several images is protected less"

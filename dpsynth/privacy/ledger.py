@@ -200,7 +200,8 @@ class Ledger:
                 spent = epsilon_pld(charged, self.delta)
                 raise BudgetExceeded(
                     f"The budget of this data set is epsilon {self.budget_epsilon:g} at delta {self.delta:.3g}; {spent:.3f} is spent and "
-                    f"this run would bring it to {would:.3f}. Lower privacy.epsilon, or ask the data owner; `dpsynth ledger show` lists the charges."
+                    f"this run would bring it to {would:.3f}. "
+                    "Lower privacy.epsilon, or ask the data owner; `dpsynth ledger show` lists the charges."
                 )
             reservation = secrets.token_hex(8)
             fields = {

@@ -72,8 +72,8 @@ def _claim_reasons(question: Question) -> list[str]:
 def _check_reasons(verdicts: Sequence[Verdict], required: Sequence[str], reviews: Mapping[str, str]) -> list[str]:
     reasons = []
     needed = {*required, _ALWAYS_REQUIRED}
-    for name in sorted(needed - {verdict.check for verdict in verdicts}):
-        reasons.append(f"the required check {name!r} has not run")
+    missing = sorted(needed - {verdict.check for verdict in verdicts})
+    reasons += [f"the required check {name!r} has not run" for name in missing]
     for verdict in verdicts:
         if verdict.check in needed and verdict.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE):
             reasons.append(f"{verdict.check}: {verdict.outcome.value}")

@@ -28,10 +28,18 @@ def marking(*, release_id: str, index: int, label: str, guarantee: Guarantee) ->
 
 
 def data_card(
-    *, title: str, licence: str, contact: str, classes: Sequence[str], counts: Mapping[str, int], guarantee: Guarantee, method: str
+    *,
+    title: str,
+    licence: str,
+    contact: str,
+    classes: Sequence[str],
+    counts: Mapping[str, int],
+    guarantee: Guarantee,
+    method: str,
 ) -> str:
     """README.md of a release."""
     rows = "\n".join(f"| {name} | {counts[name]} |" for name in classes)
+    relation = guarantee.neighboring_relation.lower().replace("_", " ")
     return f"""\
 # {title}
 
@@ -41,7 +49,8 @@ def data_card(
 
 {guarantee.sentence()}
 
-Protected unit: {guarantee.unit.value}; neighbouring data sets differ by {guarantee.neighboring_relation.lower().replace("_", " ")}. What is not claimed is in `report.html`.
+Protected unit: {guarantee.unit.value}; neighbouring data sets differ by {relation}.
+What is not claimed is in `report.html`.
 
 ## Images
 
@@ -51,8 +60,8 @@ Method: {method}.
 |---|---|
 {rows}
 
-`synthetic.npz` has the layout of MedMNIST: `train_images`, `train_labels` (the other splits are empty). `images/` holds the same images as files,
-`labels.csv` their labels.
+`synthetic.npz` has the layout of MedMNIST: `train_images`, `train_labels` (the other splits are empty). `images/` holds the same
+images as files, `labels.csv` their labels.
 
 ```python
 import numpy as np
@@ -62,8 +71,8 @@ images, labels = arrays["train_images"], arrays["train_labels"]
 
 ## Checking this folder
 
-`dpsynth verify FOLDER --key signing.pub` tells whether it is complete and unchanged since the releasing site signed it. Get the key from the site,
-not from this folder.
+`dpsynth verify FOLDER --key signing.pub` tells whether it is complete and unchanged since the releasing site signed it. Get the
+key from the site, not from this folder.
 
 Licence: {licence}. Contact: {contact or "the releasing site"}.
 """

@@ -30,15 +30,15 @@ def report(run_path: Path, *, ledger_path: Path | None) -> Path:
     return folder / "report.html"
 
 
-def release(
-    run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | None, reviews: Mapping[str, str], progress: Progress
-) -> Path:
+def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | None, reviews: Mapping[str, str], progress: Progress) -> Path:
     """Ask the gate and write the signed folder. Raises GateRefused with every reason."""
     private = load_private(key_path)
     case = load_case(run_path, ledger_path=ledger_path, reviews=reviews)
     answer = decide(case.question)
     if isinstance(answer, Refused):
-        raise GateRefused("The gate refuses the release: " + "; ".join(answer.reasons) + f". `dpsynth report {run_path}` shows the details.")
+        raise GateRefused(
+            "The gate refuses the release: " + "; ".join(answer.reasons) + f". `dpsynth report {run_path}` shows the details."
+        )
     head = case.ledger.head()
     release_id = hashlib.sha256(f"{case.question.candidates_sha256}:{head[1]}".encode()).hexdigest()[:16]
     package = Release(

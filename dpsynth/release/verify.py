@@ -1,4 +1,4 @@
-"""Is a released folder complete, unchanged and signed by this key, and does its epsilon follow from its mechanisms? Needs no data and no torch."""
+"""Is a released folder complete, unchanged and signed by this key, and does its epsilon follow? Needs no data and no torch."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def epsilon_report(
 ) -> dict[str, Any]:
     """The view model. `site=False` makes the public card, in which non-public verdicts keep only their outcome.
 
-    decision: {"allowed": bool, "reasons": [...]}. budget: the ledger's {"epsilon", "delta", "spent", "left", "gate_attempts", "max_gate_attempts"}.
+    decision: {"allowed": bool, "reasons": [...]}.
+    budget: the ledger's {"epsilon", "delta", "spent", "left", "gate_attempts", "max_gate_attempts"}.
     """
     private = math.isfinite(guarantee.epsilon)
     return {
@@ -66,7 +67,10 @@ def epsilon_report(
         "epsilon": _number(guarantee.epsilon),
         "delta": guarantee.delta,
         "delta_times_patients": guarantee.delta * guarantee.declared_patients,
-        "accounting": {**guarantee.accounting.to_json(), "problems": list(guarantee.problems()) if private else ["no guarantee"]},
+        "accounting": {
+            **guarantee.accounting.to_json(),
+            "problems": list(guarantee.problems()) if private else ["no guarantee"],
+        },
         "ledger_epsilon": _number(guarantee.ledger_epsilon),
         "budget": dict(budget) if site else {name: budget[name] for name in ("epsilon", "delta")},
         "mechanisms": [_mechanism(mechanism, guarantee.delta) for mechanism in guarantee.mechanisms],
@@ -91,7 +95,10 @@ def _mechanism(mechanism: Mechanism, delta: float) -> dict[str, Any]:
     if isinstance(mechanism, MomentRelease):
         name = "Release of class-wise moments, once"
         rows = [("noise multiplier, all queries together", f"{mechanism.noise_multiplier:.4g}")]
-        rows += [(f"{q.name}: noise multiplier, clip norm", f"{mechanism.query_noise_multiplier(q.name):.4g}, {q.clip_norm:.4g}") for q in mechanism.queries]
+        rows += [
+            (f"{q.name}: noise multiplier, clip norm", f"{mechanism.query_noise_multiplier(q.name):.4g}, {q.clip_norm:.4g}")
+            for q in mechanism.queries
+        ]
     elif isinstance(mechanism, PoissonDpSgd):
         name = "Training steps with clipped, noised gradients (DP-SGD)"
         rows = [
@@ -109,7 +116,9 @@ def _mechanism(mechanism: Mechanism, delta: float) -> dict[str, Any]:
 
 def _attack_rates(guarantee: Guarantee) -> list[dict[str, float]]:
     rates = tpr_at_fpr(guarantee.mechanisms, _FPRS)
-    return [{"fpr": fpr, "tpr": float(tpr), "wrongly": 1000 * fpr, "rightly": 1000 * float(tpr)} for fpr, tpr in zip(_FPRS, rates, strict=True)]
+    return [
+        {"fpr": fpr, "tpr": float(tpr), "wrongly": 1000 * fpr, "rightly": 1000 * float(tpr)} for fpr, tpr in zip(_FPRS, rates, strict=True)
+    ]
 
 
 def _posterior(guarantee: Guarantee) -> list[dict[str, float]]:
@@ -134,4 +143,3 @@ def _verdict(verdict: Verdict, *, site: bool) -> dict[str, Any]:
     values = verdict.to_json() if site else verdict.to_public_json()
     shown = {"symbol": _SYMBOLS[verdict.outcome], "word": _WORDS[verdict.outcome], "numbers": "statistic" in values}
     return {**values, **shown}
-

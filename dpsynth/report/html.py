@@ -19,7 +19,11 @@ _SHEET_ROWS, _SHEET_COLUMNS, _LONGEST_SIDE = 4, 12, 64
 def render(view: Mapping[str, Any], *, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str]) -> str:
     """The page for a view model of `epsilon_report`, with a curve and a sheet of sample images (synthetic ones only)."""
     environment = Environment(
-        loader=PackageLoader("dpsynth.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("dpsynth.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = _number
     environment.filters["percent"] = lambda value: f"{100 * float(value):.3g} %"
@@ -52,7 +56,12 @@ def trade_off_svg(curve: Sequence[tuple[float, float]]) -> str:
         axes.fill_between(x, x, y, color="#cfe3f5", label="what epsilon allows at most")
         axes.plot(x, y, color="#1c5d99")
         axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", label="guessing")
-        axes.set(xlabel="wrongly accused, of those who were not in the data", ylabel="found, of those who were", xlim=(0, 1), ylim=(0, 1))
+        axes.set(
+            xlabel="wrongly accused, of those who were not in the data",
+            ylabel="found, of those who were",
+            xlim=(0, 1),
+            ylim=(0, 1),
+        )
         axes.legend(loc="lower right", frameon=False)
         axes.grid(alpha=0.3)
         buffer = io.StringIO()

@@ -19,7 +19,9 @@ from dpsynth.train.monitor import Monitor
 FILE = "checkpoint.safetensors"
 
 
-def save_checkpoint(path: Path, *, step: int, net: nn.Module, ema: Ema, optimizer: torch.optim.Adam, monitor: Monitor, binding: str) -> None:
+def save_checkpoint(
+    path: Path, *, step: int, net: nn.Module, ema: Ema, optimizer: torch.optim.Adam, monitor: Monitor, binding: str
+) -> None:
     """Write atomically what `load_checkpoint` needs. `binding` ties it to its reservation."""
     tensors = {f"net.{name}": tensor.detach().contiguous() for name, tensor in net.named_parameters()}
     tensors |= {f"ema.{name}": tensor.contiguous() for name, tensor in ema.average.items()}

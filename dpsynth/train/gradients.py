@@ -60,7 +60,7 @@ def _convolution(module: nn.Module, activations: list[Tensor], backprops: Tensor
             group(g), group(x), stacked, None, module.stride, module.padding, module.dilation,
             False, [0] * (x.dim() - 2), patients * module.groups, [False, True, False],
         )[1]  # fmt: skip
-        return gradient.reshape(patients, *module.weight.shape)
+        return torch.as_tensor(gradient).reshape(patients, *module.weight.shape)
 
     return _wanted(module, {"weight": weight, "bias": lambda: _fold(g.flatten(2).sum(2), patients)})
 
@@ -109,7 +109,7 @@ def _embedding(module: nn.Module, activations: list[Tensor], backprops: Tensor) 
     return _wanted(module, {"weight": weight})
 
 
-class PatientGradSampleModule(GradSampleModule):
+class PatientGradSampleModule(GradSampleModule):  # type: ignore[misc]
     """Opacus' module with our samplers; `rows_per_patient` rows of a patient lie next to each other in every batch."""
 
     GRAD_SAMPLERS: dict[type[nn.Module], Sampler] = {  # noqa: RUF012 (the name and the kind are Opacus')
@@ -125,17 +125,19 @@ class PatientGradSampleModule(GradSampleModule):
     def __init__(self, module: nn.Module, *, rows_per_patient: int) -> None:
         for name, layer in module.named_modules():
             _require_known(name, layer, self.GRAD_SAMPLERS)
-            layer.rows_per_patient = rows_per_patient  # type: ignore[assignment]
+            layer.rows_per_patient = rows_per_patient
         super().__init__(module, batch_first=True, loss_reduction="sum", strict=False)
 
 
 def _require_known(name: str, layer: nn.Module, samplers: dict[type[nn.Module], Sampler]) -> None:
     own = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
     if own and type(layer) not in samplers:
-        raise SelfCheckFailed(f"all_parameters_covered: no per-patient gradient is known for {type(layer).__name__} ({name}). Freeze or replace it.")
-    if own and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if isinstance(layer.padding, str) or layer.padding_mode != "zeros" or layer.transposed:
-            raise SelfCheckFailed(f"all_parameters_covered: convolution {name} uses padding that has no per-patient gradient.")
+        raise SelfCheckFailed(
+            f"all_parameters_covered: no per-patient gradient is known for {type(layer).__name__} ({name}). Freeze or replace it."
+        )
+    is_convolution = bool(own) and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if is_convolution and (isinstance(layer.padding, str) or layer.padding_mode != "zeros" or layer.transposed):
+        raise SelfCheckFailed(f"all_parameters_covered: convolution {name} uses padding that has no per-patient gradient.")
 
 
 class PatientGradients:

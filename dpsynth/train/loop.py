@@ -63,9 +63,7 @@ def fit(
         optimizer.step()
         ema.update(denoiser.net)
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == mechanism.steps:
-            save_checkpoint(
-                checkpoint, step=step + 1, net=denoiser.net, ema=ema, optimizer=optimizer, monitor=monitor, binding=binding
-            )
+            save_checkpoint(checkpoint, step=step + 1, net=denoiser.net, ema=ema, optimizer=optimizer, monitor=monitor, binding=binding)
         callback(step + 1)
     gradients.close()
     ema.copy_to(denoiser.net)
@@ -84,7 +82,7 @@ def _clipped_total(
     step: int,
     engine: Engine,
 ) -> tuple[Tensor, float]:
-    """Clipped sum over the chosen patients, in chunks, and the largest contribution. An empty batch is a zero sum without a forward pass."""
+    """Clipped sum over the chosen patients, in chunks, and the largest contribution. An empty batch is a zero sum."""
     total = torch.zeros(sum(parameter.numel() for parameter in gradients.parameters))
     largest = 0.0
     if not len(chosen):
@@ -109,7 +107,9 @@ def draw_rows(training: ImageSet, rows_of: list[Int64], chosen: Int64, *, draws:
     """`draws` rows for each chosen patient: their images in turn from a random first one, each with its own noise level."""
     seed = int(stream.integers("rows", step, 1)[0])
     rng = np.random.default_rng(seed)
-    index = np.concatenate([rows_of[int(p)][(rng.integers(len(rows_of[int(p)])) + np.arange(draws)) % len(rows_of[int(p)])] for p in chosen])
+    index = np.concatenate(
+        [rows_of[int(p)][(rng.integers(len(rows_of[int(p)])) + np.arange(draws)) % len(rows_of[int(p)])] for p in chosen]
+    )
     clean = torch.from_numpy(training.images[index])
     generator = torch.Generator().manual_seed(seed % 2**63)
     sigma = noise_levels(torch.randn(len(clean), generator=generator), smallest=SMALLEST_SIGMA)

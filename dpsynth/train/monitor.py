@@ -1,4 +1,4 @@
-"""What the loop really did, step by step: tested at the end, before anything is finished. Batch sizes are private: this stays at the site."""
+"""What the loop really did, step by step; tested before anything is finished. Batch sizes are private: this stays at the site."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ class Monitor:
             ),
             "live_noise_scale": noise_finding(self.noise_energy, self.noise_numbers),
             "live_sampler_poisson": Finding(
-                ok=spread >= FALSE_ALARM, detail=f"batch sizes scatter with p-value {spread:.2g}", statistic=spread, threshold=FALSE_ALARM
+                ok=spread >= FALSE_ALARM,
+                detail=f"batch sizes scatter with p-value {spread:.2g}",
+                statistic=spread,
+                threshold=FALSE_ALARM,
             ),
         }
 

@@ -14,9 +14,7 @@ from dpsynth.progress import Progress
 from dpsynth.train.loop import draw_rows
 
 
-def fit_non_private(
-    denoiser: Denoiser, training: ImageSet, settings: DiffusionConfig, *, stream: NoiseStream, progress: Progress
-) -> None:
+def fit_non_private(denoiser: Denoiser, training: ImageSet, settings: DiffusionConfig, *, stream: NoiseStream, progress: Progress) -> None:
     """Plain training in place with the same rows, batches and optimiser, without clipping and without noise."""
     denoiser.set_trainable(settings.trainable)
     denoiser.train()

@@ -1,7 +1,7 @@
 """Stage 0: train the denoiser on public images, at no cost in epsilon.
 
 The private moments are unknown here, so the net must be at home under any: every few steps the public images are cut into new
-pseudo-classes by a random direction, their exact moments are computed, and images and moments are flipped and rescaled alike.
+pseudo-classes by a random direction, mirrored and rescaled, and their moments are released with as much noise as a run's might have.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from dpsynth.config import Config
 from dpsynth.data.cohort import Float32, Int64
 from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.ema import Ema
-from dpsynth.model.moments import Moments, PublicReference, frequencies, release_moments, to_frequencies
+from dpsynth.model.moments import PublicReference, frequencies, moment_queries, release_moments, to_frequencies
+from dpsynth.privacy.mechanism import MomentRelease
+from dpsynth.privacy.noise import KEY_BYTES, NoiseStream
 from dpsynth.progress import Progress
 
 _REFRESH = 50  # steps between new pseudo-classes
 _WARM_UP = 20
 _EMA_DECAY = 0.98
+_NOISE_PER_PATIENT = (
+    5e-5,
+    3e-3,
+)  # noise multiplier over number of patients: from 5,000 patients at epsilon 10 to 1,000 at epsilon 1
 
 
 def pretrained_weights(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:
@@ -42,7 +48,7 @@ def pretrained_weights(config: Config, images: Float32, reference: PublicReferen
 def _digest(config: Config, images: Float32) -> str:
     """Everything the weights depend on. The images are public, so their hash may be a file name."""
     settings = config.pretrain.model_dump(mode="json", exclude={"cache", "path"})
-    facts = [2, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.classes)]
+    facts = [3, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.classes)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(images.tobytes())
     return digest.hexdigest()[:32]
@@ -66,7 +72,7 @@ def _train(config: Config, images: Float32, reference: PublicReference, *, progr
         losses = denoiser.row_losses(clean, labels, sigma=sigma, noise=torch.randn(clean.shape, generator=noise))
         optimizer.param_groups[0]["lr"] = _learning_rate(settings.learning_rate, step, settings.steps)
         optimizer.zero_grad()
-        losses.mean().backward()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         ema.update(denoiser.net)
         if step % 10 == 9 or step + 1 == settings.steps:
@@ -95,16 +101,17 @@ class _World:
         self.labels: Int64 = np.searchsorted(np.quantile(score, shares), score).astype(np.int64)
         keep = rng.random(len(images)) < rng.uniform(0.5, 1.0)
         self.rows = np.flatnonzero(keep) if keep.sum() > 20 * num_classes else np.arange(len(images))
-        self.moments = exact_moments(self.images[self.rows], self.labels[self.rows], num_classes, reference)
+        level = float(np.exp(rng.uniform(*np.log(_NOISE_PER_PATIENT)))) * len(self.rows)
+        self.moments = release_moments(
+            self.images[self.rows],
+            self.labels[self.rows],
+            np.arange(len(self.rows), dtype=np.int64),
+            num_classes=num_classes,
+            mechanism=MomentRelease(noise_multiplier=level, queries=moment_queries(reference)),
+            reference=reference,
+            stream=NoiseStream(key=rng.bytes(KEY_BYTES)),
+        )
 
     def batch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         rows = self.rows[rng.integers(len(self.rows), size=size)]
         return torch.from_numpy(self.images[rows]), torch.from_numpy(self.labels[rows])
-
-
-def exact_moments(images: Float32, labels: Int64, num_classes: int, reference: PublicReference) -> Moments:
-    """Moments without noise, of public images only."""
-    patients = np.arange(len(images), dtype=np.int64)
-    return release_moments(
-        images, labels, patients, num_classes=num_classes, mechanism=None, reference=reference, stream=None
-    )

@@ -102,7 +102,9 @@ def _existing(path: Path, config: Config) -> RunFolder | None:
 
 def _private_images(config: Config, ledger: Ledger, progress: Progress) -> ImageSet:
     if ledger.genesis["unit"] != config.data.unit.value:
-        raise LedgerError(f"The ledger protects the {ledger.genesis['unit']}, data.unit is {config.data.unit.value}. Use the unit of the data owner.")
+        raise LedgerError(
+            f"The ledger protects the {ledger.genesis['unit']}, data.unit is {config.data.unit.value}. Use the unit of the data owner."
+        )
     cohort = read_cohort(config.data)
     salt = bytes.fromhex(ledger.genesis["digest_salt"])
     digest = fingerprint(cohort, salt=salt, dimensions=len(config.data.spatial_shape), channels=config.data.channels, progress=progress)
@@ -114,10 +116,13 @@ def _delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
     delta = resolve_delta(config.privacy.delta, config.data.declared_patients)
     if delta > delta_limit(images.num_patients):
         raise ConfigError(
-            f"privacy.delta {delta:.3g} is too large for this data set: expected at most 1/(10 * patients). Raise data.declared_patients or lower delta."
+            f"privacy.delta {delta:.3g} is too large for this data set: expected at most 1/(10 * patients). "
+            "Raise data.declared_patients or lower delta."
         )
     if delta > ledger.delta * (1 + 1e-12):
-        raise ConfigError(f"privacy.delta {delta:.3g} is larger than the ledger's {ledger.delta:.3g}. Set privacy.delta to the ledger's value or lower.")
+        raise ConfigError(
+            f"privacy.delta {delta:.3g} is larger than the ledger's {ledger.delta:.3g}. Set privacy.delta to the ledger's value or lower."
+        )
     return delta
 
 
@@ -291,7 +296,8 @@ def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, de
         unprotected=(
             f"the declared number of patients, {config.data.declared_patients}",
             f"the list of classes, {json.dumps(list(config.data.classes))}",
-            f"image size {list(config.data.spatial_shape)}, {config.data.channels} channels, intensity range {list(config.data.intensity_range)}",
+            f"image size {list(config.data.spatial_shape)}, {config.data.channels} channels, "
+            f"intensity range {list(config.data.intensity_range)}",
             f"constants and pre-training from {pretraining}",
             "the training schedule",
             "that the gate allowed the release, and how often it was asked",

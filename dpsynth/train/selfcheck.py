@@ -31,7 +31,9 @@ _SAMPLER_PATIENTS, _SAMPLER_STEPS = 400, 120
 class RowLosses(Protocol):
     """Losses of rows (rows,) of a net on rows x (rows, *shape), whatever else they need being fixed by the row number."""
 
-    def __call__(self, net: nn.Module, x: Tensor) -> Tensor: ...
+    def __call__(self, net: nn.Module, x: Tensor) -> Tensor:
+        """Losses, (rows,)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,9 @@ def self_check(
         bench = _Bench(net, row_losses, rows_per_patient, hooks)
         findings["gradients_exact"] = _gradients_exact(bench, x)
         findings["contribution_bounded"] = _contribution_bounded(bench, x, mechanism.clip_norm, engine)
-        findings["all_parameters_covered"] = Finding(ok=True, detail="every trainable parameter has a per-patient gradient", statistic=0, threshold=0)
+        findings["all_parameters_covered"] = Finding(
+            ok=True, detail="every trainable parameter has a per-patient gradient", statistic=0, threshold=0
+        )
     except SelfCheckFailed as error:
         findings["all_parameters_covered"] = Finding(ok=False, detail=str(error), statistic=1, threshold=0)
     findings["noise_scale"] = _noise_scale(mechanism, stream, engine)
@@ -83,7 +87,12 @@ def require(findings: Mapping[str, Finding]) -> None:
 def to_json(findings: Mapping[str, Finding]) -> dict[str, Any]:
     """Plain values by name."""
     return {
-        name: {"ok": bool(f.ok), "detail": f.detail, "statistic": float(min(f.statistic, 1e300)), "threshold": float(f.threshold)}
+        name: {
+            "ok": bool(f.ok),
+            "detail": f.detail,
+            "statistic": float(min(f.statistic, 1e300)),
+            "threshold": float(f.threshold),
+        }
         for name, f in findings.items()
     }
 
@@ -104,7 +113,11 @@ def _buffers_unchanged(net: nn.Module, row_losses: RowLosses, x: Tensor) -> Find
         row_losses(net, x)
     after = {**net.state_dict(), **{f"buffer {name}": tensor for name, tensor in net.named_buffers()}}
     changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
-    detail = f"a forward pass rewrites {changed[0]} from raw images (batch statistics or codebook)" if changed else "no buffer changes in a forward pass"
+    detail = (
+        f"a forward pass rewrites {changed[0]} from raw images (batch statistics or codebook)"
+        if changed
+        else "no buffer changes in a forward pass"
+    )
     return Finding(ok=not changed, detail=detail, statistic=len(changed), threshold=0)
 
 
@@ -122,7 +135,7 @@ class _Bench:
     def slow(self, x: Tensor) -> Tensor:
         parameters = [parameter for parameter in self.plain.parameters() if parameter.requires_grad]
         rows = []
-        for patient in x.split(self.rows):
+        for patient in torch.split(x, self.rows):
             loss = self.row_losses(self.plain, patient).mean()
             gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
             parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)]

@@ -49,9 +49,7 @@ def data_folder() -> Path:
 def dpsynth(work: Path, *arguments: str) -> tuple[str, float]:
     """Run a verb; returns its output and the seconds it took. A refusal by a check is an answer, not an error."""
     start = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, "-m", "dpsynth.cli", *arguments], cwd=work, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-m", "dpsynth.cli", *arguments], cwd=work, capture_output=True, text=True, check=False)
     if result.returncode not in (0, 3):
         sys.exit(f"dpsynth {' '.join(arguments)}: {result.stderr}")
     return result.stdout + result.stderr, time.monotonic() - start
@@ -60,7 +58,7 @@ def dpsynth(work: Path, *arguments: str) -> tuple[str, float]:
 def config_text(row: str, method: str, work: Path) -> str:
     """The row's configuration with its paths and method filled in."""
     text = (HERE / f"{row}.yaml").read_text(encoding="utf-8")
-    text = text.replace("DATA", str(data_folder())).replace("CACHE", str(work.parent / "pretrained"))
+    text = text.replace("DATA", str(data_folder())).replace("CACHE", str(work.parent.parent / "pretrained"))
     return text.replace("METHOD", method.split("-")[0]).replace("TEXTURE", str(method.endswith("texture")).lower())
 
 

@@ -129,7 +129,7 @@ def test_batch_norm_is_caught_by_name() -> None:
     assert not findings["buffers_unchanged"].ok
     assert "norm.running_mean" in findings["buffers_unchanged"].detail
     assert not findings["all_parameters_covered"].ok
-    with pytest.raises(SelfCheckFailed, match="buffers_unchanged.*batch statistics"):
+    with pytest.raises(SelfCheckFailed, match=r"buffers_unchanged.*batch statistics"):
         require(findings)
 
 

@@ -71,9 +71,7 @@ def series(folder: Path, heights: list[float], **elements: object) -> list[Path]
             "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
             "PixelSpacing": [2, 3],
         }
-        paths.append(
-            written(folder / f"{number}.dcm", np.full((4, 6), int(height), np.uint8) + RAMP[:4, :6] % 2, **geometry, **elements)
-        )
+        paths.append(written(folder / f"{number}.dcm", np.full((4, 6), int(height), np.uint8) + RAMP[:4, :6] % 2, **geometry, **elements))
     return paths
 
 
@@ -132,14 +130,10 @@ def test_the_table_wins_over_the_header(tmp_path: Path) -> None:
     for name in ("a", "b"):
         written(tmp_path / f"{name}.dcm", RAMP)
     (tmp_path / "table.csv").write_text("file,patient_id,label\na.dcm,P1,lesion\nb.dcm,P1,lesion\n")
-    cohort = read_dicom(
-        tmp_path, name="x", unit=PrivacyUnit.PATIENT, classes=("normal", "lesion"), label_column="label", dimensions=2
-    )
+    cohort = read_dicom(tmp_path, name="x", unit=PrivacyUnit.PATIENT, classes=("normal", "lesion"), label_column="label", dimensions=2)
     assert [(record.patient_id, record.label) for record in cohort.records] == [("P1", 1), ("P1", 1)]
     (tmp_path / "table.csv").write_text("patient_id,label\nSYN-a,lesion\nSYN-b,normal\n")
-    cohort = read_dicom(
-        tmp_path, name="x", unit=PrivacyUnit.PATIENT, classes=("normal", "lesion"), label_column="label", dimensions=2
-    )
+    cohort = read_dicom(tmp_path, name="x", unit=PrivacyUnit.PATIENT, classes=("normal", "lesion"), label_column="label", dimensions=2)
     assert [(record.patient_id, record.label) for record in cohort.records] == [("SYN-a", 1), ("SYN-b", 0)]
 
 
@@ -147,9 +141,7 @@ def test_a_copy_of_an_image_counts_once(tmp_path: Path) -> None:
     content = written(tmp_path / "a.dcm", RAMP).read_bytes()
     written(tmp_path / "b.dcm", RAMP)
     (tmp_path / "copy.dcm").write_bytes(content)
-    cohort = read_dicom(
-        tmp_path, name="x", unit=PrivacyUnit.IMAGE, classes=("normal",), label_column="SeriesDescription", dimensions=2
-    )
+    cohort = read_dicom(tmp_path, name="x", unit=PrivacyUnit.IMAGE, classes=("normal",), label_column="SeriesDescription", dimensions=2)
     assert [record.name for record in cohort.records] == ["a.dcm", "b.dcm"]
 
 
@@ -157,9 +149,7 @@ def test_a_copy_of_an_image_counts_once(tmp_path: Path) -> None:
 def test_a_volume_looks_the_same_whatever_the_axes_of_its_file(tmp_path: Path, codes: tuple[str, str, str]) -> None:
     voxels = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
     affine = np.array([[2.0, 0, 0, -3], [0, 3, 0, 5], [0, 0, 4, 7], [0, 0, 0, 1]])
-    turn = nibabel.orientations.ornt_transform(
-        nibabel.orientations.io_orientation(affine), nibabel.orientations.axcodes2ornt(codes)
-    )
+    turn = nibabel.orientations.ornt_transform(nibabel.orientations.io_orientation(affine), nibabel.orientations.axcodes2ornt(codes))
     nibabel.Nifti1Image(voxels, affine).as_reoriented(turn).to_filename(tmp_path / "a.nii")
     image = read_volume(tmp_path / "a.nii")
     assert np.array_equal(image.voxels[0], voxels)

@@ -39,9 +39,7 @@ def stacked(source: Cohort) -> np.ndarray:
 
 @pytest.mark.parametrize("anatomy", ["chest", "brain"])
 @pytest.mark.parametrize(("shape", "channels"), [((28, 28), 1), ((20, 32), 3), ((12, 16, 8), 1)])
-def test_images_have_the_shape_and_range_of_stored_8_bit_images(
-    anatomy: AnatomyName, shape: tuple[int, ...], channels: int
-) -> None:
+def test_images_have_the_shape_and_range_of_stored_8_bit_images(anatomy: AnatomyName, shape: tuple[int, ...], channels: int) -> None:
     images = stacked(cohort(anatomy=anatomy, num_patients=6, spatial_shape=shape, channels=channels))
     assert images.shape[1:] == (channels, *shape)
     assert images.dtype == np.float32

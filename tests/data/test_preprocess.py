@@ -80,9 +80,7 @@ def some_cohort(shapes: Mapping[str, tuple[int, ...]]) -> Cohort:
     for number in range(24):
         for index in range(5):
             name = f"P{number}/{index}"
-            voxels = (
-                np.random.default_rng(number * 10 + index).uniform(0, 255, (1, *shapes.get(name, (8, 8)))).astype(np.float32)
-            )
+            voxels = np.random.default_rng(number * 10 + index).uniform(0, 255, (1, *shapes.get(name, (8, 8)))).astype(np.float32)
             records.append(
                 Record(
                     patient_id=f"P{number}",

@@ -77,11 +77,7 @@ def test_any_array_header_inside_an_npz(medmnist: tuple[Path, object], header: s
 
 
 @fuzzed
-@given(
-    content=st.one_of(
-        st.binary(max_size=300), st.text(alphabet='file,patient_idlabel\n"./\\\x00 i03png', max_size=200).map(str.encode)
-    )
-)
+@given(content=st.one_of(st.binary(max_size=300), st.text(alphabet='file,patient_idlabel\n"./\\\x00 i03png', max_size=200).map(str.encode)))
 def test_any_table(raster: tuple[Path, object], content: bytes) -> None:
     folder, _ = raster
     header = b"file,patient_id,label\n"
@@ -96,9 +92,7 @@ def test_any_table_beside_dicom(dicom: tuple[Path, object], content: bytes) -> N
     folder, _ = dicom
     for header in (b"", b"file,patient_id,label\n", b"patient_id,label\n"):
         (folder / "table.csv").write_bytes(header + content)
-        only_data_errors(
-            lambda: read_dicom(folder, name="x", unit=PrivacyUnit.PATIENT, classes=("a",), label_column="label", dimensions=2)
-        )
+        only_data_errors(lambda: read_dicom(folder, name="x", unit=PrivacyUnit.PATIENT, classes=("a",), label_column="label", dimensions=2))
 
 
 @fuzzed

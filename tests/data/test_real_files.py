@@ -84,7 +84,5 @@ def test_hippocampus_volumes_of_different_sizes(tmp_path: Path) -> None:
     rows = (source / "table.csv").read_text().splitlines()
     labelled = [f"{row.split(',')[0]},{row.split(',')[2]},{('a', 'b')[index % 2]}" for index, row in enumerate(rows[1:])]
     (tmp_path / "table.csv").write_text("\n".join(["file,patient_id,label", *labelled]) + "\n")
-    config = DataConfig(
-        format="nifti", path=tmp_path, classes=("a", "b"), spatial_shape=(32, 32, 32), intensity_range=(0.0, 1000.0)
-    )
+    config = DataConfig(format="nifti", path=tmp_path, classes=("a", "b"), spatial_shape=(32, 32, 32), intensity_range=(0.0, 1000.0))
     assert read(config).images.shape == (len(labelled), 1, 32, 32, 32)

@@ -125,9 +125,7 @@ def test_dicom_says_synthetic_wherever_a_reader_may_look(tmp_path: Path) -> None
     uids = [dataset.SOPInstanceUID, dataset.SeriesInstanceUID, dataset.StudyInstanceUID]
     assert len(set(uids)) == 3
     assert all(uid.startswith("2.25.") and uid.is_valid for uid in uids)
-    write_dicom(
-        tmp_path / "b.dcm", levels(1, 9, 9)[1], subject=SyntheticSubject(run_id="2", sample_id="000007", label="x"), marking={}
-    )
+    write_dicom(tmp_path / "b.dcm", levels(1, 9, 9)[1], subject=SyntheticSubject(run_id="2", sample_id="000007", label="x"), marking={})
     assert pydicom.dcmread(tmp_path / "b.dcm").SOPInstanceUID not in uids
 
 

@@ -112,7 +112,12 @@ def test_the_second_opinion_agrees_and_rdp_bounds(noise: float, probability: flo
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"second_opinion": None}, "no number"), ({"second_opinion": 5.2}, "2 %"), ({"rdp": 4.5}, "bound"), ({"pld": math.inf}, "infinite")],
+    [
+        ({"second_opinion": None}, "no number"),
+        ({"second_opinion": 5.2}, "2 %"),
+        ({"rdp": 4.5}, "bound"),
+        ({"pld": math.inf}, "infinite"),
+    ],
 )
 def test_a_disagreement_is_named(change: dict[str, float | None], word: str) -> None:
     good = {"delta": 1e-5, "pld": 5.0, "rdp": 5.4, "second_opinion": 5.05, "second_opinion_name": "other"}
@@ -128,7 +133,9 @@ def test_a_disagreement_is_named(change: dict[str, float | None], word: str) -> 
     steps=st.integers(1, 500),
     method=st.sampled_from(["moments", "diffusion"]),
 )
-def test_planned_mechanisms_never_overshoot_and_waste_little(epsilon: float, share: float, probability: float, steps: int, method: str) -> None:
+def test_planned_mechanisms_never_overshoot_and_waste_little(
+    epsilon: float, share: float, probability: float, steps: int, method: str
+) -> None:
     mechanisms = plan_mechanisms(
         epsilon=epsilon, delta=1e-5, method=method, moments_share=share, queries=QUERIES, clip_norm=1.0,
         sampling_probability=probability, steps=steps, declared_patients=500,
@@ -162,7 +169,13 @@ def test_mechanisms_survive_json(mechanism: Mechanism) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"noise_multiplier": 0.0}, {"noise_multiplier": math.nan}, {"clip_norm": -1.0}, {"sampling_probability": 1.5}, {"steps": -1}],
+    [
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": math.nan},
+        {"clip_norm": -1.0},
+        {"sampling_probability": 1.5},
+        {"steps": -1},
+    ],
 )
 def test_a_mechanism_that_means_nothing_cannot_be_made(change: dict[str, float]) -> None:
     good = {"noise_multiplier": 1.0, "clip_norm": 1.0, "sampling_probability": 0.1, "steps": 3, "declared_patients": 10}

@@ -28,7 +28,14 @@ RUN = (SMALL, SGD)
 
 def open_ledger(path: Path, epsilon: float = 3.0) -> Ledger:
     return Ledger.open_new(
-        path, data_name="x", unit=PrivacyUnit.PATIENT, epsilon=epsilon, delta=1e-5, max_gate_attempts=2, data_digest="d", digest_salt="00"
+        path,
+        data_name="x",
+        unit=PrivacyUnit.PATIENT,
+        epsilon=epsilon,
+        delta=1e-5,
+        max_gate_attempts=2,
+        data_digest="d",
+        digest_salt="00",
     )
 
 
@@ -55,9 +62,7 @@ def test_reserve_refuses_what_exceeds_the_budget(ledger: Ledger) -> None:
     ledger.reserve(RUN, purpose="train", run_id="1")
     before = ledger.path.read_bytes()
     with pytest.raises(BudgetExceeded, match=r"budget.*spent"):
-        for attempt in range(10):
-            before = ledger.path.read_bytes()
-            ledger.reserve(RUN, purpose="train", run_id=str(attempt))
+        ledger.reserve((SMALL, replace(SGD, steps=500)), purpose="train", run_id="2")
     assert ledger.path.read_bytes() == before
     assert ledger.spent() <= ledger.budget_epsilon
 
@@ -281,16 +286,16 @@ def test_processes_that_reserve_at_once_never_overspend(tmp_path: Path) -> None:
 def test_a_killed_process_loses_no_reservation(tmp_path: Path) -> None:
     ledger, random_time = open_ledger(tmp_path / "l", epsilon=50.0), random.Random(7)
     printed: set[str] = set()
-    for _ in range(6):
+    for _ in range(5):
         process = child(ledger.path, 50.0, 1000)
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(random_time.uniform(0.5, 2.5))
+        printed |= {process.stdout.readline().strip() for _ in range(3)}  # "ready" and two reservations
+        time.sleep(random_time.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
         printed |= set(process.communicate(timeout=60)[0].split())
     charged = {charge.reservation for charge in ledger.charges()}
     complete = {name for name in printed if len(name) == 16}
-    assert complete
+    assert len(complete) >= 10
     assert complete <= charged
     ledger.reserve((SMALL,), purpose="after", run_id="after")
     assert Ledger.problems_of(ledger.path) == []
@@ -306,7 +311,11 @@ def test_a_full_disk_charges_nothing_and_leaves_a_sound_ledger(tmp_path: Path) -
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 100}, {size + 100}))\n"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code + CHILD, str(ledger.path), "20", "5"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code + CHILD, str(ledger.path), "20", "5"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert process.returncode != 0
     assert "StorageError" in process.stderr
@@ -317,6 +326,11 @@ def test_a_full_disk_charges_nothing_and_leaves_a_sound_ledger(tmp_path: Path) -
     assert Ledger.problems_of(ledger.path) == []
 
 
+def _reserve_often(ledger: Ledger, times: int) -> None:
+    for number in range(times):
+        ledger.reserve((SMALL,), purpose="train", run_id=str(number))
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_file_system_is_reported_in_one_line(tmp_path: Path) -> None:
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)], capture_output=True, check=False)
@@ -325,8 +339,7 @@ def test_a_full_file_system_is_reported_in_one_line(tmp_path: Path) -> None:
     try:
         ledger = open_ledger(tmp_path / "l", epsilon=50.0)
         with pytest.raises(StorageError, match="Free some space"):
-            for number in range(1000):
-                ledger.reserve((SMALL,), purpose="train", run_id=str(number))
+            _reserve_often(ledger, 1000)
         spent = ledger.spent()
         assert spent > 0
         assert Ledger.problems_of(ledger.path) == []

@@ -39,18 +39,43 @@ def package(spatial: tuple[int, ...] = (8, 8), formats: tuple[str, ...] = ("png"
     )
     accounting = account([RELEASE], 1e-5, second_opinion=lambda mechanisms, delta: account(mechanisms, delta, second_opinion=None).pld)
     guarantee = Guarantee(
-        data_name="clinic", unit=PrivacyUnit.PATIENT, declared_patients=500, mechanisms=(RELEASE,), accounting=accounting,
-        ledger_epsilon=accounting.pld, max_images_per_patient=8, unprotected=("the list of classes",),
-    )  # fmt: skip
+        data_name="clinic",
+        unit=PrivacyUnit.PATIENT,
+        declared_patients=500,
+        mechanisms=(RELEASE,),
+        accounting=accounting,
+        ledger_epsilon=accounting.pld,
+        max_images_per_patient=8,
+        unprotected=("the list of classes",),
+    )
     verdict = Verdict(
-        check="copying", question="?", outcome=Outcome.PASS, statistic_name="s", statistic=0.123456, interval=(0.0, 0.654321), threshold=1.0,
-        confidence_level=0.95, false_alarm_rate=0.01, reason=SECRET, limitation="much", figures={SECRET: 77.7},
-    )  # fmt: skip
+        check="copying",
+        question="?",
+        outcome=Outcome.PASS,
+        statistic_name="s",
+        statistic=0.123456,
+        interval=(0.0, 0.654321),
+        threshold=1.0,
+        confidence_level=0.95,
+        false_alarm_rate=0.01,
+        reason=SECRET,
+        limitation="much",
+        figures={SECRET: 77.7},
+    )
     return Release(
-        allowed=Allowed(candidates_sha256="c"), release_id="ab12", candidates=candidates, candidates_sha256="c", classes=("normal", "lesion"),
-        guarantee=guarantee, verdicts=(verdict,), reviews={}, method="diffusion", report_html="<p>report</p>", ledger_head=(5, "f" * 64),
+        allowed=Allowed(candidates_sha256="c"),
+        release_id="ab12",
+        candidates=candidates,
+        candidates_sha256="c",
+        classes=("normal", "lesion"),
+        guarantee=guarantee,
+        verdicts=(verdict,),
+        reviews={},
+        method="diffusion",
+        report_html="<p>report</p>",
+        ledger_head=(5, "f" * 64),
         settings=ReleaseConfig(formats=formats),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -71,7 +96,15 @@ def files(folder: Path) -> list[Path]:
 def test_a_fresh_release_verifies_and_is_complete(out: Path, keys: Path) -> None:
     assert verify(out, keys / "signing.pub") == []
     names = {path.relative_to(out).as_posix() for path in files(out)}
-    assert {"synthetic.npz", "labels.csv", "guarantee.json", "verdicts.json", "report.html", "README.md", "DISCLOSURE.txt"} <= names
+    assert {
+        "synthetic.npz",
+        "labels.csv",
+        "guarantee.json",
+        "verdicts.json",
+        "report.html",
+        "README.md",
+        "DISCLOSURE.txt",
+    } <= names
     for suffix in (".png", ".nii.gz", ".dcm"):
         assert sum(name.endswith(suffix) for name in names) == 4
 
@@ -179,9 +212,7 @@ def test_equal_releases_have_equal_files(out: Path, tmp_path: Path, keys: Path) 
         assert path.read_bytes() == (second / path.relative_to(out)).read_bytes(), path.name
 
 
-def test_verification_runs_without_torch(
-    out: Path, keys: Path, without_torch: Callable[[str], subprocess.CompletedProcess[str]]
-) -> None:
+def test_verification_runs_without_torch(out: Path, keys: Path, without_torch: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
     arguments = ["dpsynth", "verify", str(out), "--key", str(keys / "signing.pub")]
     result = without_torch(f"sys.argv = {arguments!r}\nfrom dpsynth.cli import main\nmain()")
     assert result.returncode == 0, result.stderr

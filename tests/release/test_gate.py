@@ -60,7 +60,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"guarantee": replace(GUARANTEE, accounting=replace(GUARANTEE.accounting, second_opinion=GUARANTEE.epsilon * 1.1))},
         "2 %",
     ),
-    "no second accountant": ({"guarantee": replace(GUARANTEE, accounting=replace(GUARANTEE.accounting, second_opinion=None))}, "no number"),
+    "no second accountant": (
+        {"guarantee": replace(GUARANTEE, accounting=replace(GUARANTEE.accounting, second_opinion=None))},
+        "no number",
+    ),
     "delta too large": ({"guarantee": replace(GUARANTEE, declared_patients=50_000)}, "delta"),
     "above the configuration": ({"configured_epsilon": 2.0}, "configuration"),
     "above the budget": ({"budget_epsilon": 2.0}, "data owner"),
@@ -94,7 +97,12 @@ def test_each_single_fault_is_refused_with_its_reason(fault: str) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sets(st.sampled_from(["above the configuration", "ledger tampered", "other candidates", "too many attempts", "copying fails"]), min_size=2))
+@given(
+    st.sets(
+        st.sampled_from(["above the configuration", "ledger tampered", "other candidates", "too many attempts", "copying fails"]),
+        min_size=2,
+    )
+)
 def test_all_reasons_are_listed_together(faults: set[str]) -> None:
     changes: dict[str, Any] = {}
     for fault in faults:

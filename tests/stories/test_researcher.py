@@ -37,7 +37,14 @@ def clinic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clinic")
     (folder / "xrays").mkdir()
     cohort = phantom_cohort(
-        anatomy="chest", num_patients=600, max_images=2, spatial_shape=(28, 28), channels=1, classes=("normal", "lesion"), seed=5, name="x"
+        anatomy="chest",
+        num_patients=600,
+        max_images=2,
+        spatial_shape=(28, 28),
+        channels=1,
+        classes=("normal", "lesion"),
+        seed=5,
+        name="x",
     )
     rows = ["file,patient_id,label,sex"]
     for index, record in enumerate(cohort.records):
