@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,13 +33,21 @@ app = typer.Typer(
 ledger_app = typer.Typer(help="The data set's ledger of everything that was charged.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
 
+
+class OutputFormat(StrEnum):
+    """For people or for scripts."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/config.md lists every setting.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as made by `dpsynth train`.")]
 LedgerOption = Annotated[
     Path | None,
     typer.Option("--ledger", metavar="FILE", help="Ledger of the data set. Default: beside the data, NAME.ledger.jsonl."),
 ]
-Format = Annotated[str, typer.Option("--format", metavar="text|json", help="How to print the result.")]
+Format = Annotated[OutputFormat, typer.Option("--format", help="How to print the result.")]
 
 
 def _version(value: bool) -> None:
@@ -55,14 +64,14 @@ def options(
 
 
 @app.command()
-def plan(config: ConfigFile, output: Format = "text") -> None:
+def plan(config: ConfigFile, output: Format = OutputFormat.TEXT) -> None:
     """Show noise, steps, time, memory and what epsilon means. Touches no image."""
     from dpsynth.config import load_config
     from dpsynth.plan import describe
     from dpsynth.plan import plan as make_plan
 
     result = make_plan(load_config(config))
-    if output == "json":
+    if output is OutputFormat.JSON:
         print(json.dumps(result.to_json(), indent=2, sort_keys=True))
         return
     width = max(len(name) for name, _ in describe(result))
@@ -188,12 +197,14 @@ def ledger_open(
 
 
 @ledger_app.command("show")
-def ledger_show(ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A ledger file.")], output: Format = "text") -> None:
+def ledger_show(
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A ledger file.")], output: Format = OutputFormat.TEXT
+) -> None:
     """Show every charge, what is spent and what is left."""
     from dpsynth.privacy.ledger import Ledger
 
     summary = Ledger.load(ledger).summary()
-    if output == "json":
+    if output is OutputFormat.JSON:
         print(json.dumps(summary, indent=2, sort_keys=True))
         return
     print(f"{summary['data_name']} ({summary['unit']}): budget epsilon {summary['epsilon']} at delta {summary['delta']:.3g}")

@@ -60,6 +60,10 @@ class DataConfig(_Settings):
         description="Size in pixels or voxels that images are resampled to; 2 or 3 numbers.",
     )
     channels: Literal[1, 3] = Field(1, description="1 for grey images, 3 for colour.")
+    mixed_sizes: bool = Field(
+        False,
+        description="Allow images of different sizes; each is resampled and cropped about its centre. If not, one that differs is an error.",
+    )
     intensity_range: tuple[float, float] = Field(
         (0.0, 255.0), description="Stored intensities that map to -1 and 1; public constants, values outside are clamped."
     )
@@ -155,7 +159,7 @@ class GenerateConfig(_Settings):
 class GateConfig(_Settings):
     """The policy by which a release is allowed; fixed before the checks run."""
 
-    required: tuple[str, ...] = Field(
+    required: tuple[Literal["accounting", "membership", "copying", "fidelity", "utility"], ...] = Field(
         ("accounting", "membership", "copying", "fidelity", "utility"), description="Checks without which nothing is released."
     )
     false_alarm_rate: Fraction = Field(0.01, description="Of each statistical check.")

@@ -10,24 +10,32 @@ import hmac
 import secrets
 from pathlib import Path
 
-from dpsynth.config import Config
+from dpsynth.config import Config, DataConfig
 from dpsynth.data.cohort import Cohort
 from dpsynth.data.source import read_cohort
 from dpsynth.data.validate import decoded, require_usable
+from dpsynth.errors import DataError
 from dpsynth.privacy.calibrate import resolve_delta
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import Progress
 
 
-def fingerprint(cohort: Cohort, *, salt: bytes, dimensions: int, channels: int, progress: Progress) -> str:
+def fingerprint(cohort: Cohort, data: DataConfig, *, salt: bytes, progress: Progress) -> str:
     """Salted digest over patients, labels and decoded pixels, whatever the order of files.
 
-    Raises DataError for broken images.
+    Raises DataError for broken images, and for images of different sizes unless the configuration allows them.
     """
+    dimensions, first = len(data.spatial_shape), None
     total = hmac.new(salt, digestmod=hashlib.sha256)
     records = sorted(cohort.records, key=lambda record: (record.patient_id, record.name))
     for index, record in enumerate(records):
-        voxels = decoded(record, dimensions=dimensions, channels=channels).voxels
+        voxels = decoded(record, dimensions=dimensions, channels=data.channels).voxels
+        first = first or (record.name, voxels.shape[1:])
+        if voxels.shape[1:] != first[1] and not data.mixed_sizes:
+            raise DataError(
+                f"{record.name}: expected {'x'.join(map(str, first[1]))} as in {first[0]}, found {'x'.join(map(str, voxels.shape[1:]))}. "
+                "Set data.mixed_sizes: true to resample each image, or leave it out."
+            )
         header = f"{len(record.patient_id)}:{record.patient_id}:{record.label}:{voxels.shape}"
         total.update(header.encode() + hashlib.sha256(voxels.tobytes()).digest())
         if index % 50 == 49 or index + 1 == len(records):
@@ -40,7 +48,7 @@ def open_ledger(config: Config, *, path: Path, epsilon: float, delta: float | No
     cohort = read_cohort(config.data)
     require_usable(cohort)
     salt = secrets.token_bytes(16)
-    digest = fingerprint(cohort, salt=salt, dimensions=len(config.data.spatial_shape), channels=config.data.channels, progress=progress)
+    digest = fingerprint(cohort, config.data, salt=salt, progress=progress)
     return Ledger.open_new(
         path,
         data_name=config.data.name,

@@ -20,6 +20,7 @@ from dpsynth.errors import DataError
 from dpsynth.privacy.unit import PrivacyUnit
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+_GREY_TOLERANCE = 32  # of 255 between the colours of a pixel: JPEG leaves some in grey pictures
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
@@ -50,6 +51,8 @@ def read_image(path: Path, *, channels: int) -> Image:
             with Pillow.open(path, formats=("PNG", "JPEG")) as picture:
                 picture.load()
                 pixels = _pixels(picture, channels)
+    except DataError as error:
+        raise DataError(f"{path.name}: {error}. Set data.channels: 3, or leave it out.") from error
     except Exception as error:  # pillow raises many kinds for broken files
         raise DataError(
             f"{path.name}: expected a readable PNG or JPEG, found a damaged or other file ({type(error).__name__}). Replace it."
@@ -66,6 +69,8 @@ def _pixels(picture: Pillow.Image, channels: int) -> Float32:
         background = Pillow.new("RGBA", picture.size, (0, 0, 0, 255))
         picture = Pillow.alpha_composite(background, picture)
     if channels == 1:
+        if np.ptp(np.asarray(picture.convert("RGB"), dtype=np.int16), axis=-1).max() > _GREY_TOLERANCE:
+            raise DataError("expected a grey image as in data.channels, found 3 channels of colour")
         return np.asarray(picture.convert("L"), dtype=np.float32)[None]
     return np.moveaxis(np.asarray(picture.convert("RGB"), dtype=np.float32), -1, 0)
 

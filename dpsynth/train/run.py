@@ -107,7 +107,7 @@ def _private_images(config: Config, ledger: Ledger, progress: Progress) -> Image
         )
     cohort = read_cohort(config.data)
     salt = bytes.fromhex(ledger.genesis["digest_salt"])
-    digest = fingerprint(cohort, salt=salt, dimensions=len(config.data.spatial_shape), channels=config.data.channels, progress=progress)
+    digest = fingerprint(cohort, config.data, salt=salt, progress=progress)
     ledger.require_data(digest)
     return prepare(cohort, config.data, progress=progress)
 

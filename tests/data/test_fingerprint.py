@@ -21,7 +21,7 @@ SALT = b"salt of sixteen."
 
 
 def digest(cohort: Cohort, *, salt: bytes = SALT) -> str:
-    return fingerprint(cohort, salt=salt, dimensions=2, channels=1, progress=silent)
+    return fingerprint(cohort, DataConfig(), salt=salt, progress=silent)
 
 
 def test_the_order_of_files_does_not_matter(raster: tuple[Path, DataConfig]) -> None:

@@ -161,11 +161,13 @@ def test_what_is_transparent_counts_as_black(tmp_path: Path) -> None:
         assert (voxels[:, :, 4:] == 200).all()
 
 
-def test_colour_becomes_luminance_when_one_channel_is_asked_for(tmp_path: Path) -> None:
+def test_colour_is_refused_when_one_channel_is_asked_for_but_traces_of_it_are_not(tmp_path: Path) -> None:
     colour = np.zeros((8, 9, 3), dtype=np.uint8)
-    colour[:, :3, 0], colour[:, 3:6, 1], colour[:, 6:, 2] = 200, 200, 200
+    colour[:, :3, 0], colour[:, 3:6, 1], colour[:, 6:, 2] = 20, 20, 20
     voxels = read_image(saved(tmp_path, Pillow.fromarray(colour)), channels=1).voxels[0, 0]
-    assert np.abs(voxels[[0, 3, 6]] - 200 * np.array([0.299, 0.587, 0.114])).max() < 1  # ITU-R 601
+    assert np.abs(voxels[[0, 3, 6]] - 20 * np.array([0.299, 0.587, 0.114])).max() < 1  # ITU-R 601
+    with pytest.raises(DataError, match="channels of colour"):
+        read_image(saved(tmp_path, Pillow.fromarray(colour * 10)), channels=1)
 
 
 def test_jpeg_is_read_almost_as_written(tmp_path: Path) -> None:
