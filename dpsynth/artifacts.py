@@ -105,13 +105,17 @@ class RunFolder:
         """Start a run in a new or empty folder. Raises ArtifactError when files are there."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ArtifactError(f"Expected {path} not to exist or to be empty. Name another run folder.")
-        run = cls(path, config_text)
-        write_bytes(path / "config.yaml", config_text.encode())
+        half_made = path.with_name(f".{path.name}.new")  # a killed run leaves this, never a run folder without its run.json
+        shutil.rmtree(half_made, ignore_errors=True)
+        write_bytes(half_made / "config.yaml", config_text.encode())
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         digest = hashlib.sha256(config_text.encode()).hexdigest()
         facts = {"schema_version": SCHEMA_VERSION, "dpsynth": __version__, "config_sha256": digest, "created": created}
-        write_json(path / "run.json", facts)
-        return run
+        write_json(half_made / "run.json", facts)
+        with storage_errors(path):
+            half_made.replace(path)
+            sync_folder(path.parent)
+        return cls(path, config_text)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -147,6 +151,8 @@ class RunFolder:
     def complete(self, stage: str, *, needs: tuple[str, ...] = (), facts: Mapping[str, Any] | None = None) -> None:
         """Finish a stage: its record is written last, so a stage without one is unfinished."""
         folder = self.folder(stage)
+        for leftover in folder.rglob(".*.tmp"):  # of a write that was killed
+            leftover.unlink()
         files = {str(path.relative_to(folder)): sha256_file(path) for path in _files(folder)}
         inputs = {name: sha256_file(self.path / name / _RECORD) for name in needs}
         write_json(folder / _RECORD, {"files": files, "needs": inputs, "facts": dict(facts or {})})

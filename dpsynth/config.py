@@ -62,7 +62,7 @@ class DataConfig(_Settings):
     channels: Literal[1, 3] = Field(1, description="1 for grey images, 3 for colour.")
     mixed_sizes: bool = Field(
         False,
-        description="Allow images of different sizes; each is resampled and cropped about its centre. If not, one that differs is an error.",
+        description="Allow images of different sizes; each is resampled and cropped about its centre. If not, a differing one is an error.",
     )
     intensity_range: tuple[float, float] = Field(
         (0.0, 255.0), description="Stored intensities that map to -1 and 1; public constants, values outside are clamped."

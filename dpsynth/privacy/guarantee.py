@@ -52,13 +52,14 @@ class Guarantee:
         """One sentence a doctor understands."""
         if not math.isfinite(self.epsilon):
             return "There is no privacy guarantee (epsilon is infinite): these images may show patients and must not leave the hospital."
-        whom = "any one patient, with all of their images," if self.unit is PrivacyUnit.PATIENT else "any one image"
+        patient = self.unit is PrivacyUnit.PATIENT
+        whom = "a patient, with all of their images," if patient else "one single image"
         what = (
-            f"Whether {whom} was in the training data changes the chance of anything seen in the synthetic images by at most a factor "
-            f"e^{self.epsilon:.2f} (epsilon {self.epsilon:.2f}, delta {self.delta:.2g}): a test that wrongly accuses 1 in 100 "
-            f"of those who were not in the data can find at most {100 * self.attack_rate(_FPR):.0f} in 100 of those who were"
+            f"Whoever has the synthetic images and tries to tell whether {whom} was in the training data can do no better than this: a test "
+            f"that wrongly accuses 1 in 100 of those who were not finds at most {100 * self.attack_rate(_FPR):.0f} in 100 of those who were "
+            f"(epsilon {self.epsilon:.2f}, delta {self.delta:.2g}, {self.unit.value} level)"
         )
-        if self.unit is PrivacyUnit.IMAGE:
+        if not patient:
             what += "; this protects single images, so a patient with several images is protected less"
         return what + "."
 

@@ -1,0 +1,164 @@
+"""The epsilon report: every number on the page is in the guarantee, nothing is loaded or run, and nothing can be injected."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.privacy.accountant import account, tpr_at_fpr
+from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd
+from dpsynth.privacy.unit import PrivacyUnit
+from dpsynth.report.epsilon import epsilon_report
+from dpsynth.report.html import render
+
+RELEASE = MomentRelease(noise_multiplier=1.0, queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
+SGD = PoissonDpSgd(noise_multiplier=1.5, clip_norm=0.1, sampling_probability=0.1, steps=40, declared_patients=500)
+INJECTION = '<script>alert(1)</script><img src="http://evil">'
+
+
+@cache
+def guarantee(mechanisms: tuple[Mechanism, ...] = (RELEASE, SGD), unit: PrivacyUnit = PrivacyUnit.PATIENT) -> Guarantee:
+    accounting = account(mechanisms, 1e-5, second_opinion=lambda m, delta: account(m, delta, second_opinion=None).pld)
+    return Guarantee(
+        data_name=INJECTION,
+        unit=unit,
+        declared_patients=500,
+        mechanisms=mechanisms,
+        accounting=accounting,
+        ledger_epsilon=accounting.pld,
+        max_images_per_patient=8,
+        unprotected=(INJECTION,),
+    )
+
+
+def verdict(outcome: Outcome) -> Verdict:
+    return Verdict(
+        check="copying",
+        question="Copies?",
+        outcome=outcome,
+        statistic_name="share",
+        statistic=0.4375,
+        interval=(0.125, 0.75),
+        threshold=0.5,
+        confidence_level=0.95,
+        false_alarm_rate=0.01,
+        reason=f"7 of 16 patients {INJECTION}",
+        limitation="Only whole pictures.",
+        figures={"patients": 16.0},
+    )
+
+
+def view(site: bool = True, outcome: Outcome = Outcome.PASS, **changes: object) -> dict[str, object]:
+    return epsilon_report(
+        guarantee=guarantee(**changes),  # type: ignore[arg-type]
+        verdicts=[verdict(outcome)],
+        decision={"allowed": outcome is Outcome.PASS, "reasons": [] if outcome is Outcome.PASS else [INJECTION]},
+        budget={"epsilon": 10.0, "delta": 1e-5, "spent": 3.0, "left": 7.0, "gate_attempts": 1, "max_gate_attempts": 3},
+        method="diffusion",
+        title=INJECTION,
+        count=6,
+        site=site,
+        provenance={"ledger head": "line 3"},
+    )
+
+
+def page(values: dict[str, object], shape: tuple[int, ...] = (1, 8, 8)) -> str:
+    images = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
+    return render(values, images=images, labels=np.array([0, 1, 0, 1, 0, 1]), classes=("normal", INJECTION))
+
+
+class Tags(HTMLParser):
+    """Collects tags and attributes, and that they are balanced."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "path", "use", "rect"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (1, 8, 8, 8)])
+def test_the_page_is_well_formed_and_loads_and_runs_nothing(outcome: Outcome, shape: tuple[int, ...]) -> None:
+    parser = Tags()
+    parser.feed(page(view(outcome=outcome), shape))
+    assert parser.open == []
+    assert "script" not in {tag for tag, _ in parser.seen}
+    for tag, attributes in parser.seen:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        for name in ("src", "href", "xlink:href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+
+
+def test_every_outcome_is_told_by_a_word_and_a_symbol_not_by_colour_alone() -> None:
+    words = set()
+    for outcome in Outcome:
+        (shown,) = view(outcome=outcome)["verdicts"]  # type: ignore[misc]
+        words.add((shown["symbol"], shown["word"]))
+        assert shown["symbol"] in page(view(outcome=outcome))
+    assert len(words) == len(Outcome)
+
+
+def test_the_numbers_are_those_of_the_mechanisms() -> None:
+    values, claim = view(), guarantee()
+    assert values["epsilon"] == claim.accounting.pld
+    assert values["sentence"] == claim.sentence()
+    for row in values["attack_rates"]:  # type: ignore[attr-defined]
+        assert row["tpr"] == pytest.approx(float(tpr_at_fpr(claim.mechanisms, (row["fpr"],))[0]))
+    curve = np.array(values["curve"])
+    assert (np.diff(curve[:, 1]) >= -1e-9).all()
+    assert (curve[:, 1] >= curve[:, 0] - 1e-9).all()
+    text = page(values)
+    assert f"{claim.accounting.pld:.4g}" in text
+    assert f"{claim.accounting.rdp:.4g}" in text
+
+
+def test_the_sentence_names_unit_and_rates() -> None:
+    patient, image = guarantee().sentence(), guarantee(unit=PrivacyUnit.IMAGE).sentence()
+    assert "patient level" in patient
+    assert "several images is protected less" in image
+    found = re.search(r"at most (\d+) in 100", patient)
+    assert found is not None
+    assert int(found[1]) == round(100 * guarantee().attack_rate(0.01))
+
+
+def test_without_privacy_the_page_says_so_and_shows_infinity() -> None:
+    values = view(outcome=Outcome.FAIL, mechanisms=(NonPrivate(reason="research"),))
+    text = page(values)
+    assert values["epsilon"] == "inf"
+    assert "no privacy guarantee" in text
+    assert "infinite" in text
+    assert "The gate does not allow the release" in text
+    assert not math.isfinite(guarantee((NonPrivate(reason="research"),)).epsilon)
+
+
+def test_the_public_card_holds_no_number_of_a_check() -> None:
+    text = page(view(site=False))
+    for secret in ("0.4375", "0.125", "7 of 16", "16.0", "spent, left"):
+        assert secret not in text
+    assert "0.4375" in page(view(site=True)) or "0.4375" in str(view(site=True))
+
+
+def test_equal_reports_are_equal_pages() -> None:
+    assert page(view()) == page(view())
