@@ -32,7 +32,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Encoder features and thumbnails of the three sets; thumbnails of the synthetic images also mirrored."""
+    """Encoder features, of one image a patient since tests count patients; thumbnails of all images, of the synthetic ones also mirrored."""
 
     synthetic: Array
     training: Array
@@ -44,11 +44,11 @@ class Features:
 
 
 def compute_features(evidence: Evidence, *, progress: Progress) -> Features:
-    """Features of all images of the evidence."""
+    """Features of the evidence."""
     return Features(
         synthetic=encode(evidence.synthetic, task="synthetic images", progress=progress),
-        training=encode(evidence.training.images, task="training images", progress=progress),
-        control=encode(evidence.control.images, task="control images", progress=progress),
+        training=encode(first_images(evidence.training), task="training images", progress=progress),
+        control=encode(first_images(evidence.control), task="control images", progress=progress),
         synthetic_thumbnails=thumbnails(evidence.synthetic),
         mirrored_thumbnails=thumbnails(mirrored(evidence.synthetic)),
         training_thumbnails=thumbnails(evidence.training.images),
@@ -56,6 +56,6 @@ def compute_features(evidence: Evidence, *, progress: Progress) -> Features:
     )
 
 
-def first_rows(images: ImageSet) -> Int64:
-    """One row per patient: tests count patients, and images of one patient are not independent."""
-    return np.array([rows[0] for rows in images.rows_of()], dtype=np.int64)
+def first_images(images: ImageSet) -> Float32:
+    """One image per patient: images of one patient are not independent."""
+    return images.images[[int(rows[0]) for rows in images.rows_of()]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.checks.evidence import Evidence, Features, first_rows
+from dpsynth.checks.evidence import Features
 from dpsynth.checks.features import NAME
 from dpsynth.checks.statistics import kid, neighbourhoods
 from dpsynth.checks.verdict import Outcome, Verdict
@@ -28,10 +28,9 @@ def measures(real: Array, other: Array) -> dict[str, float]:
     return {"kid": kid(real, other), **neighbourhoods(real, other).__dict__}
 
 
-def fidelity(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
+def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
     """FAIL when precision or coverage, as part of what real images reach, lies below the policy's limit; INCONCLUSIVE with few images."""
-    control = features.control[first_rows(evidence.control)]
-    training = features.training[first_rows(evidence.training)]
+    control, training = features.control, features.training
     size = min(len(control), len(training), len(features.synthetic), _MOST)
     synthetic_draws, real_draws = _draws(control, features.synthetic, training, size, rng)
     mean = {name: (_mean(synthetic_draws, name), _mean(real_draws, name)) for name in ("kid", *_MEASURES)}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dpsynth.checks.evidence import Evidence, Features, first_rows
+from dpsynth.checks.evidence import Features
 from dpsynth.checks.statistics import auc_interval, nearest, smallest_detectable_auc
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -38,10 +38,10 @@ def arms(control: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     return control[order[:cut]], control[order[cut:]]
 
 
-def membership(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
+def membership(features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
     """FAIL when the one-sided rank test is significant; INCONCLUSIVE when too few patients could show anything."""
-    training = features.training[first_rows(evidence.training)]
-    reference, control = arms(features.control[first_rows(evidence.control)], rng)
+    training = features.training
+    reference, control = arms(features.control, rng)
     detectable = smallest_detectable_auc(len(training), max(len(control), 1), false_alarm_rate=gate.false_alarm_rate)
     inside, outside = scores(training, features.synthetic, reference), scores(control, features.synthetic, reference)
     p = float(stats.mannwhitneyu(inside, outside, alternative="greater").pvalue)

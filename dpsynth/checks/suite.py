@@ -26,9 +26,9 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
 
     checks: dict[str, Callable[[], Verdict]] = {
         "accounting": lambda: accounting(evidence),
-        "membership": lambda: membership(evidence, features, gate, rng=rng(1)),
+        "membership": lambda: membership(features, gate, rng=rng(1)),
         "copying": lambda: copying(evidence, features, gate, rng=rng(2)),
-        "fidelity": lambda: fidelity(evidence, features, gate, rng=rng(3)),
+        "fidelity": lambda: fidelity(features, gate, rng=rng(3)),
         "utility": lambda: utility(evidence, gate, rng=rng(4), seed=seed, progress=progress),
     }
     return tuple(_guarded(name, check) for name, check in checks.items())

@@ -55,9 +55,9 @@ class Guarantee:
         patient = self.unit is PrivacyUnit.PATIENT
         whom = "a patient, with all of their images," if patient else "one single image"
         what = (
-            f"Whoever has the synthetic images and tries to tell whether {whom} was in the training data can do no better than this: a test "
-            f"that wrongly accuses 1 in 100 of those who were not finds at most {100 * self.attack_rate(_FPR):.0f} in 100 of those who were "
-            f"(epsilon {self.epsilon:.2f}, delta {self.delta:.2g}, {self.unit.value} level)"
+            f"Whoever has the synthetic images and tries to tell whether {whom} was in the training data can do no better than this: "
+            f"a test that wrongly accuses 1 in 100 of those who were not finds at most {100 * self.attack_rate(_FPR):.0f} in 100 "
+            f"of those who were (epsilon {self.epsilon:.2f}, delta {self.delta:.2g}, {self.unit.value} level)"
         )
         if not patient:
             what += "; this protects single images, so a patient with several images is protected less"

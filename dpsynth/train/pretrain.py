@@ -1,7 +1,8 @@
 """Stage 0: train the denoiser on public images, at no cost in epsilon.
 
 The private moments are unknown here, so the net must be at home under any: every few steps the public images are cut into new
-pseudo-classes by a random direction, mirrored and rescaled, and their moments are released with as much noise as a run's might have.
+pseudo-classes by a random direction, their exact moments are computed, and images and moments are mirrored and rescaled alike.
+Noised moments were tried in their place and lost (experiments/001): the net then trusts the public images more than the moments.
 """
 
 from __future__ import annotations
@@ -20,18 +21,12 @@ from dpsynth.config import Config
 from dpsynth.data.cohort import Float32, Int64
 from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.ema import Ema
-from dpsynth.model.moments import PublicReference, frequencies, moment_queries, release_moments, to_frequencies
-from dpsynth.privacy.mechanism import MomentRelease
-from dpsynth.privacy.noise import KEY_BYTES, NoiseStream
+from dpsynth.model.moments import PublicReference, frequencies, release_moments, to_frequencies
 from dpsynth.progress import Progress
 
 _REFRESH = 50  # steps between new pseudo-classes
 _WARM_UP = 20
 _EMA_DECAY = 0.98
-_NOISE_PER_PATIENT = (
-    5e-5,
-    3e-3,
-)  # noise multiplier over number of patients: from 5,000 patients at epsilon 10 to 1,000 at epsilon 1
 
 
 def pretrained_weights(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:
@@ -48,7 +43,7 @@ def pretrained_weights(config: Config, images: Float32, reference: PublicReferen
 def _digest(config: Config, images: Float32) -> str:
     """Everything the weights depend on. The images are public, so their hash may be a file name."""
     settings = config.pretrain.model_dump(mode="json", exclude={"cache", "path"})
-    facts = [3, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.classes)]
+    facts = [4, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.classes)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(images.tobytes())
     return digest.hexdigest()[:32]
@@ -101,15 +96,15 @@ class _World:
         self.labels: Int64 = np.searchsorted(np.quantile(score, shares), score).astype(np.int64)
         keep = rng.random(len(images)) < rng.uniform(0.5, 1.0)
         self.rows = np.flatnonzero(keep) if keep.sum() > 20 * num_classes else np.arange(len(images))
-        level = float(np.exp(rng.uniform(*np.log(_NOISE_PER_PATIENT)))) * len(self.rows)
+        rows = self.rows
         self.moments = release_moments(
-            self.images[self.rows],
-            self.labels[self.rows],
-            np.arange(len(self.rows), dtype=np.int64),
+            self.images[rows],
+            self.labels[rows],
+            np.arange(len(rows), dtype=np.int64),
             num_classes=num_classes,
-            mechanism=MomentRelease(noise_multiplier=level, queries=moment_queries(reference)),
+            mechanism=None,
             reference=reference,
-            stream=NoiseStream(key=rng.bytes(KEY_BYTES)),
+            stream=None,
         )
 
     def batch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
