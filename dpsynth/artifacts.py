@@ -68,10 +68,14 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
         sync_folder(path.parent)
 
 
+def json_bytes(value: object) -> bytes:
+    """The one form in which JSON files are written: sorted keys, two spaces, newline at the end, no NaN."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: object, *, private: bool = False) -> None:
-    """Write JSON atomically: sorted keys, two spaces, newline at the end, no NaN."""
-    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode(), private=private)
+    """Write JSON atomically."""
+    write_bytes(path, json_bytes(value), private=private)
 
 
 def read_json(path: Path) -> Any:

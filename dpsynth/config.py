@@ -104,7 +104,7 @@ class MomentsConfig(_Settings):
     """Stage 1: differentially private class-wise moments."""
 
     low_frequencies: Count = Field(12, description="The low block of the cosine transform has this many frequencies per axis.")
-    share: Fraction = Field(0.5, description="Part of the squared privacy parameter mu^2 that the moments spend (diffusion only).")
+    share: Fraction = Field(0.8, description="Part of the squared privacy parameter mu^2 that the moments spend (diffusion only).")
     texture: bool = Field(False, description="method moments: add Gaussian texture above the low block instead of smooth images.")
 
 
@@ -112,15 +112,15 @@ class DiffusionConfig(_Settings):
     """Stage 3: DP-SGD on the denoiser."""
 
     channels: tuple[Count, ...] = Field((32, 64), min_length=1, description="Channels of the U-Net, level by level.")
-    steps: Count = Field(100, description="DP-SGD steps.")
+    steps: Count = Field(40, description="DP-SGD steps.")
     sampling_probability: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Probability of each patient in each step.")
-    draws: Count = Field(4, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
+    draws: Count = Field(2, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
     clip_norm: Positive = Field(0.05, description="Largest L2 norm of one patient's gradient.")
     learning_rate: Positive = Field(3e-4, description="Of Adam.")
     trainable: Literal["all", "small"] = Field(
         "small", description="all weights, or small: biases, norms, class embedding and output convolution."
     )
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Of the average of the weights, in steps.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of the average of the weights, in steps.")
     patients_per_chunk: Count = Field(16, description="Patients per forward pass; changes memory, not the result.")
     checkpoint_every: Count = Field(10, description="Steps between checkpoints.")
 
@@ -152,7 +152,7 @@ class GenerateConfig(_Settings):
     )
     seed: int = Field(0, ge=0, description="Image i has its own seed made from this one and i.")
     steps: Count = Field(14, description="Sampler steps.")
-    sigma_min: Positive = Field(0.06, description="Last noise level of the sampler.")
+    sigma_min: Positive = Field(0.08, description="Last noise level of the sampler.")
     sigma_max: Positive = Field(20.0, description="First noise level of the sampler.")
 
 
@@ -163,12 +163,14 @@ class GateConfig(_Settings):
         ("accounting", "membership", "copying", "fidelity", "utility"), description="Checks without which nothing is released."
     )
     false_alarm_rate: Fraction = Field(0.01, description="Of each statistical check.")
-    max_attempts: Count = Field(3, description="Gate attempts per trained generator, counted in the ledger.")
     utility_margin: Fraction = Field(0.10, description="Largest loss of AUC of train-on-synthetic against train-on-real.")
     largest_membership_auc: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.70, description="Membership is inconclusive when a smaller AUC than this could not have been seen."
     )
     smallest_precision: Fraction = Field(0.10, description="Fidelity fails when precision lies below, as part of real against real.")
+    smallest_spread: Fraction = Field(
+        0.25, description="Fidelity fails when synthetic images differ from each other less than this part of what real ones do."
+    )
     smallest_coverage: Fraction = Field(0.05, description="Fidelity fails when coverage lies below, as part of real against real.")
 
 

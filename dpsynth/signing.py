@@ -87,7 +87,7 @@ def verify_envelope(envelope: object, public: Ed25519PublicKey) -> dict[str, Any
     """The statement, if `public` signed it. The signature is checked before the payload is parsed. Raises SignatureError."""
     payload, signatures = _opened(envelope)
     message = pre_authentication_encoding(PAYLOAD_TYPE, payload)
-    if not any(_signed_by(public, signature, message) for signature in signatures):
+    if not any(name == key_id(public) and _signed_by(public, signature, message) for name, signature in signatures):
         raise SignatureError("The signature was not made by this key over these bytes. Check the key and where the folder came from.")
     statement = json.loads(payload, object_pairs_hook=_no_duplicates)
     if not isinstance(statement, dict) or statement.get("_type") != STATEMENT_TYPE:
@@ -95,18 +95,25 @@ def verify_envelope(envelope: object, public: Ed25519PublicKey) -> dict[str, Any
     return statement
 
 
-def _opened(envelope: object) -> tuple[bytes, list[bytes]]:
+def _opened(envelope: object) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """Payload, and signatures with the id of their key."""
     try:
         if not isinstance(envelope, dict) or set(envelope) != {"payload", "payloadType", "signatures"}:
             raise ValueError("wrong fields")
         if envelope["payloadType"] != PAYLOAD_TYPE:
             raise ValueError("wrong payload type")
-        payload = base64.b64decode(envelope["payload"], validate=True)
-        if base64.b64encode(payload).decode() != envelope["payload"]:
-            raise ValueError("payload is not canonical base64")
-        return payload, [base64.b64decode(entry["sig"], validate=True) for entry in envelope["signatures"]]
+        signatures = [(str(entry["keyid"]), _canonical(entry["sig"])) for entry in envelope["signatures"]]
+        return _canonical(envelope["payload"]), signatures
     except (ValueError, TypeError, KeyError, binascii.Error) as error:
         raise SignatureError(f"Expected a DSSE envelope of {PAYLOAD_TYPE}: {error}.") from error
+
+
+def _canonical(text: str) -> bytes:
+    """Decode base64 of which no bit can be changed without changing the bytes. Raises ValueError."""
+    content = base64.b64decode(text, validate=True)
+    if base64.b64encode(content).decode() != text:
+        raise ValueError("base64 is not canonical")
+    return content
 
 
 def _signed_by(public: Ed25519PublicKey, signature: bytes, message: bytes) -> bool:

@@ -32,7 +32,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Encoder features, of one image a patient since tests count patients; thumbnails of all images, of the synthetic ones also mirrored."""
+    """Encoder features, of one image a patient since tests count patients; thumbnails of all images, the synthetic ones also mirrored."""
 
     synthetic: Array
     training: Array

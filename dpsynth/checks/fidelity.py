@@ -37,12 +37,15 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator) 
     ratios = np.array([d["precision"] / max(_mean(real_draws, "precision"), 1e-9) for d in synthetic_draws])
     coverage = mean["coverage"][0] / max(mean["coverage"][1], 1e-9)
     precision = mean["precision"][0] / max(mean["precision"][1], 1e-9)
+    spread = _spread(features.synthetic) / max(_spread(control), 1e-9)
     text = ", ".join(f"{name} {mean[name][0]:.2f} (real {mean[name][1]:.2f})" for name in _MEASURES)
     outcome, reason = Outcome.PASS, text
     if size < _FEWEST:
         outcome, reason = Outcome.INCONCLUSIVE, f"{size} patients or images are too few; {_FEWEST} are needed"
     elif float(np.quantile(ratios, 0.975)) < gate.smallest_precision:
         outcome, reason = Outcome.FAIL, f"too few synthetic images look real: {text}"
+    elif spread < gate.smallest_spread:
+        outcome, reason = Outcome.FAIL, f"the synthetic images are too much alike (spread {spread:.2f} of the real one): {text}"
     elif coverage < gate.smallest_coverage:
         outcome, reason = Outcome.FAIL, f"the synthetic images cover too little of the real variety: {text}"
     figures = {f"{name}, synthetic": pair[0] for name, pair in mean.items()} | {f"{name}, real": pair[1] for name, pair in mean.items()}
@@ -58,8 +61,13 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator) 
         false_alarm_rate=0.025,
         reason=reason,
         limitation=LIMITATION,
-        figures={**figures, "images a side": float(size)},
+        figures={**figures, "spread as part of real": spread, "images a side": float(size)},
     )
+
+
+def _spread(rows: Array) -> float:
+    """Root mean square distance from the mean. Coverage alone misses a collapse to the mean image, which lies near to many others."""
+    return float(np.sqrt(rows.var(axis=0).sum()))
 
 
 def _draws(

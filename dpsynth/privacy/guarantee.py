@@ -56,8 +56,8 @@ class Guarantee:
         whom = "a patient, with all of their images," if patient else "one single image"
         what = (
             f"Whoever has the synthetic images and tries to tell whether {whom} was in the training data can do no better than this: "
-            f"a test that wrongly accuses 1 in 100 of those who were not finds at most {100 * self.attack_rate(_FPR):.0f} in 100 "
-            f"of those who were (epsilon {self.epsilon:.2f}, delta {self.delta:.2g}, {self.unit.value} level)"
+            f"a test that wrongly accuses 1 in 100 of those who were not finds at most {round_up(100 * self.attack_rate(_FPR)):.0f} in 100 "
+            f"of those who were (epsilon {round_up(self.epsilon, 2):.2f}, delta {self.delta:.2g}, {self.unit.value} level)"
         )
         if not patient:
             what += "; this protects single images, so a patient with several images is protected less"
@@ -73,7 +73,7 @@ class Guarantee:
         for name, stated, computed in (("PLD", self.accounting.pld, pld), ("RDP", self.accounting.rdp, rdp)):
             if not (stated == computed or abs(stated - computed) <= 1e-3 * max(computed, 1e-3)):
                 found.append(f"the stated {name} epsilon {stated:.4g} is not the {computed:.4g} of its mechanisms")
-        if not self.ledger_epsilon >= self.epsilon * (1 - 1e-6) and self.ledger_epsilon == self.ledger_epsilon:
+        if not self.ledger_epsilon >= self.epsilon * (1 - 1e-6):
             found.append(f"the ledger counts epsilon {self.ledger_epsilon:.4g} over all runs, less than this run's {self.epsilon:.4g}")
         return tuple(found)
 
@@ -110,6 +110,12 @@ class Guarantee:
             )
         except (KeyError, TypeError, ValueError, AttributeError, LedgerError) as error:
             raise ArtifactError(f"Expected a guarantee, found something else: {error}.") from error
+
+
+def round_up(value: float, digits: int = 0) -> float:
+    """Round an upper bound to `digits` decimals without making it smaller; a part in a billion is taken for float error."""
+    scale = 10.0**digits
+    return math.ceil(value * scale - 1e-9) / scale
 
 
 def claim(guarantee: Guarantee) -> Guarantee:

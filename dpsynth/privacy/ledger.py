@@ -144,6 +144,13 @@ class Ledger:
         """Every reservation with what it costs now."""
         return _charges(self._sound())
 
+    def charge(self, reservation: str) -> Charge:
+        """The charge of one reservation. Raises LedgerError when there is none."""
+        found = next((charge for charge in self.charges() if charge.reservation == reservation), None)
+        if found is None:
+            raise LedgerError(f"The ledger {self.path.name} has no reservation {reservation}. Name the ledger that this run was booked in.")
+        return found
+
     def charged_mechanisms(self) -> tuple[Mechanism, ...]:
         """All mechanisms that were charged, over all runs."""
         return tuple(mechanism for charge in self.charges() for mechanism in charge.mechanisms)

@@ -48,6 +48,7 @@ class Release:
     classes: Sequence[str]
     guarantee: Guarantee
     verdicts: Sequence[Verdict]
+    required: Sequence[str]
     reviews: dict[str, str]
     method: str
     report_html: str
@@ -95,7 +96,8 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
         writer.writerow([index, names[label], 1, *files[index]])
     write_bytes(folder / "labels.csv", table.getvalue().encode())
     write_json(folder / "guarantee.json", release.guarantee.to_json())
-    public = {"verdicts": [verdict.to_public_json() for verdict in release.verdicts], "reviews": release.reviews}
+    outcomes = [verdict.to_public_json() for verdict in release.verdicts]
+    public = {"required": list(release.required), "verdicts": outcomes, "reviews": release.reviews}
     write_json(folder / "verdicts.json", public)
     write_bytes(folder / "report.html", release.report_html.encode())
     write_bytes(folder / "DISCLOSURE.txt", DISCLOSURE.encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dpsynth.checks.verdict import Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, candidates_digest, load_candidates
 from dpsynth.errors import ArtifactError
+from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.release.gate import Question
@@ -33,8 +34,10 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
     run = RunFolder.open(run_path)
     run.require("check")
     config = parse_config(run.config_text, base=run.path)
-    ledger_file = ledger_path or Path(read_json(run.folder("train") / "site" / "reservation.json")["ledger"])
+    reservation = read_json(run.folder("train") / "site" / "reservation.json")
+    ledger_file = ledger_path or Path(reservation["ledger"])
     ledger = Ledger.load(ledger_file)
+    guarantee = Guarantee.from_json(read_json(run.folder("train") / "guarantee.json"))
     result: dict[str, Any] = read_json(run.folder("check") / "verdicts.json")
     try:
         verdicts = tuple(Verdict.from_json(value) for value in result["verdicts"])
@@ -42,7 +45,9 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"The verdicts of this run cannot be read ({error}). Run `dpsynth check` again.") from error
     question = Question(
-        guarantee=Guarantee.from_json(read_json(run.folder("train") / "guarantee.json")),
+        # Other runs may have been charged since this one was trained.
+        guarantee=replace(guarantee, ledger_epsilon=epsilon_pld(ledger.charged_mechanisms(), guarantee.delta)),
+        booked=ledger.charge(reservation["reservation"]).mechanisms,
         budget_epsilon=ledger.budget_epsilon,
         configured_epsilon=config.privacy.epsilon,
         ledger_problems=tuple(Ledger.problems_of(ledger_file)),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.privacy.mechanism import Mechanism
 
 _ALWAYS_REQUIRED = "accounting"
 
@@ -34,6 +35,7 @@ class Question:
     """Everything the gate looks at. reviews: check name to who accepted its flag and why."""
 
     guarantee: Guarantee
+    booked: tuple[Mechanism, ...]  # what the ledger charged for this run
     budget_epsilon: float  # of the data owner, over all runs
     configured_epsilon: float
     ledger_problems: tuple[str, ...]
@@ -64,6 +66,8 @@ def _claim_reasons(question: Question) -> list[str]:
         reasons += list(guarantee.problems())
         if not guarantee.epsilon <= question.configured_epsilon * (1 + 1e-6):
             reasons.append(f"epsilon {guarantee.epsilon:.4g} is above the {question.configured_epsilon:g} of the configuration")
+    if guarantee.mechanisms != question.booked:
+        reasons.append("the ledger booked other mechanisms for this run than the guarantee names")
     if not guarantee.ledger_epsilon <= question.budget_epsilon * (1 + 1e-6) or not math.isfinite(guarantee.ledger_epsilon):
         reasons.append(f"all runs together cost epsilon {guarantee.ledger_epsilon:.4g}, the data owner allows {question.budget_epsilon:g}")
     return reasons + [f"ledger: {problem}" for problem in question.ledger_problems]

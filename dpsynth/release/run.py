@@ -49,6 +49,7 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         classes=case.config.data.classes,
         guarantee=case.question.guarantee,
         verdicts=case.question.verdicts,
+        required=case.question.required,
         reviews=dict(reviews),
         method=case.config.method,
         report_html=_page(case, _view(case, answer, site=False)),
@@ -66,6 +67,7 @@ def _view(case: Case, answer: Allowed | Refused, *, site: bool) -> dict[str, obj
     return epsilon_report(
         guarantee=case.question.guarantee,
         verdicts=case.question.verdicts,
+        required=case.question.required,
         decision={"allowed": isinstance(answer, Allowed), "reasons": reasons},
         budget={**budget, "gate_attempts": case.question.attempt},
         method=case.config.method,

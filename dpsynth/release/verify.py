@@ -7,7 +7,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from dpsynth.artifacts import read_json, sha256_file
+from dpsynth.artifacts import json_bytes, read_json, sha256_file
 from dpsynth.errors import ArtifactError, SignatureError
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.release.bundle import MANIFEST, PREDICATE_TYPE, SIGNATURE, release_files
@@ -30,7 +30,10 @@ def verify(folder: Path, public_key: Path) -> list[str]:
 def _statement(folder: Path, public: Ed25519PublicKey) -> dict[str, Any]:
     if (folder / SIGNATURE).is_symlink():
         raise ArtifactError("it is a link, not a file")
-    statement = verify_envelope(read_json(folder / SIGNATURE), public)
+    envelope = read_json(folder / SIGNATURE)
+    if (folder / SIGNATURE).read_bytes() != json_bytes(envelope):
+        raise SignatureError("Expected the file as it was written; spaces, order or number forms differ.")
+    statement = verify_envelope(envelope, public)
     if statement.get("predicateType") != PREDICATE_TYPE:
         raise SignatureError(f"Expected a statement about a release, found {statement.get('predicateType')!r}.")
     return statement

@@ -11,7 +11,7 @@ import numpy as np
 from dpsynth import __version__
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.privacy.accountant import delta_curve, epsilon_pld, tpr_at_fpr
-from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.privacy.guarantee import Guarantee, round_up
 from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd
 
 SCHEMA = 1
@@ -38,6 +38,7 @@ def epsilon_report(
     *,
     guarantee: Guarantee,
     verdicts: Sequence[Verdict],
+    required: Sequence[str],
     decision: Mapping[str, Any],
     budget: Mapping[str, Any],
     method: str,
@@ -48,7 +49,7 @@ def epsilon_report(
 ) -> dict[str, Any]:
     """The view model. `site=False` makes the public card, in which non-public verdicts keep only their outcome.
 
-    decision: {"allowed": bool, "reasons": [...]}.
+    required: names of the checks without which the policy releases nothing. decision: {"allowed": bool, "reasons": [...]}.
     budget: the ledger's {"epsilon", "delta", "spent", "left", "gate_attempts", "max_gate_attempts"}.
     """
     private = math.isfinite(guarantee.epsilon)
@@ -80,7 +81,7 @@ def epsilon_report(
         "curve": _curve(guarantee),
         "unprotected": list(guarantee.unprotected),
         "not_claimed": list(_NOT_CLAIMED),
-        "verdicts": [_verdict(verdict, site=site) for verdict in verdicts],
+        "verdicts": [{**_verdict(verdict, site=site), "required": verdict.check in required} for verdict in verdicts],
         "decision": dict(decision),
         "provenance": dict(provenance),
     }
@@ -117,7 +118,8 @@ def _mechanism(mechanism: Mechanism, delta: float) -> dict[str, Any]:
 def _attack_rates(guarantee: Guarantee) -> list[dict[str, float]]:
     rates = tpr_at_fpr(guarantee.mechanisms, _FPRS)
     return [
-        {"fpr": fpr, "tpr": float(tpr), "wrongly": 1000 * fpr, "rightly": 1000 * float(tpr)} for fpr, tpr in zip(_FPRS, rates, strict=True)
+        {"fpr": fpr, "tpr": float(tpr), "wrongly": 1000 * fpr, "rightly": round_up(1000 * float(tpr))}
+        for fpr, tpr in zip(_FPRS, rates, strict=True)
     ]
 
 

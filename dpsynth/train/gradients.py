@@ -176,10 +176,11 @@ class PatientGradients:
 def clipped_sum(gradients: list[Tensor], *, clip_norm: float) -> tuple[Tensor, Tensor]:
     """Clip each patient's gradient to `clip_norm` and add them up: (total length,), and each patient's norm after the clip.
 
-    A gradient that is not finite becomes zero, so one broken image can neither stop nor spoil a step.
+    A gradient whose norm is not finite becomes zero, so one broken image can neither stop nor spoil a step.
     """
     flat = torch.cat([gradient.flatten(1).float() for gradient in gradients], dim=1)
-    flat = torch.where(torch.isfinite(flat).all(1, keepdim=True), flat, torch.zeros((), dtype=flat.dtype))
     norms = flat.norm(dim=1)
+    usable = torch.isfinite(norms)  # also false when the squares of finite numbers overflow
+    flat, norms = torch.where(usable[:, None], flat, 0.0), torch.where(usable, norms, 0.0)
     factor = (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
     return flat.T @ factor, norms * factor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +22,14 @@ from dpsynth.data.fingerprint import fingerprint
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, split_patients
-from dpsynth.errors import ArtifactError, ConfigError, LedgerError
+from dpsynth.errors import ArtifactError, BudgetExceeded, ConfigError, LedgerError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
 from dpsynth.model.moments import Moments, PublicReference, moment_queries, public_reference, release_moments
 from dpsynth.privacy.accountant import account, epsilon_pld
 from dpsynth.privacy.calibrate import delta_limit, plan_mechanisms, resolve_delta
 from dpsynth.privacy.guarantee import Guarantee, claim
-from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.ledger import Charge, Ledger
 from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, from_json, to_json
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from dpsynth.progress import Progress
@@ -39,6 +40,8 @@ from dpsynth.train.pretrain import pretrained_weights
 from dpsynth.train.public import public_images
 from dpsynth.train.second_opinion import prv_epsilon
 
+# The claim is written when all else is: a train folder that has it only needs to be closed.
+_CLAIM, _RESERVATION, _RUN_ID, _KEY, _CHECKPOINT = "guarantee.json", "reservation.json", "run_id", "key", "checkpoint.safetensors"
 _EPSILON_NOTES = 12  # how many points of the running epsilon are computed in advance for the progress bar
 
 
@@ -54,9 +57,8 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     """Train, or go on with, the run at `run_path`. Raises BudgetExceeded, SelfCheckFailed, ClaimRefused, DataError and others."""
     ledger = Ledger.load(ledger_path)
     run = _existing(run_path, config)
-    if run is not None and run.is_complete("train"):
-        run.require("train")
-        return Guarantee.from_json(read_json(run.folder("train") / "guarantee.json"))
+    if run is not None and (run.path / "train" / _CLAIM).is_file():
+        return _finish(run, ledger)
     images = _private_images(config, ledger, progress)
     delta = _delta(config, images, ledger)
     public = _public_stage(config, progress)
@@ -64,12 +66,12 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     findings = _self_check(config, public, mechanisms)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
     site = run.folder("train/site")
-    reservation, key = _reserve(run, ledger, mechanisms, config)
-    stream = NoiseStream(key=key)
+    charge, stream = _reserve(run, ledger, mechanisms, config)
+    mechanisms = charge.mechanisms  # from here on, what the ledger booked and nothing else
     split = split_patients(images, control_fraction=config.data.control_fraction, key=_split_key(stream))
     write_json(site / "split.json", split.record(), private=True)
     moments = _moments(split, public.reference, mechanisms, stream)
-    findings |= _fit(config, public, moments, split, mechanisms, stream, site, reservation, progress)
+    findings |= _fit(config, public, moments, split, mechanisms, stream, site, charge.reservation, progress)
     write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
     selfcheck.require(findings)
     generator = Generator(
@@ -80,13 +82,22 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         texture=config.moments.texture,
     )
     generator.save(run.folder("train"))
-    guarantee = _claim(config, mechanisms, ledger, delta)
-    write_json(run.folder("train") / "guarantee.json", guarantee.to_json())
-    ledger.settle(reservation, mechanisms=mechanisms)
-    for secret in ("key", "checkpoint.safetensors"):
-        (site / secret).unlink(missing_ok=True)
-    run.complete("train", facts={"reservation": reservation})
-    return guarantee
+    write_json(run.folder("train") / _CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
+    return _finish(run, ledger)
+
+
+def _finish(run: RunFolder, ledger: Ledger) -> Guarantee:
+    """Settle, destroy the secrets, close the stage: what of this a killed run has done already is not done again."""
+    if not run.is_complete("train"):
+        site = run.folder("train/site")
+        charge = ledger.charge(read_json(site / _RESERVATION)["reservation"])
+        if not charge.settled:
+            ledger.settle(charge.reservation, mechanisms=charge.mechanisms)
+        for secret in (_KEY, _CHECKPOINT):
+            (site / secret).unlink(missing_ok=True)
+        run.complete("train", facts={"reservation": charge.reservation})
+    run.require("train")
+    return Guarantee.from_json(read_json(run.folder("train") / _CLAIM))
 
 
 def _existing(path: Path, config: Config) -> RunFolder | None:
@@ -192,29 +203,27 @@ def _self_check(config: Config, public: _Public, mechanisms: tuple[Mechanism, ..
     return findings
 
 
-def _reserve(run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], config: Config) -> tuple[str, bytes]:
-    """The reservation and the secret key: new ones, or those of the killed run that goes on."""
+def _reserve(run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], config: Config) -> tuple[Charge, NoiseStream]:
+    """The charge and the stream of random numbers: new ones, or those of the killed run that goes on."""
     site = run.folder("train/site")
-    if not (site / "key").is_file():
-        write_bytes(site / "run_id", secrets.token_hex(8).encode(), private=True)
-        write_bytes(site / "key", fresh_key(), private=True)
-    run_id, key = (site / "run_id").read_bytes().decode(), (site / "key").read_bytes()
+    run_id = (site / _RUN_ID).read_text() if (site / _RUN_ID).is_file() else ""
     known = next((charge for charge in ledger.charges() if charge.run_id == run_id), None)
     if known is None:
-        reservation = ledger.reserve(mechanisms, purpose=f"train {config.method}", run_id=run_id)
-    elif known.settled:
-        raise ArtifactError("This run was settled but not finished. Remove the run folder and train again.")
-    else:
+        run_id = secrets.token_hex(8)
+        write_bytes(site / _RUN_ID, run_id.encode(), private=True)
+        write_bytes(site / _KEY, fresh_key(), private=True)
+        try:
+            reservation = ledger.reserve(mechanisms, purpose=f"train {config.method}", run_id=run_id)
+        except BudgetExceeded:
+            shutil.rmtree(run.path)  # nothing was charged or trained, so nothing is left behind
+            raise
+    elif (site / _KEY).is_file():
         reservation = known.reservation
         ledger.resume(reservation, mechanisms)
-    facts = {
-        "reservation": reservation,
-        "run_id": run_id,
-        "ledger": str(ledger.path.resolve()),
-        "mechanisms": [to_json(mechanism) for mechanism in mechanisms],
-    }
-    write_json(site / "reservation.json", facts, private=True)
-    return reservation, key
+    else:
+        raise ArtifactError("This run is charged and its secret key is gone, so it cannot go on. Its charge stays; train in a new folder.")
+    write_json(site / _RESERVATION, {"reservation": reservation, "run_id": run_id, "ledger": str(ledger.path.resolve())}, private=True)
+    return ledger.charge(reservation), NoiseStream(key=(site / _KEY).read_bytes())
 
 
 def _split_key(stream: NoiseStream) -> bytes:
@@ -265,7 +274,7 @@ def _fit(
         sgd,
         config.diffusion,
         stream=stream,
-        checkpoint=site / "checkpoint.safetensors",
+        checkpoint=site / _CHECKPOINT,
         binding=reservation,
         callback=callback,
     )

@@ -70,6 +70,7 @@ def package(spatial: tuple[int, ...] = (8, 8), formats: tuple[str, ...] = ("png"
         classes=("normal", "lesion"),
         guarantee=guarantee,
         verdicts=(verdict,),
+        required=("copying",),
         reviews={},
         method="diffusion",
         report_html="<p>report</p>",
@@ -126,6 +127,22 @@ def test_every_flipped_bit_is_named(out: Path, keys: Path) -> None:
             assert any(path.name in problem for problem in problems), (path.name, position, problems)
         path.write_bytes(content)
     assert verify(out, keys / "signing.pub") == []
+
+
+def test_every_single_bit_of_the_signature_is_covered(out: Path, keys: Path) -> None:
+    """Also those that base64 or JSON would read over: padding bits, the key's name, spaces."""
+    path = out / "manifest.dsse.json"
+    content = path.read_bytes()
+    start = content.index(b'"signatures"')
+    for position in (*range(start, len(content)), *range(0, start, 97)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[position] ^= 1 << bit
+            path.write_bytes(bytes(changed))
+            assert any("manifest.dsse.json" in problem for problem in verify(out, keys / "signing.pub")), (position, bit)
+    path.write_bytes(content)
+    path.write_bytes(json.dumps(json.loads(content)).encode())
+    assert verify(out, keys / "signing.pub")
 
 
 def test_every_removed_or_renamed_file_is_named(out: Path, keys: Path) -> None:

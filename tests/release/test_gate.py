@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cases import CHECKS, GOOD, GUARANTEE, verdict
+from cases import CHECKS, GOOD, GUARANTEE, RELEASE, verdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +41,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "above the configuration": ({"configured_epsilon": 2.0}, "configuration"),
     "above the budget": ({"budget_epsilon": 2.0}, "data owner"),
     "ledger forgets the run": ({"guarantee": replace(GUARANTEE, ledger_epsilon=0.1)}, "less than this run"),
+    "the ledger booked something else": ({"booked": (replace(RELEASE, noise_multiplier=2.0),)}, "booked other mechanisms"),
+    "the ledger booked nothing": ({"booked": ()}, "booked other mechanisms"),
+    "ledger not a number": ({"guarantee": replace(GUARANTEE, ledger_epsilon=math.nan)}, "less than this run"),
     "ledger infinite": ({"guarantee": replace(GUARANTEE, ledger_epsilon=math.inf)}, "data owner"),
     "ledger tampered": ({"ledger_problems": ("line 3",)}, "line 3"),
     "other candidates": ({"candidates_sha256": "b"}, "not those that were checked"),

@@ -55,10 +55,13 @@ def verdict(outcome: Outcome) -> Verdict:
     )
 
 
-def view(site: bool = True, outcome: Outcome = Outcome.PASS, **changes: object) -> dict[str, object]:
+def view(
+    site: bool = True, outcome: Outcome = Outcome.PASS, required: tuple[str, ...] = ("copying",), **changes: object
+) -> dict[str, object]:
     return epsilon_report(
         guarantee=guarantee(**changes),  # type: ignore[arg-type]
         verdicts=[verdict(outcome)],
+        required=required,
         decision={"allowed": outcome is Outcome.PASS, "reasons": [] if outcome is Outcome.PASS else [INJECTION]},
         budget={"epsilon": 10.0, "delta": 1e-5, "spent": 3.0, "left": 7.0, "gate_attempts": 1, "max_gate_attempts": 3},
         method="diffusion",
@@ -140,7 +143,15 @@ def test_the_sentence_names_unit_and_rates() -> None:
     assert "several images is protected less" in image
     found = re.search(r"at most (\d+) in 100", patient)
     assert found is not None
-    assert int(found[1]) == round(100 * guarantee().attack_rate(0.01))
+    assert 0 <= int(found[1]) - 100 * guarantee().attack_rate(0.01) < 1  # a bound is rounded up, never down
+    stated = re.search(r"epsilon ([\d.]+)", patient)
+    assert stated is not None
+    assert 0 <= float(stated[1]) - guarantee().epsilon < 0.01
+
+
+def test_required_checks_are_told_from_others() -> None:
+    assert "(required)" in page(view())
+    assert "(for information)" in page(view(required=("membership",)))
 
 
 def test_without_privacy_the_page_says_so_and_shows_infinity() -> None:

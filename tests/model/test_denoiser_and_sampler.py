@@ -1,0 +1,207 @@
+"""Closed forms: the Wiener filter is the Gaussian posterior, a fresh denoiser is the filter, the sampler solves its equation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpsynth.config import GenerateConfig
+from dpsynth.errors import ArtifactError
+from dpsynth.generate import draw, image_seeds, mixed_labels
+from dpsynth.model.denoiser import Denoiser, depth_to_space, space_to_depth
+from dpsynth.model.generator import SETTINGS, WEIGHTS, Generator
+from dpsynth.model.moments import Moments, frequencies, from_frequencies
+from dpsynth.model.sampler import heun, schedule, starting_noise
+from dpsynth.model.wiener import WienerFilter
+from dpsynth.progress import silent
+
+SHAPES = [(1, 8, 12), (2, 8, 8), (1, 4, 4, 8)]
+
+
+def moments(shape: tuple[int, ...], classes: int = 2, seed: int = 0) -> Moments:
+    rng, layout = np.random.default_rng(seed), frequencies(shape, 3)
+    low, size = len(layout.low), int(np.prod(shape))
+    roots = rng.normal(size=(classes, low, low)) * 0.3
+    return Moments(
+        shape=shape,
+        low_frequencies=3,
+        counts=np.ones(classes),
+        mean=rng.normal(size=(classes, low)),
+        covariance=roots @ roots.transpose(0, 2, 1),
+        variance=rng.uniform(0.01, 0.3, (classes, size)),
+    )
+
+
+def dense(known: Moments, label: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the pixels, by plain linear algebra."""
+    size = int(np.prod(known.shape))
+    layout = frequencies(known.shape, known.low_frequencies)
+    covariance = np.diag(known.variance[label])
+    covariance[np.ix_(layout.low, layout.low)] += known.covariance[label]
+    mean = np.zeros(size)
+    mean[layout.low] = known.mean[label]
+    basis = from_frequencies(np.eye(size), known.shape).reshape(size, size).T.astype(np.float64)
+    return basis @ mean, basis @ covariance @ basis.T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 20.0])
+def test_the_filter_is_the_posterior_of_a_gaussian(shape: tuple[int, ...], sigma: float) -> None:
+    known = moments(shape)
+    noisy = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 1, 0])
+    found, error = WienerFilter(known)(noisy, torch.full((4,), sigma), labels)
+    for row, label in enumerate(labels.tolist()):
+        mean, covariance = dense(known, label)
+        gain = covariance @ np.linalg.inv(covariance + sigma**2 * np.eye(len(mean)))
+        expected = mean + gain @ (noisy[row].numpy().ravel() - mean)
+        assert np.abs(found[row].numpy().ravel() - expected).max() < 1e-3
+        left = covariance - gain @ covariance
+        assert float(error[row]) == pytest.approx(np.sqrt(np.trace(left) / len(mean)), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12), (3, 4, 4), (2, 4, 8, 12)])
+def test_packing_loses_nothing_and_keeps_neighbours_together(shape: tuple[int, ...]) -> None:
+    x = torch.randn(2, *shape)
+    packed = space_to_depth(x)
+    assert packed.shape == (2, shape[0] * 2 ** (len(shape) - 1), *(side // 2 for side in shape[1:]))
+    assert torch.equal(depth_to_space(packed), x)
+    corner = x[(0, 0, *(slice(0, 2) for _ in shape[1:]))].flatten().sort().values
+    packed_corner = packed[(0, slice(0, 2 ** (len(shape) - 1)), *(0 for _ in shape[1:]))].sort().values
+    assert torch.equal(corner, packed_corner)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 8, 8, 8)])
+def test_a_fresh_denoiser_is_the_filter_and_its_loss_is_one(shape: tuple[int, ...]) -> None:
+    known = moments(shape)
+    denoiser = Denoiser(known, channels=(8, 16))
+    noisy, sigma, labels = torch.randn(3, *shape), torch.tensor([0.1, 1.0, 5.0]), torch.tensor([0, 1, 0])
+    assert torch.equal(denoiser(noisy, sigma, labels), WienerFilter(known)(noisy, sigma, labels)[0])
+    rng = np.random.default_rng(1)
+    mean, covariance = dense(known, 0)
+    clean = rng.multivariate_normal(mean, covariance, size=600).reshape(600, *shape).astype(np.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        losses = denoiser.row_losses(
+            torch.from_numpy(clean),
+            torch.zeros(600, dtype=torch.int64),
+            sigma=torch.full((600,), 0.7),
+            noise=torch.randn(clean.shape, generator=generator),
+        )
+    assert float(losses.mean()) == pytest.approx(1, abs=0.05)
+
+
+def test_transplanting_changes_the_moments_and_keeps_the_weights() -> None:
+    denoiser = Denoiser(moments((1, 8, 8)), channels=(8, 16))
+    before = {name: value.clone() for name, value in denoiser.net.state_dict().items()}
+    other = moments((1, 8, 8), seed=5)
+    denoiser.transplant(other)
+    assert all(torch.equal(before[name], value) for name, value in denoiser.net.state_dict().items())
+    noisy, sigma, labels = torch.randn(2, 1, 8, 8), torch.ones(2), torch.tensor([0, 1])
+    assert torch.equal(denoiser(noisy, sigma, labels), WienerFilter(other)(noisy, sigma, labels)[0])
+
+
+def test_the_small_trainable_set_is_small_and_holds_what_it_says() -> None:
+    denoiser = Denoiser(moments((1, 8, 8)), channels=(16, 32))
+    denoiser.set_trainable("small")
+    free = {name for name, parameter in denoiser.net.named_parameters() if parameter.requires_grad}
+    assert {"out.2.conv.weight", "out.2.conv.bias", "class_embedding.weight"} <= free
+    count = sum(parameter.numel() for parameter in denoiser.net.parameters() if parameter.requires_grad)
+    assert count < 0.1 * sum(parameter.numel() for parameter in denoiser.net.parameters())
+    denoiser.set_trainable("all")
+    assert all(parameter.requires_grad for parameter in denoiser.net.parameters())
+
+
+def test_the_sampler_solves_the_flow_of_a_gaussian() -> None:
+    """For one Gaussian N(mean, s^2) the flow is known: x0 = mean + (x_T - mean) * s / sqrt(s^2 + T^2)."""
+    mean, s = 0.3, 0.4
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        variance = sigma.view(-1, 1, 1, 1) ** 2
+        return (x * s**2 + mean * variance) / (s**2 + variance)
+
+    noise = torch.randn(3, 1, 4, 4)
+    start = noise * 20.0
+    expected = mean + (start - mean) * s / np.sqrt(s**2 + 20.0**2)
+    error = {}
+    for steps in (20, 40, 80):
+        found = heun(denoise, noise, torch.zeros(3, dtype=torch.int64), schedule(steps, sigma_min=0.002, sigma_max=20.0))
+        error[steps] = float((found - expected).abs().max())
+    assert error[80] < 3e-3
+    assert error[80] < error[40] / 3.3 < error[20] / 11  # second order: half the step, about a quarter of the error
+
+
+def test_the_schedule_goes_down_from_end_to_end() -> None:
+    levels = schedule(9, sigma_min=0.06, sigma_max=20.0)
+    assert float(levels[0]) == pytest.approx(20.0)
+    assert float(levels[-2]) == pytest.approx(0.06)
+    assert float(levels[-1]) == 0
+    assert bool((levels.diff() < 0).all())
+
+
+def generator(shape: tuple[int, ...] = (1, 8, 8)) -> Generator:
+    torch.manual_seed(0)
+    denoiser = Denoiser(moments(shape), channels=(8, 16))
+    for parameter in denoiser.net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return Generator(classes=("a", "b"), moments=moments(shape), denoiser=denoiser, net_channels=(8, 16), texture=False)
+
+
+DRAW = GenerateConfig(count=5, steps=4)
+
+
+def test_an_image_depends_on_its_seed_and_label_and_on_no_other_image() -> None:
+    made, seeds = generator(), image_seeds(0, 5)
+    labels = np.array([0, 1, 0, 1, 1])
+    whole = made.sample(labels, seeds, DRAW, progress=silent)
+    alone = made.sample(labels[3:4], seeds[3:4], DRAW, progress=silent)
+    assert np.allclose(whole[3], alone[0], atol=1e-5)
+    assert np.abs(whole[3] - whole[4]).max() > 0.05
+    assert torch.equal(starting_noise(seeds, (1, 4, 4))[2], starting_noise(seeds[2:], (1, 4, 4))[0])
+
+
+@pytest.mark.parametrize("diffusion", [True, False])
+def test_a_saved_generator_draws_the_same_images(tmp_path: Path, diffusion: bool) -> None:
+    made = generator()
+    if not diffusion:
+        made = Generator(classes=made.classes, moments=made.moments, denoiser=None, net_channels=(), texture=True)
+    made.save(tmp_path)
+    first, second = draw(made, DRAW, progress=silent), draw(Generator.load(tmp_path), DRAW, progress=silent)
+    assert np.array_equal(first.images, second.images)
+    assert np.array_equal(first.labels, second.labels)
+
+
+@pytest.mark.parametrize("name", [SETTINGS, WEIGHTS])
+def test_a_broken_generator_is_named(tmp_path: Path, name: str) -> None:
+    generator().save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    for broken in (content[: len(content) // 2], b"", content.replace(b'"schema": 1', b'"schema": 9')):
+        if broken != content:
+            (tmp_path / name).write_bytes(broken)
+            with pytest.raises(ArtifactError):
+                Generator.load(tmp_path)
+
+
+@pytest.mark.parametrize("mix", ["balanced", "noisy_prior"])
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_labels_are_mixed_as_asked(mix: str, count: int) -> None:
+    labels = mixed_labels(GenerateConfig(count=count, label_mix=mix), np.array([0.7, 0.2, 0.1]))
+    assert len(labels) == count
+    shares = np.bincount(labels, minlength=3) / count
+    expected = [1 / 3] * 3 if mix == "balanced" else [0.7, 0.2, 0.1]
+    assert np.abs(shares - expected).max() <= 1 / count
+
+
+def test_seeds_are_distinct_and_do_not_depend_on_how_many_are_drawn() -> None:
+    assert len(set(image_seeds(0, 2000).tolist())) == 2000
+    assert np.array_equal(image_seeds(0, 2000)[:10], image_seeds(0, 10))
+    assert not set(image_seeds(0, 100).tolist()) & set(image_seeds(1, 100).tolist())
+
+
+def test_samples_stay_in_range() -> None:
+    images = generator().sample(np.array([0]), image_seeds(0, 1), DRAW, progress=silent)
+    assert images.min() >= -1
+    assert images.max() <= 1

@@ -1,0 +1,197 @@
+"""The private moments: what one patient can change, what noise is added, and what comes out without noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from dpsynth.model import moments as module
+from dpsynth.model.moments import (
+    Moments,
+    frequencies,
+    from_frequencies,
+    moment_queries,
+    patient_sum,
+    public_reference,
+    release_moments,
+    sample_moment_images,
+    to_frequencies,
+)
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
+from dpsynth.privacy.noise import NoiseStream
+
+LOW = 4
+RNG = np.random.default_rng(0)
+
+
+def smooth_images(count: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    coefficients = np.random.default_rng(seed).normal(size=(count, int(np.prod(shape))))
+    decay = np.stack(np.meshgrid(*(np.arange(side) for side in shape[1:]), indexing="ij")).sum(0).ravel()
+    return np.clip(from_frequencies(coefficients * np.tile(3 * 0.6**decay, shape[0]), shape), -1, 1)
+
+
+PUBLIC = smooth_images(200, (1, 8, 8), 1)
+REFERENCE = public_reference(PUBLIC, low_frequencies=LOW)
+
+
+def booked(noise_multiplier: float = 2.0) -> MomentRelease:
+    return MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(REFERENCE))
+
+
+def test_frequencies_and_back() -> None:
+    images = RNG.uniform(-1, 1, (3, 2, 6, 8)).astype(np.float32)
+    assert np.allclose(from_frequencies(to_frequencies(images), (2, 6, 8)), images, atol=1e-5)
+    assert np.allclose((to_frequencies(images) ** 2).sum(1), (images.astype(float) ** 2).sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 12), (1, 8, 8, 8), (1, 32, 32)])
+def test_no_band_mixes_low_and_other_coefficients(shape: tuple[int, ...]) -> None:
+    layout = frequencies(shape, min(12, shape[1]))
+    assert len(layout.low) <= module.LARGEST_LOW_BLOCK
+    assert set(layout.band[layout.low]).isdisjoint(np.delete(layout.band, layout.low))
+    assert layout.band.max() < layout.num_bands
+
+
+def test_without_noise_the_moments_are_the_moments() -> None:
+    images, labels = smooth_images(300, (1, 8, 8), 2), np.arange(300) % 2
+    inside = REFERENCE.__class__(**{**REFERENCE.__dict__, "clip_low": 1e3, "clip_residual": 1e3, "clip_bands": 1e6})
+    found = release_moments(images, labels, np.arange(300), num_classes=2, mechanism=None, reference=inside, stream=None)
+    low = to_frequencies(images)[:, frequencies((1, 8, 8), LOW).low]
+    assert np.allclose(found.counts, [150, 150])
+    for label in range(2):
+        own = low[labels == label]
+        assert np.allclose(found.mean[label], own.mean(0), atol=1e-6)
+    pooled = np.mean([np.cov(low[labels == label].T, bias=True) for label in range(2)], axis=0)
+    assert np.linalg.norm(found.covariance.mean(0) - pooled) < 0.02 * np.linalg.norm(pooled)
+    total = np.stack([to_frequencies(images[labels == label]).var(0).sum() for label in range(2)])
+    explained = np.trace(found.covariance, axis1=1, axis2=2) + found.variance.sum(1)
+    assert np.allclose(explained, total, rtol=0.05)  # no energy lost or invented
+
+
+patients = st.lists(
+    st.tuples(st.integers(0, 1), st.sampled_from(["plain", "black", "white", "checks", "huge", "nan"])), min_size=1, max_size=4
+)
+
+
+def picture(kind: str, seed: int) -> np.ndarray:
+    checks = (np.indices((8, 8)).sum(0) % 2 * 2.0 - 1)[None]
+    made = {"plain": smooth_images(1, (1, 8, 8), seed)[0], "black": -np.ones((1, 8, 8)), "white": np.ones((1, 8, 8)), "checks": checks}
+    extreme = {"huge": 1e4 * checks, "nan": np.full((1, 8, 8), np.nan)}
+    return np.asarray({**made, **extreme}[kind], dtype=np.float32)
+
+
+class _Sums:
+    """Stands for the noise: keeps the exact sums that each query would add noise to, and answers with fixed other sums.
+
+    Later queries use the results of earlier ones, so the bound has to hold for any fixed answers.
+    """
+
+    def __init__(self, answers: dict[str, np.ndarray] | None) -> None:
+        self.answers, self.seen = answers, {}
+
+    def __call__(self, release: object, name: str, rows: np.ndarray, clip_norm: float) -> np.ndarray:
+        total = patient_sum(rows, release.labels, release.patients, release.num_classes, clip_norm)  # type: ignore[attr-defined]
+        self.seen[name] = total
+        return total if self.answers is None else self.answers[name]
+
+
+def sums(images: np.ndarray, labels: np.ndarray, owners: np.ndarray, answers: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    recorder = _Sums(answers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Release, "noised_sum", lambda self, name, rows, clip: recorder(self, name, rows, clip))
+        patch.setattr(module._Release, "noise_stddev", lambda self, name: 0.0)
+        release_moments(images, labels, owners, num_classes=2, mechanism=None, reference=REFERENCE, stream=None)
+    return recorder.seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(patients)
+def test_one_patient_changes_each_sum_by_at_most_the_booked_clip_norm(one: list[tuple[int, str]]) -> None:
+    others = smooth_images(30, (1, 8, 8), 5)
+    extra = np.stack([picture(kind, index) for index, (_, kind) in enumerate(one)])
+    images, labels = np.concatenate([others, extra]), np.concatenate([np.arange(30) % 2, [label for label, _ in one]]).astype(np.int64)
+    owners = np.concatenate([np.arange(30), np.full(len(one), 30)])
+    with np.errstate(all="ignore"):
+        answers = sums(others, labels[:30], owners[:30], None)
+        with_patient, without = sums(images, labels, owners, answers), sums(others, labels[:30], owners[:30], answers)
+    for query in moment_queries(REFERENCE):
+        change = np.linalg.norm(with_patient[query.name] - without[query.name])
+        assert change <= query.clip_norm * (1 + 1e-9), query.name
+
+
+def noise_p(noise_multiplier: float, claimed: MomentRelease) -> float:
+    """Two-sided p-value that the noise of the released counts and means has the booked scale."""
+    images, labels = smooth_images(50, (1, 8, 8), 3), np.arange(50) % 2
+    rows, draws = np.ones((50, 40)) * 0.01, []
+    for key in range(30):
+        release = module._Release(labels, np.arange(50), 2, booked(noise_multiplier), NoiseStream(key=bytes([key]) * 32))
+        for query in moment_queries(REFERENCE):
+            exact = patient_sum(rows, labels, np.arange(50), 2, query.clip_norm)
+            draws.append((release.noised_sum(query.name, rows, query.clip_norm) - exact) / claimed.noise_stddev(query.name))
+    del images
+    energy, count = float(np.sum(np.square(draws))), int(np.size(draws))
+    return float(2 * min(stats.chi2.cdf(energy, count), stats.chi2.sf(energy, count)))
+
+
+def test_the_noise_has_the_booked_scale_and_other_scales_are_rejected() -> None:
+    assert noise_p(2.0, booked(2.0)) > 1e-4
+    for wrong in (1.0, 1.9, 2.1):
+        assert noise_p(wrong, booked(2.0)) < 1e-4
+
+
+def test_another_clip_norm_than_the_booked_one_is_refused() -> None:
+    queries = tuple(GaussianQuery(name=q.name, share=q.share, clip_norm=2 * q.clip_norm) for q in moment_queries(REFERENCE))
+    mechanism = MomentRelease(noise_multiplier=1.0, queries=queries)
+    with pytest.raises(ValueError, match="not the booked one"):
+        release_moments(
+            PUBLIC, np.zeros(200, dtype=np.int64), np.arange(200), num_classes=1, mechanism=mechanism, reference=REFERENCE,
+            stream=NoiseStream(key=b"k" * 32),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="or neither"):
+        release_moments(
+            PUBLIC, np.zeros(200, dtype=np.int64), np.arange(200), num_classes=1, mechanism=booked(), reference=REFERENCE, stream=None
+        )
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.1, 5.0, 200.0])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_whatever_the_noise_the_moments_are_usable(noise_multiplier: float, classes: int) -> None:
+    images, labels = smooth_images(60, (1, 8, 8), 4), np.zeros(60, dtype=np.int64)
+    labels[: classes - 1] = np.arange(1, classes)  # one patient in each other class
+    found = release_moments(
+        images, labels, np.arange(60), num_classes=classes, mechanism=booked(noise_multiplier), reference=REFERENCE,
+        stream=NoiseStream(key=b"k" * 32),
+    )  # fmt: skip
+    assert np.linalg.eigvalsh(found.covariance).min() > -1e-9
+    assert found.variance.min() > 0
+    assert (found.counts > 0).all()
+    assert found.probabilities.sum() == pytest.approx(1)
+    again = Moments.from_arrays(found.to_arrays(), shape=found.shape, low_frequencies=found.low_frequencies)
+    assert all(np.array_equal(getattr(again, name), array) for name, array in found.to_arrays().items())
+
+
+def test_sampled_images_have_the_moments() -> None:
+    low = LOW * LOW
+    root = RNG.normal(size=(low, low)) * 0.02
+    known = Moments(
+        shape=(1, 8, 8), low_frequencies=LOW, counts=np.ones(1), mean=RNG.normal(size=(1, low)) * 0.1,
+        covariance=(root @ root.T)[None], variance=np.full((1, 64), 1e-6),
+    )  # fmt: skip
+    images = sample_moment_images(known, np.zeros(4000, dtype=np.int64), np.arange(4000, dtype=np.uint64), texture=False)
+    coefficients = to_frequencies(images)[:, frequencies((1, 8, 8), LOW).low]
+    assert np.abs(coefficients.mean(0) - known.mean[0]).max() < 0.01
+    assert np.linalg.norm(np.cov(coefficients.T) - known.covariance[0]) < 0.1 * np.linalg.norm(known.covariance[0])
+    few = sample_moment_images(known, np.zeros(3, dtype=np.int64), np.arange(3, dtype=np.uint64), texture=False)
+    assert np.allclose(few, images[:3], atol=1e-6)
+
+
+def test_volumes_and_colour() -> None:
+    for shape in ((1, 8, 8, 8), (3, 8, 8)):
+        images = smooth_images(40, shape, 6)
+        reference = public_reference(images, low_frequencies=3)
+        found = release_moments(images, np.arange(40) % 2, np.arange(40), num_classes=2, mechanism=None, reference=reference, stream=None)
+        drawn = sample_moment_images(found, np.array([0, 1]), np.array([1, 2], dtype=np.uint64), texture=True)
+        assert drawn.shape == (2, *shape)

@@ -1,0 +1,174 @@
+"""Per-patient gradients against the plain way: one patient at a time, by autograd, mean over their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor, nn
+
+from dpsynth.errors import SelfCheckFailed
+from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.moments import Moments
+from dpsynth.train.gradients import PatientGradients, clipped_sum
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+def one_at_a_time(net: nn.Module, loss: Loss, x: Tensor, rows: int) -> Tensor:
+    """(patients, parameters): no engine, no hook, no batch."""
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    found = []
+    for patient in torch.split(x, rows):
+        gradient = torch.autograd.grad(loss(net, patient).mean(), parameters, allow_unused=True)
+        found.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradient, strict=True)]))
+    return torch.stack(found)
+
+
+def by_engine(net: nn.Module, loss: Loss, x: Tensor, rows: int) -> Tensor:
+    engine = PatientGradients(net, rows_per_patient=rows)
+    gradients = engine.per_patient(lambda: loss(net, x))
+    flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+    engine.close()
+    return flat
+
+
+def assert_exact(net: nn.Module, loss: Loss, x: Tensor, rows: int) -> None:
+    expected = one_at_a_time(net, loss, x, rows)
+    assert expected.norm() > 0
+    found = by_engine(net, loss, x, rows)
+    assert found.shape == expected.shape
+    assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
+
+
+def squares(net: nn.Module, x: Tensor) -> Tensor:
+    """A loss per row that no symmetry makes zero."""
+    out = net(x).flatten(1)
+    return (out * torch.linspace(0.5, 1.5, out.shape[1])).square().mean(1) + out.mean(1)
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "convolution": (nn.Conv2d(3, 4, 3), (3, 9, 8)),
+    "strided": (nn.Conv2d(3, 4, 3, stride=2, padding=1), (3, 9, 8)),
+    "dilated": (nn.Conv2d(3, 4, 3, dilation=2, bias=False), (3, 9, 8)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 7, 7)),
+    "of one pixel": (nn.Conv2d(3, 4, 1), (3, 5, 6)),
+    "in one dimension": (nn.Conv1d(3, 4, 3, padding=1), (3, 9)),
+    "in three dimensions": (nn.Conv3d(2, 3, 3, stride=2, padding=1), (2, 5, 6, 7)),
+    "linear": (nn.Linear(5, 4), (5,)),
+    "linear over a sequence": (nn.Linear(5, 4, bias=False), (6, 5)),
+    "group norm": (nn.GroupNorm(2, 4), (4, 5, 6)),
+    "layer norm": (nn.LayerNorm((4, 5)), (3, 4, 5)),
+    "used twice": (nn.Sequential(*[nn.Conv2d(3, 3, 3, padding=1)] * 2), (3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name: str, rows: int) -> None:
+    layer, shape = LAYERS[name]
+    torch.manual_seed(0)
+    assert_exact(layer, squares, torch.randn(4 * rows, *shape), rows)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_layout_does_not_matter(rows: int, transposed: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3)).to(memory_format=torch.channels_last)
+    x = torch.randn(4 * rows, 3, 8, 8)
+    x = x.transpose(2, 3) if transposed else x.to(memory_format=torch.channels_last)
+    assert not x.is_contiguous()
+    assert_exact(net, squares, x, rows)
+
+
+def test_embedding_with_a_class_twice() -> None:
+    torch.manual_seed(0)
+    net = nn.Embedding(3, 5)
+    assert_exact(net, squares, torch.tensor([0, 1, 1, 1, 2, 0]), 2)
+
+
+def moments(shape: tuple[int, ...]) -> Moments:
+    low = 4 ** (len(shape) - 1) * shape[0]
+    return Moments(
+        shape=shape,
+        low_frequencies=4,
+        counts=np.ones(2),
+        mean=np.random.default_rng(0).normal(size=(2, low)),
+        covariance=np.stack([np.eye(low)] * 2),
+        variance=np.full((2, int(np.prod(shape))), 0.1),
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("trainable", ["all", "small"])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (1, 8, 8, 8)])
+def test_the_denoiser_that_is_trained(shape: tuple[int, ...], trainable: str, rows: int) -> None:
+    """MONAI's DiffusionModelUNet with attention and class embedding, inside the preconditioning, 2D and 3D."""
+    torch.manual_seed(1)
+    denoiser = Denoiser(moments(shape), channels=(8, 16))
+    for parameter in denoiser.net.parameters():  # a fresh output layer is zero and would hide everything behind it
+        nn.init.normal_(parameter, std=0.1)
+    denoiser.set_trainable(trainable)
+    x = torch.randn(3 * rows, *shape).clamp(-1, 1)
+    noise, sigma, labels = torch.randn_like(x), torch.rand(len(x)) + 0.2, torch.arange(len(x)) % 2
+
+    def loss_of(part: slice) -> Tensor:
+        return denoiser.row_losses(x[part], labels[part], sigma=sigma[part], noise=noise[part])
+
+    parameters = [p for p in denoiser.net.parameters() if p.requires_grad]
+    expected = []
+    for patient in range(3):
+        gradient = torch.autograd.grad(loss_of(slice(patient * rows, (patient + 1) * rows)).mean(), parameters, allow_unused=True)
+        expected.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradient, strict=True)]))
+    engine = PatientGradients(denoiser.net, rows_per_patient=rows)
+    found = torch.cat([g.flatten(1) for g in engine.per_patient(lambda: loss_of(slice(None)))], dim=1)
+    engine.close()
+    truth = torch.stack(expected)
+    assert ((found - truth).norm(dim=1) / truth.norm(dim=1)).max() < 1e-5
+
+
+def test_opacus_is_left_as_it_was() -> None:
+    before = dict(GradSampleModule.GRAD_SAMPLERS)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    net(torch.randn(1, 3, 5, 5))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    by_engine(net, squares, torch.randn(2, 3, 5, 5), 1)
+    assert dict(GradSampleModule.GRAD_SAMPLERS) == before
+    assert net.state_dict().keys() == state.keys()
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.ConvTranspose2d(3, 4, 3), nn.InstanceNorm2d(3, affine=True), nn.PReLU(), nn.Conv2d(3, 4, 3, padding="same")]
+)
+def test_a_layer_without_a_known_gradient_is_refused_by_name(layer: nn.Module) -> None:
+    with pytest.raises(SelfCheckFailed, match="all_parameters_covered"):
+        PatientGradients(nn.Sequential(layer), rows_per_patient=1)
+
+
+def test_the_clipped_sum_is_clipped_by_patient() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(5, 3, 2), torch.randn(5, 7)]
+    gradients[0][0] *= 1e-3
+    gradients[1][0] *= 1e-3
+    flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+    expected = sum(row * min(1.0, 0.7 / float(row.norm())) for row in flat)
+    total, contributions = clipped_sum(gradients, clip_norm=0.7)
+    assert torch.allclose(total, torch.as_tensor(expected), atol=1e-6)
+    assert float(contributions.max()) <= 0.7 * (1 + 1e-6)
+    assert float(contributions[0]) == pytest.approx(float(flat[0].norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
+def test_a_patient_with_a_broken_gradient_cannot_pass_the_bound(broken: float) -> None:
+    gradients = [torch.ones(2, 4)]
+    gradients[0][0, 1] = broken
+    total, contributions = clipped_sum(gradients, clip_norm=0.5)
+    assert torch.isfinite(total).all()
+    assert float(contributions.max()) <= 0.5 * (1 + 1e-6)
+    healthy, _ = clipped_sum([torch.ones(1, 4)], clip_norm=0.5)
+    assert float((total - healthy).norm()) <= 0.5 * (1 + 1e-6)

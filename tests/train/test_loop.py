@@ -1,0 +1,192 @@
+"""The DP-SGD loop on a small denoiser: sensitivity on the real path, the booked sampler, and resuming bit by bit."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpsynth.config import DiffusionConfig
+from dpsynth.data.cohort import ImageSet
+from dpsynth.errors import ArtifactError
+from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.moments import public_reference, release_moments
+from dpsynth.privacy.mechanism import PoissonDpSgd
+from dpsynth.privacy.noise import NoiseStream
+from dpsynth.train.dpsgd import ENGINE, Engine
+from dpsynth.train.gradients import PatientGradients, clipped_sum
+from dpsynth.train.loop import draw_rows, fit
+from dpsynth.train.poisson import poisson_batch
+
+PATIENTS = 24
+MECHANISM = PoissonDpSgd(noise_multiplier=1.0, clip_norm=0.05, sampling_probability=0.3, steps=6, declared_patients=20)
+SETTINGS = DiffusionConfig(channels=(8, 16), draws=2, patients_per_chunk=4, checkpoint_every=2, learning_rate=1e-2, trainable="all")
+STREAM = NoiseStream(key=b"s" * 32)
+
+
+def images_of(patients: int = PATIENTS) -> ImageSet:
+    rng = np.random.default_rng(0)
+    numbers = np.concatenate([np.arange(patients), np.arange(0, patients, 3)])
+    return ImageSet(
+        images=rng.uniform(-1, 1, (len(numbers), 1, 8, 8)).astype(np.float32),
+        labels=numbers % 2,
+        patients=numbers,
+        patient_ids=tuple(f"p{number}" for number in range(patients)),
+        classes=("a", "b"),
+        attributes=({},) * len(numbers),
+    )
+
+
+TRAINING = images_of()
+
+
+def fresh_denoiser() -> Denoiser:
+    public = np.random.default_rng(9).uniform(-1, 1, (60, 1, 8, 8)).astype(np.float32)
+    moments = release_moments(
+        public,
+        np.arange(60) % 2,
+        np.arange(60),
+        num_classes=2,
+        mechanism=None,
+        reference=public_reference(public, low_frequencies=4),
+        stream=None,
+    )
+    torch.manual_seed(0)
+    denoiser = Denoiser(moments, channels=SETTINGS.channels)
+    for parameter in denoiser.net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return denoiser
+
+
+class Killed(Exception):
+    pass
+
+
+def trained(
+    path: Path, *, settings: DiffusionConfig = SETTINGS, engine: Engine = ENGINE, stop_after: int | None = None, binding: str = "r1"
+) -> dict[str, torch.Tensor]:
+    denoiser = fresh_denoiser()
+
+    def callback(step: int) -> None:
+        if step == stop_after:
+            raise Killed
+
+    fit(denoiser, TRAINING, MECHANISM, settings, stream=STREAM, checkpoint=path, binding=binding, callback=callback, engine=engine)
+    return {name: tensor.clone() for name, tensor in denoiser.net.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_a_run_that_was_stopped_goes_on_bit_by_bit(tmp_path: Path, stop_after: int) -> None:
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(tmp_path / "stopped", stop_after=stop_after)
+    assert equal(trained(tmp_path / "stopped"), whole)
+
+
+def test_training_changes_the_weights_and_another_key_changes_them_otherwise(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "a")
+    assert not equal(whole, fresh_denoiser().net.state_dict())
+
+    def other_noise(total: torch.Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream, step: int) -> torch.Tensor:
+        return ENGINE.noise(total, mechanism=mechanism, stream=NoiseStream(key=b"t" * 32), step=step)
+
+    assert not equal(trained(tmp_path / "b", engine=replace(ENGINE, noise=other_noise)), whole)
+
+
+def test_a_checkpoint_of_another_reservation_or_a_broken_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        trained(path, stop_after=3)
+    with pytest.raises(ArtifactError, match="another reservation"):
+        trained(path, binding="r2")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        trained(path)
+
+
+def test_chunks_change_memory_and_not_the_result(tmp_path: Path) -> None:
+    totals: dict[int, list[torch.Tensor]] = {}
+    for chunk in (1, 4, 100):
+
+        def keep(total: torch.Tensor, *, chunk: int = chunk, **rest: object) -> torch.Tensor:
+            totals.setdefault(chunk, []).append(total.clone())
+            return torch.zeros_like(total, dtype=torch.float64)  # the weights stay, so every step compares the same net
+
+        settings = SETTINGS.model_copy(update={"patients_per_chunk": chunk, "learning_rate": 1e-12})
+        trained(tmp_path / str(chunk), settings=settings, engine=replace(ENGINE, noise=keep))
+    for one, other in itertools.combinations(totals.values(), 2):
+        for a, b in zip(one, other, strict=True):
+            assert torch.allclose(a, b, atol=1e-5 * MECHANISM.clip_norm)
+
+
+def test_an_empty_batch_is_a_step_of_pure_noise(tmp_path: Path) -> None:
+    seen = []
+
+    def nobody(*_: object, **__: object) -> np.ndarray:
+        return np.empty(0, dtype=np.int64)
+
+    def keep(total: torch.Tensor, **rest: object) -> torch.Tensor:
+        seen.append(total)
+        return ENGINE.noise(total, **rest)  # type: ignore[arg-type]
+
+    trained(tmp_path / "x", engine=replace(ENGINE, sample=nobody, noise=keep))
+    assert len(seen) == MECHANISM.steps
+    assert all(float(total.abs().max()) == 0 for total in seen)
+
+
+def test_the_patients_of_a_step_are_those_of_the_booked_sampler(tmp_path: Path) -> None:
+    asked = []
+
+    def sample(stream: NoiseStream, *, step: int, probability: float, num_patients: int) -> np.ndarray:
+        asked.append((step, probability, num_patients))
+        return poisson_batch(stream, step=step, probability=probability, num_patients=num_patients)
+
+    plain = trained(tmp_path / "plain")
+    assert equal(trained(tmp_path / "x", engine=replace(ENGINE, sample=sample)), plain)
+    assert asked == [(step, MECHANISM.sampling_probability, PATIENTS) for step in range(MECHANISM.steps)]
+
+
+@pytest.mark.parametrize("draws", [1, 2, 5])
+def test_each_chosen_patient_gets_rows_of_their_own_images_only(draws: int) -> None:
+    chosen = np.array([0, 3, 4, 20])
+    rows_of = TRAINING.rows_of()
+    rows = draw_rows(TRAINING, rows_of, chosen, draws=draws, stream=STREAM, step=2)
+    assert len(rows.clean) == len(rows.sigma) == len(rows.noise) == len(chosen) * draws
+    for index, patient in enumerate(chosen):
+        own = TRAINING.images[rows_of[patient]]
+        for row in rows.clean[index * draws : (index + 1) * draws].numpy():
+            assert any(np.array_equal(row, image) for image in own)
+    used = {row.tobytes() for row in rows.clean[: 2 * draws].numpy()}
+    assert draws == 1 or len(used) == 4  # patients 0 and 3 have two images each, and both are used
+
+
+@pytest.mark.parametrize("fault", ["none", "extreme pixels", "every pixel the same"])
+def test_one_patient_moves_the_clipped_sum_by_at_most_the_clip_norm(fault: str) -> None:
+    """The sensitivity itself, on the code that trains: the same step with and without each patient of the batch."""
+    training = images_of()
+    if fault != "none":
+        training.images[training.patients == 5] = 1e4 if fault == "extreme pixels" else 1.0
+    denoiser = fresh_denoiser()
+    chosen = np.arange(0, 12)
+    rows = draw_rows(training, training.rows_of(), chosen, draws=2, stream=STREAM, step=0)
+    engine = PatientGradients(denoiser.net, rows_per_patient=2)
+
+    def total(without: int | None) -> torch.Tensor:
+        kept = np.array([row for row in range(24) if without is None or row // 2 != without])
+        gradients = engine.per_patient(
+            lambda: denoiser.row_losses(rows.clean[kept], rows.labels[kept], sigma=rows.sigma[kept], noise=rows.noise[kept])
+        )
+        return clipped_sum(gradients, clip_norm=MECHANISM.clip_norm)[0]
+
+    whole = total(None)
+    changes = [float((whole - total(patient)).norm()) for patient in range(12)]
+    assert max(changes) <= MECHANISM.clip_norm * (1 + 1e-4)
+    assert max(changes) > 0.5 * MECHANISM.clip_norm, "the clip is never reached, so this shows nothing"
