@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,29 +31,35 @@ SecondOpinion = Callable[[Sequence[Mechanism], float], float]
 
 def loss_distribution(mechanisms: Sequence[Mechanism], *, interval: float = FINE) -> PrivacyLossDistribution | None:
     """Composed privacy loss distribution; None when nothing touched the data. NonPrivate is refused with ValueError."""
+    composed = None
+    for mechanism in mechanisms:
+        part = _distribution(mechanism, interval)
+        if part is not None:
+            composed = part if composed is None else composed.compose(part)
+    return composed
+
+
+@lru_cache(maxsize=32)  # a run asks for the same few mechanisms a dozen times, and each answer takes up to a second
+def _distribution(mechanism: Mechanism, interval: float) -> PrivacyLossDistribution | None:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     def gaussian(noise: float, probability: float = 1.0) -> PrivacyLossDistribution:
         return pld.from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=probability, use_connect_dots=True)
 
-    parts = []
-    for mechanism in mechanisms:
-        if isinstance(mechanism, MomentRelease):
-            parts.append(gaussian(mechanism.noise_multiplier))  # its queries compose to exactly this one
-        elif isinstance(mechanism, PoissonDpSgd):
-            if mechanism.steps:
-                one = gaussian(mechanism.noise_multiplier, mechanism.sampling_probability)
-                parts.append(one.self_compose(mechanism.steps))
-        else:
-            raise ValueError("A non-private mechanism has no privacy loss distribution.")
-    composed = None
-    for part in parts:
-        composed = part if composed is None else composed.compose(part)
-    return composed
+    if isinstance(mechanism, MomentRelease):
+        return gaussian(mechanism.noise_multiplier)  # its queries compose to exactly this one
+    if isinstance(mechanism, PoissonDpSgd):
+        return gaussian(mechanism.noise_multiplier, mechanism.sampling_probability).self_compose(mechanism.steps) if mechanism.steps else None
+    raise ValueError("A non-private mechanism has no privacy loss distribution.")
 
 
 def epsilon_pld(mechanisms: Sequence[Mechanism], delta: float, *, interval: float = FINE) -> float:
     """Smallest epsilon at `delta` by privacy loss distributions: 0 for nothing, infinity for anything non-private."""
+    return _epsilon_pld(tuple(mechanisms), delta, interval)
+
+
+@lru_cache(maxsize=256)
+def _epsilon_pld(mechanisms: tuple[Mechanism, ...], delta: float, interval: float) -> float:
     if any(isinstance(mechanism, NonPrivate) for mechanism in mechanisms):
         return math.inf
     composed = loss_distribution(mechanisms, interval=interval)
