@@ -65,11 +65,16 @@ def plan(config: Config) -> Plan:
     )
 
 
-def planned_mechanisms(config: Config, *, delta: float) -> tuple[Mechanism, ...]:
-    """The mechanisms with unit clip norms for the moments: noise multipliers do not depend on clip norms."""
+# Noise multipliers do not depend on clip norms, so a plan needs none of the public constants that set the real ones.
+_UNIT_QUERIES = (GaussianQuery(name="moments", share=1.0, clip_norm=1.0),)
+
+
+def planned_mechanisms(
+    config: Config, *, delta: float, queries: tuple[GaussianQuery, ...] = _UNIT_QUERIES, interval: float = COARSE
+) -> tuple[Mechanism, ...]:
+    """The mechanisms of a run of `config`; `interval` is the grid on which the accountant has the last word."""
     if config.privacy.unsafe_non_private:
         return (NonPrivate(reason="privacy.unsafe_non_private is set"),)
-    queries = tuple(GaussianQuery(name=n, share=s, clip_norm=1.0) for n, s in (("means", 0.2), ("rest", 0.8)))
     diffusion = config.diffusion
     return plan_mechanisms(
         epsilon=config.privacy.epsilon,
@@ -81,7 +86,7 @@ def planned_mechanisms(config: Config, *, delta: float) -> tuple[Mechanism, ...]
         sampling_probability=diffusion.sampling_probability,
         steps=diffusion.steps,
         declared_patients=config.data.declared_patients,
-        interval=COARSE,
+        interval=interval,
     )
 
 

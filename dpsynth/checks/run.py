@@ -13,10 +13,9 @@ from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, restore_split
-from dpsynth.privacy.guarantee import Guarantee
-from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress
+from dpsynth.trained import load_trained
 
 _SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
 
@@ -26,12 +25,9 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     run = RunFolder.open(run_path)
     run.require("generate")
     config = parse_config(run.config_text, base=run.path)
-    reservation = read_json(run.folder("train") / "site" / "reservation.json")
-    ledger_file = ledger_path or Path(reservation["ledger"])
-    ledger = Ledger.load(ledger_file)
-    guarantee = Guarantee.from_json(read_json(run.folder("train") / "guarantee.json"))
+    trained = load_trained(run, ledger_path=ledger_path)
     split = _split(run, config, progress)
-    attempt = ledger.record_gate_attempt(reservation["run_id"])
+    attempt = trained.ledger.record_gate_attempt(trained.charge.run_id)
     candidates = load_candidates(run)
     evidence = Evidence(
         synthetic=to_unit_range(candidates.images),
@@ -39,9 +35,9 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
         training=split.training,
         control=split.control,
         selfcheck=read_json(run.folder("train") / "site" / "selfcheck.json"),
-        accounting_problems=guarantee.problems(),
-        ledger_problems=tuple(Ledger.problems_of(ledger_file)),
-        uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in guarantee.mechanisms),
+        accounting_problems=trained.guarantee.problems(),
+        ledger_problems=tuple(trained.ledger.verify()),
+        uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in trained.guarantee.mechanisms),
     )
     verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress)
     run.reset("check")

@@ -49,7 +49,9 @@ def _distribution(mechanism: Mechanism, interval: float) -> PrivacyLossDistribut
     if isinstance(mechanism, MomentRelease):
         return gaussian(mechanism.noise_multiplier)  # its queries compose to exactly this one
     if isinstance(mechanism, PoissonDpSgd):
-        return gaussian(mechanism.noise_multiplier, mechanism.sampling_probability).self_compose(mechanism.steps) if mechanism.steps else None
+        return (
+            gaussian(mechanism.noise_multiplier, mechanism.sampling_probability).self_compose(mechanism.steps) if mechanism.steps else None
+        )
     raise ValueError("A non-private mechanism has no privacy loss distribution.")
 
 

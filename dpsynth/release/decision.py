@@ -13,9 +13,9 @@ from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, candidates_digest, load_candidates
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.accountant import epsilon_pld
-from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.release.gate import Question
+from dpsynth.trained import load_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,8 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
     run = RunFolder.open(run_path)
     run.require("check")
     config = parse_config(run.config_text, base=run.path)
-    reservation = read_json(run.folder("train") / "site" / "reservation.json")
-    ledger_file = ledger_path or Path(reservation["ledger"])
-    ledger = Ledger.load(ledger_file)
-    guarantee = Guarantee.from_json(read_json(run.folder("train") / "guarantee.json"))
+    trained = load_trained(run, ledger_path=ledger_path)
+    guarantee, ledger = trained.guarantee, trained.ledger
     result: dict[str, Any] = read_json(run.folder("check") / "verdicts.json")
     try:
         verdicts = tuple(Verdict.from_json(value) for value in result["verdicts"])
@@ -47,10 +45,10 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
     question = Question(
         # Other runs may have been charged since this one was trained.
         guarantee=replace(guarantee, ledger_epsilon=epsilon_pld(ledger.charged_mechanisms(), guarantee.delta)),
-        booked=ledger.charge(reservation["reservation"]).mechanisms,
+        booked=trained.charge.mechanisms,
         budget_epsilon=ledger.budget_epsilon,
         configured_epsilon=config.privacy.epsilon,
-        ledger_problems=tuple(Ledger.problems_of(ledger_file)),
+        ledger_problems=tuple(ledger.verify()),
         verdicts=verdicts,
         required=config.gate.required,
         attempt=attempt,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpsynth.artifacts import RunFolder, read_json, write_bytes, write_json
+from dpsynth.artifacts import RunFolder, write_bytes, write_json
 from dpsynth.config import Config, dump_config
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.fingerprint import fingerprint
@@ -26,11 +26,12 @@ from dpsynth.errors import ArtifactError, BudgetExceeded, ConfigError, LedgerErr
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
 from dpsynth.model.moments import Moments, PublicReference, moment_queries, public_reference, release_moments
-from dpsynth.privacy.accountant import account, epsilon_pld
-from dpsynth.privacy.calibrate import delta_limit, plan_mechanisms, resolve_delta
+from dpsynth.plan import planned_mechanisms
+from dpsynth.privacy.accountant import FINE, account, epsilon_pld
+from dpsynth.privacy.calibrate import delta_limit, resolve_delta
 from dpsynth.privacy.guarantee import Guarantee, claim
 from dpsynth.privacy.ledger import Charge, Ledger
-from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, from_json, to_json
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, from_json, to_json
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from dpsynth.progress import Progress
 from dpsynth.train import selfcheck
@@ -39,9 +40,9 @@ from dpsynth.train.non_private import fit_non_private
 from dpsynth.train.pretrain import pretrained_weights
 from dpsynth.train.public import public_images
 from dpsynth.train.second_opinion import prv_epsilon
+from dpsynth.trained import CLAIM, booking, read_claim, write_booking
 
-# The claim is written when all else is: a train folder that has it only needs to be closed.
-_CLAIM, _RESERVATION, _RUN_ID, _KEY, _CHECKPOINT = "guarantee.json", "reservation.json", "run_id", "key", "checkpoint.safetensors"
+_RUN_ID, _KEY, _CHECKPOINT = "run_id", "key", "checkpoint.safetensors"  # in the site's part of the folder
 _EPSILON_NOTES = 12  # how many points of the running epsilon are computed in advance for the progress bar
 
 
@@ -57,12 +58,12 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     """Train, or go on with, the run at `run_path`. Raises BudgetExceeded, SelfCheckFailed, ClaimRefused, DataError and others."""
     ledger = Ledger.load(ledger_path)
     run = _existing(run_path, config)
-    if run is not None and (run.path / "train" / _CLAIM).is_file():
+    if run is not None and (run.path / "train" / CLAIM).is_file():  # it is written last, so all that is missing is to close the run
         return _finish(run, ledger)
     images = _private_images(config, ledger, progress)
     delta = _delta(config, images, ledger)
     public = _public_stage(config, progress)
-    mechanisms = _mechanisms(config, public.reference, delta)
+    mechanisms = planned_mechanisms(config, delta=delta, queries=moment_queries(public.reference), interval=FINE)
     findings = _self_check(config, public, mechanisms)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
     site = run.folder("train/site")
@@ -82,22 +83,21 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         texture=config.moments.texture,
     )
     generator.save(run.folder("train"))
-    write_json(run.folder("train") / _CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
+    write_json(run.folder("train") / CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
     return _finish(run, ledger)
 
 
 def _finish(run: RunFolder, ledger: Ledger) -> Guarantee:
     """Settle, destroy the secrets, close the stage: what of this a killed run has done already is not done again."""
     if not run.is_complete("train"):
-        site = run.folder("train/site")
-        charge = ledger.charge(read_json(site / _RESERVATION)["reservation"])
+        _, charge = booking(run, ledger_path=ledger.path)
         if not charge.settled:
             ledger.settle(charge.reservation, mechanisms=charge.mechanisms)
         for secret in (_KEY, _CHECKPOINT):
-            (site / secret).unlink(missing_ok=True)
+            (run.folder("train/site") / secret).unlink(missing_ok=True)
         run.complete("train", facts={"reservation": charge.reservation})
     run.require("train")
-    return Guarantee.from_json(read_json(run.folder("train") / _CLAIM))
+    return read_claim(run)
 
 
 def _existing(path: Path, config: Config) -> RunFolder | None:
@@ -162,23 +162,6 @@ def _standard_moments(config: Config, reference: PublicReference) -> Moments:
     )
 
 
-def _mechanisms(config: Config, reference: PublicReference, delta: float) -> tuple[Mechanism, ...]:
-    if config.privacy.unsafe_non_private:
-        return (NonPrivate(reason="privacy.unsafe_non_private is set"),)
-    diffusion = config.diffusion
-    return plan_mechanisms(
-        epsilon=config.privacy.epsilon,
-        delta=delta,
-        method=config.method,
-        moments_share=config.moments.share,
-        queries=moment_queries(reference),
-        clip_norm=diffusion.clip_norm,
-        sampling_probability=diffusion.sampling_probability,
-        steps=diffusion.steps,
-        declared_patients=config.data.declared_patients,
-    )
-
-
 def _self_check(config: Config, public: _Public, mechanisms: tuple[Mechanism, ...]) -> dict[str, selfcheck.Finding]:
     """Prove the bound on the net itself. The moments' bound is by construction and needs no net."""
     sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
@@ -222,7 +205,7 @@ def _reserve(run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], 
         ledger.resume(reservation, mechanisms)
     else:
         raise ArtifactError("This run is charged and its secret key is gone, so it cannot go on. Its charge stays; train in a new folder.")
-    write_json(site / _RESERVATION, {"reservation": reservation, "run_id": run_id, "ledger": str(ledger.path.resolve())}, private=True)
+    write_booking(run, ledger, reservation)
     return ledger.charge(reservation), NoiseStream(key=(site / _KEY).read_bytes())
 
 
