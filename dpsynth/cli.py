@@ -88,13 +88,14 @@ def train(
     """Reserve the budget, train the generator, settle. Run the same command again to resume after a crash."""
     from dpsynth.config import load_config
     from dpsynth.train.run import train as train_generator
+    from dpsynth.trained import default_ledger
 
     settings = load_config(config)
     with _progress() as progress:
         guarantee = train_generator(
             settings,
             run_path=run,
-            ledger_path=ledger or default_ledger(settings.data.path, settings.data.name),
+            ledger_path=ledger or default_ledger(settings.data),
             progress=progress,
         )
     print(guarantee.sentence())
@@ -188,9 +189,10 @@ def ledger_open(
     """Open the ledger of a data set: the data owner's budget becomes its first line and cannot be changed."""
     from dpsynth.config import load_config
     from dpsynth.data.fingerprint import open_ledger
+    from dpsynth.trained import default_ledger
 
     settings = load_config(config)
-    path = ledger or default_ledger(settings.data.path, settings.data.name)
+    path = ledger or default_ledger(settings.data)
     with _progress() as progress:
         open_ledger(settings, path=path, epsilon=epsilon, delta=delta, max_gate_attempts=max_gate_attempts, progress=progress)
     print(f"Ledger: {path}")
@@ -214,11 +216,17 @@ def ledger_show(
 
 
 @ledger_app.command("verify")
-def ledger_verify(ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A ledger file.")]) -> None:
+def ledger_verify(
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A ledger file.")],
+    release: Annotated[
+        Path | None, typer.Option("--release", metavar="FOLDER", help="A folder released under this ledger: finds an older copy put back.")
+    ] = None,
+) -> None:
     """Check chain, head, budget and every charge; name each line that does not hold."""
     from dpsynth.privacy.ledger import Ledger
+    from dpsynth.release.verify import ledger_anchor
 
-    problems = Ledger.problems_of(ledger)
+    problems = Ledger.problems_of(ledger, anchor=None if release is None else ledger_anchor(release))
     for problem in problems:
         print(problem)
     print("false" if problems else "true")
@@ -244,13 +252,6 @@ def _reviews(accepted: list[str]) -> dict[str, str]:
             raise UsageError(f"Expected --accept CHECK=WHO: WHY, found {item!r}.")
         reviews[check_name.strip()] = text.strip()
     return reviews
-
-
-def default_ledger(data: Path | None, name: str) -> Path:
-    """Beside the data, so that two runs on the same data find the same ledger; phantoms have theirs in the working folder."""
-    if data is None:
-        return Path(f"{name}.ledger.jsonl")
-    return data.parent / f"{data.name}.ledger.jsonl"
 
 
 @contextmanager

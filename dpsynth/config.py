@@ -136,6 +136,9 @@ class PretrainConfig(_Settings):
     label_column: str = Field("label", description="Label column of the public table.csv.")
     intensity_range: tuple[float, float] | None = Field(None, description="Of the public images; none: that of data.intensity_range.")
     num_phantoms: Count = Field(2000, description="Procedural images when source is phantom.")
+    anatomies: tuple[Literal["chest", "brain"], ...] = Field(
+        ("chest", "brain"), min_length=1, description="What they look like: the nearer to the private images the better."
+    )
     steps: int = Field(600, ge=0, description="Training steps.")
     batch_size: Count = Field(96, description="Images per step.")
     learning_rate: Positive = Field(2e-3, description="Of Adam, with warm-up and cosine decay.")
@@ -160,9 +163,10 @@ class GateConfig(_Settings):
     """The policy by which a release is allowed; fixed before the checks run."""
 
     required: tuple[Literal["accounting", "membership", "copying", "fidelity", "utility"], ...] = Field(
-        ("accounting", "membership", "copying", "fidelity", "utility"), description="Checks without which nothing is released."
+        ("accounting", "membership", "copying", "fidelity", "utility"),
+        description="Checks without which nothing is released; accounting, membership and copying always are.",
     )
-    false_alarm_rate: Fraction = Field(0.01, description="Of each statistical check.")
+    false_alarm_rate: Annotated[float, Field(ge=0.001, le=0.05)] = Field(0.01, description="Of each statistical check; 0.001 to 0.05.")
     utility_margin: Fraction = Field(0.10, description="Largest loss of AUC of train-on-synthetic against train-on-real.")
     largest_membership_auc: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.70, description="Membership is inconclusive when a smaller AUC than this could not have been seen."

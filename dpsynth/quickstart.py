@@ -23,13 +23,15 @@ data:
   format: phantom
   name: phantom-chest
   classes: [normal, lesion]
-  declared_patients: 1000
-  control_fraction: 0.25
-  phantom: {anatomy: chest, num_patients: 1300, max_images: 3, seed: 1}
+  declared_patients: 4000
+  spatial_shape: [20, 20]
+  control_fraction: 0.2
+  phantom: {anatomy: chest, num_patients: 5000, max_images: 2, seed: 1}
 privacy: {epsilon: 10, delta: 1e-5}
-pretrain: {source: phantom, num_phantoms: 1000, steps: 150}
-diffusion: {steps: 20, sampling_probability: 0.1, draws: 2, learning_rate: 3e-4}
-generate: {count: 400}
+moments: {low_frequencies: 10}
+pretrain: {source: phantom, anatomies: [chest], num_phantoms: 1500, steps: 400}
+diffusion: {steps: 20, sampling_probability: 0.05}
+generate: {count: 800}
 release: {formats: [png], title: Phantom chest images}
 """
 

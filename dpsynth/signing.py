@@ -102,6 +102,8 @@ def _opened(envelope: object) -> tuple[bytes, list[tuple[str, bytes]]]:
             raise ValueError("wrong fields")
         if envelope["payloadType"] != PAYLOAD_TYPE:
             raise ValueError("wrong payload type")
+        if len(envelope["signatures"]) != 1 or any(set(entry) != {"keyid", "sig"} for entry in envelope["signatures"]):
+            raise ValueError("expected one signature with keyid and sig")
         signatures = [(str(entry["keyid"]), _canonical(entry["sig"])) for entry in envelope["signatures"]]
         return _canonical(envelope["payload"]), signatures
     except (ValueError, TypeError, KeyError, binascii.Error) as error:

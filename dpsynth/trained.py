@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpsynth.artifacts import RunFolder, read_json, write_json
+from dpsynth.config import DataConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.ledger import Charge, Ledger
 
-CLAIM, RESERVATION = "guarantee.json", "site/reservation.json"  # inside the stage's folder; `site` never leaves
+CLAIM, _RESERVATION = "guarantee.json", "site/reservation.json"  # inside the stage's folder; `site` never leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,18 @@ class Trained:
     charge: Charge
 
 
-def load_trained(run: RunFolder, *, ledger_path: Path | None) -> Trained:
-    """Read what train left; the ledger is the one it was booked in unless another path is named. Raises ArtifactError or LedgerError."""
-    ledger, charge = booking(run, ledger_path=ledger_path)
-    return Trained(guarantee=read_claim(run), ledger=ledger, charge=charge)
+def default_ledger(data: DataConfig) -> Path:
+    """Beside the data, so that all runs on the same data find the same ledger; phantoms have theirs in the working folder.
+
+    Never read from a run folder: whoever made the run could then name a ledger of their own.
+    """
+    return Path(f"{data.name}.ledger.jsonl") if data.path is None else data.path.parent / f"{data.path.name}.ledger.jsonl"
+
+
+def load_trained(run: RunFolder, data: DataConfig, *, ledger_path: Path | None) -> Trained:
+    """Read what train left and find it in the data set's ledger. Raises ArtifactError or LedgerError."""
+    ledger = Ledger.load(ledger_path or default_ledger(data))
+    return Trained(guarantee=read_claim(run), ledger=ledger, charge=booking(run, ledger))
 
 
 def read_claim(run: RunFolder) -> Guarantee:
@@ -33,18 +42,20 @@ def read_claim(run: RunFolder) -> Guarantee:
     return Guarantee.from_json(read_json(run.folder("train") / CLAIM))
 
 
-def booking(run: RunFolder, *, ledger_path: Path | None) -> tuple[Ledger, Charge]:
-    """The ledger and the charge of a run. Raises ArtifactError or LedgerError."""
-    record = read_json(run.folder("train") / RESERVATION)
+def is_booked(run: RunFolder) -> bool:
+    """Whether a reservation was made for the run."""
+    return (run.path / "train" / _RESERVATION).is_file()
+
+
+def booking(run: RunFolder, ledger: Ledger) -> Charge:
+    """The charge of a run. Raises LedgerError when this ledger has none, ArtifactError when the record cannot be read."""
     try:
-        reservation, known = str(record["reservation"]), Path(record["ledger"])
+        reservation = str(read_json(run.folder("train") / _RESERVATION)["reservation"])
     except (KeyError, TypeError) as error:
         raise ArtifactError("The record of this run's reservation cannot be read. Restore the run folder or train again.") from error
-    ledger = Ledger.load(ledger_path or known)
-    return ledger, ledger.charge(reservation)
+    return ledger.charge(reservation)
 
 
-def write_booking(run: RunFolder, ledger: Ledger, reservation: str) -> None:
-    """Note where a run is booked, for the site alone."""
-    record = {"reservation": reservation, "ledger": str(ledger.path.resolve())}
-    write_json(run.folder("train") / RESERVATION, record, private=True)
+def write_booking(run: RunFolder, reservation: str) -> None:
+    """Note the reservation of a run, for the site alone."""
+    write_json(run.folder("train") / _RESERVATION, {"reservation": reservation}, private=True)

@@ -30,7 +30,7 @@ def guarantee() -> Guarantee:
 
 GUARANTEE = guarantee()
 GOOD = Question(
-    guarantee=GUARANTEE, booked=(RELEASE,), budget_epsilon=6.0, configured_epsilon=6.0, ledger_problems=(),
+    guarantee=GUARANTEE, booked=(RELEASE,), budget_epsilon=6.0, spent_epsilon=5.0, configured_epsilon=6.0, ledger_problems=(),
     verdicts=tuple(verdict(c) for c in CHECKS),
     required=CHECKS, attempt=1, max_attempts=3, checked_sha256="a", candidates_sha256="a", reviews={},
 )  # fmt: skip

@@ -16,6 +16,7 @@ from dpsynth.signing import (
     PAYLOAD_TYPE,
     STATEMENT_TYPE,
     generate_key,
+    key_id,
     load_private,
     load_public,
     pre_authentication_encoding,
@@ -150,7 +151,7 @@ def test_a_signed_statement_of_another_type_or_with_a_key_twice_is_refused() -> 
     envelope = {
         "payload": base64.b64encode(payload).decode(),
         "payloadType": PAYLOAD_TYPE,
-        "signatures": [{"keyid": "", "sig": base64.b64encode(signature).decode()}],
+        "signatures": [{"keyid": key_id(key.public_key()), "sig": base64.b64encode(signature).decode()}],
     }
     with pytest.raises(SignatureError, match="repeats a key"):
         verify_envelope(envelope, key.public_key())

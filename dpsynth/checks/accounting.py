@@ -7,6 +7,7 @@ from dpsynth.checks.verdict import Outcome, Verdict
 
 QUESTION = "Does the stated epsilon follow from what was booked, and did training keep the bound that it assumes?"
 LIMITATION = "It examines the code paths that ran on this machine; it cannot see an attacker who changed both the code and its checks."
+ALWAYS = ("moments_noise",)
 REQUIRED = (
     "all_parameters_covered",
     "buffers_unchanged",
@@ -22,7 +23,7 @@ REQUIRED = (
 
 def accounting(evidence: Evidence) -> Verdict:
     """FAIL names every problem; INCONCLUSIVE when a proof of the engine is missing."""
-    required = REQUIRED if evidence.uses_sgd else ()
+    required = (*ALWAYS, *REQUIRED) if evidence.uses_sgd else ALWAYS
     missing = [name for name in required if name not in evidence.selfcheck]
     failed = [f"{name}: {found['detail']}" for name, found in evidence.selfcheck.items() if not found.get("ok", False)]
     problems = [*evidence.accounting_problems, *evidence.ledger_problems, *failed]

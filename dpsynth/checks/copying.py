@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 QUESTION = "Do synthetic images lie nearer to training patients than chance allows?"
 LIMITATION = (
     "It sees copies of the whole picture, mirrored, brightened or slightly moved; not copied parts, strong distortions, "
-    "or fewer copied patients than the number printed."
+    "or copies of fewer than about ten patients in a hundred."
 )
 _NEAR = 0.5
 _DRAWS = 25
@@ -71,7 +71,8 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
     low, high = clopper_pearson(round(a), max(round(a + b), 1), 0.95)
     outcome, reason = (
         Outcome.PASS,
-        f"no evidence (about {a:.1f} training and {b:.1f} control patients nearer than chance, p {p:.2g})",
+        f"no evidence (about {a:.1f} training and {b:.1f} control patients nearer than chance, p {p:.2g}); "
+        f"at least {needed} copied patients in a draw of {size} are needed to fail",
     )
     if suspicious:
         outcome = Outcome.FLAG
@@ -97,7 +98,7 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
         confidence_level=0.95,
         false_alarm_rate=gate.false_alarm_rate,
         reason=reason,
-        limitation=f"{LIMITATION} At least {needed} copied patients in a draw of {size} are needed.",
+        limitation=LIMITATION,
         figures={"p": p, "training patients": a, "control patients": b, "screened images": float(suspicious)},
     )
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpsynth.artifacts import RunFolder, read_json, write_json
+from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.suite import run_checks
-from dpsynth.checks.verdict import Verdict
+from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range
+from dpsynth.data.fingerprint import fingerprint
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, restore_split
+from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress
 from dpsynth.trained import load_trained
@@ -25,8 +27,8 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     run = RunFolder.open(run_path)
     run.require("generate")
     config = parse_config(run.config_text, base=run.path)
-    trained = load_trained(run, ledger_path=ledger_path)
-    split = _split(run, config, progress)
+    trained = load_trained(run, config.data, ledger_path=ledger_path)
+    split = _split(run, config, trained.ledger, progress)
     attempt = trained.ledger.record_gate_attempt(trained.charge.run_id)
     candidates = load_candidates(run)
     evidence = Evidence(
@@ -42,11 +44,16 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress)
     run.reset("check")
     facts = {"attempt": attempt, "candidates_sha256": candidates_digest(run)}
-    write_json(run.folder("check") / "verdicts.json", {**facts, "verdicts": [verdict.to_json() for verdict in verdicts]}, private=True)
+    record = run.folder("check") / VERDICTS
+    write_json(record, {**facts, "verdicts": [verdict.to_json() for verdict in verdicts]}, private=True)
+    trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
     run.complete("check", needs=("train", "generate"), facts=facts)
     return verdicts
 
 
-def _split(run: RunFolder, config: Config, progress: Progress) -> Split:
-    images = prepare(read_cohort(config.data), config.data, progress=progress)
+def _split(run: RunFolder, config: Config, ledger: Ledger, progress: Progress) -> Split:
+    """The patients as they were trained on: the same images, by the ledger's fingerprint, and the same sides."""
+    cohort = read_cohort(config.data)
+    ledger.require_data(fingerprint(cohort, config.data, salt=bytes.fromhex(ledger.genesis["digest_salt"]), progress=progress))
+    images = prepare(cohort, config.data, progress=progress)
     return restore_split(images, read_json(run.folder("train") / "site" / "split.json"))

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+VERDICTS = "verdicts.json"  # in the run's folder of checks; its digest is in the ledger
+
 
 class Outcome(enum.Enum):
     """PASS means no evidence against, never proof."""

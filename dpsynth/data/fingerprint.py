@@ -29,14 +29,15 @@ def fingerprint(cohort: Cohort, data: DataConfig, *, salt: bytes, progress: Prog
     total = hmac.new(salt, digestmod=hashlib.sha256)
     records = sorted(cohort.records, key=lambda record: (record.patient_id, record.name))
     for index, record in enumerate(records):
-        voxels = decoded(record, dimensions=dimensions, channels=data.channels).voxels
+        image = decoded(record, dimensions=dimensions, channels=data.channels)
+        voxels = image.voxels
         first = first or (record.name, voxels.shape[1:])
         if voxels.shape[1:] != first[1] and not data.mixed_sizes:
             raise DataError(
                 f"{record.name}: expected {'x'.join(map(str, first[1]))} as in {first[0]}, found {'x'.join(map(str, voxels.shape[1:]))}. "
                 "Set data.mixed_sizes: true to resample each image, or leave it out."
             )
-        header = f"{len(record.patient_id)}:{record.patient_id}:{record.label}:{voxels.shape}"
+        header = f"{len(record.patient_id)}:{record.patient_id}:{record.label}:{voxels.shape}:{image.spacing_mm}"
         total.update(header.encode() + hashlib.sha256(voxels.tobytes()).digest())
         if index % 50 == 49 or index + 1 == len(records):
             progress("fingerprint", index + 1, len(records))

@@ -10,7 +10,7 @@ Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,6 +25,7 @@ from dpsynth.privacy.noise import NoiseStream
 Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+Record = Callable[[str, Array, Array], None]
 
 LOW_BANDS, HIGH_BANDS = 4, 14  # rings of frequency inside and outside the low block, per channel
 LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
@@ -196,12 +197,16 @@ def release_moments(
     mechanism: MomentRelease | None,
     reference: PublicReference,
     stream: NoiseStream | None,
+    record: Record | None = None,
 ) -> Moments:
-    """Noised moments of images (n, channel, *space) of patients (n,). Without a mechanism they are exact, for public images only."""
+    """Noised moments of images (n, channel, *space) of patients (n,). Without a mechanism they are exact, for public images only.
+
+    `record` is told each query's name, its exact sums and its noised sums, (classes, width) each, so that a monitor can compare.
+    """
     if (mechanism is None) != (stream is None):
         raise ValueError("Expected a mechanism and a noise stream, or neither.")
     layout = frequencies(reference.shape, reference.low_frequencies)
-    release = _Release(labels, patients, num_classes, mechanism, stream)
+    release = _Release(labels, patients, num_classes, mechanism, stream, record)
     coefficients = to_frequencies(images)
     counts, mean = _release_means(coefficients[:, layout.low], release, reference)
     covariance = _release_second_moments(coefficients[:, layout.low] - mean[labels], release, counts, reference)
@@ -225,13 +230,17 @@ class _Release:
     num_classes: int
     mechanism: MomentRelease | None
     stream: NoiseStream | None
+    record: Record | None = None
 
     def noised_sum(self, name: str, rows: Array, clip_norm: float) -> Array:
         """Sum over patients of the mean over their rows of class-indexed, clipped vectors: (classes, width). rows: (n, width)."""
         if self.mechanism is not None and clip_norm != self.mechanism.query(name).clip_norm:
             raise ValueError(f"The clip norm of query {name!r} is not the booked one.")
         total = patient_sum(rows, self.labels, self.patients, self.num_classes, clip_norm)
-        return total + self.noise_stddev(name) * self._normal(name, total.size).reshape(total.shape)
+        noised = np.asarray(total + self.noise_stddev(name) * self._normal(name, total.size).reshape(total.shape))
+        if self.record is not None:
+            self.record(name, total, noised)
+        return noised
 
     def noise_stddev(self, name: str) -> float:
         return 0.0 if self.mechanism is None else self.mechanism.noise_stddev(name)

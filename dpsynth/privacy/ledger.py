@@ -1,9 +1,9 @@
 """The ledger of one data set: what was charged, in an append-only, hash-chained, locked and synced file.
 
 Line 1 holds the data owner's budget. Every further line holds the SHA-256 of the line before it. A chain cannot see that its end was cut
-off, so a head file beside the ledger holds the number of lines and the last hash, written after each line; every release carries
-the same head. A reservation is charged in full from the moment its line is synced; only a settlement, for fewer steps of the same
-mechanisms, lowers the charge. Epsilon is never stored: it is recomputed from the mechanisms.
+off, so a head file beside the ledger holds the number of lines, the last hash, and before each write the hash of the line to come;
+every release carries the same head, and `problems_of` compares. A reservation is charged in full from the moment its line is synced;
+only a settlement, for fewer steps of the same mechanisms, lowers the charge. Epsilon is never stored: it is recomputed.
 
 A torn last line (the machine died while writing) was never returned to anyone, so nothing was trained on it. It is closed by a
 `recovered` line that names its length and digest; no byte is ever removed.
@@ -31,7 +31,8 @@ from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, from_json, to_jso
 from dpsynth.privacy.unit import PrivacyUnit
 
 SCHEMA = 1
-_TYPES = ("genesis", "reserve", "resume", "settle", "gate", "recovered")
+_NOTHING = "0" * 64  # the hash before the first line
+_TYPES = ("genesis", "reserve", "resume", "settle", "gate", "verdicts", "recovered")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class Charge:
     time: float
     purpose: str
     run_id: str
+    config_sha256: str
     mechanisms: tuple[Mechanism, ...]
     settled: bool
 
@@ -85,12 +87,17 @@ class Ledger:
             raise LedgerError(f"Expected a budget epsilon above 0, found {epsilon!r}.")
         if not 0 < delta < 1:
             raise LedgerError(f"Expected delta between 0 and 1, found {delta!r}.")
-        ledger = cls(path=path)
+        ledger = cls(path=path.resolve())
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with ledger._locked():
             if path.exists():
                 raise LedgerError(f"A ledger exists already at {path}. Its budget cannot be changed; `dpsynth ledger show` prints it.")
+            if ledger._known_lines() > 0:
+                raise LedgerError(
+                    f"The ledger {path.name} is gone, but its head file {ledger._head_path().name} is there. "
+                    "Restore the ledger from a copy; a new budget for the same data would forget what was spent."
+                )
             genesis = {
                 "schema": SCHEMA,
                 "data_name": data_name,
@@ -109,16 +116,26 @@ class Ledger:
         """Open an existing ledger. Raises LedgerError when there is none, LedgerTampered when it does not hold."""
         if not path.is_file():
             raise LedgerError(f"No ledger at {path}. The data owner opens one with `dpsynth ledger open CONFIG --epsilon E`.")
-        ledger = cls(path=path)
+        ledger = cls(path=path.resolve())  # so that every name of the file leads to one lock
         ledger._sound()
         return ledger
 
     @classmethod
-    def problems_of(cls, path: Path) -> list[str]:
-        """Everything that does not hold, each with its line; empty when the ledger is sound."""
+    def problems_of(cls, path: Path, *, anchor: tuple[int, str] | None = None) -> list[str]:
+        """Everything that does not hold, each with its line; empty when the ledger is sound.
+
+        `anchor` is the head that a release carries: an older copy of the ledger, or another one, does not have that line.
+        """
         if not path.is_file():
             raise LedgerError(f"No ledger at {path}.")
-        return cls(path=path).verify()
+        ledger = cls(path=path.resolve())
+        problems = ledger.verify()
+        if anchor is not None and not problems:
+            number, digest = anchor
+            lines = ledger._snapshot()[1]
+            if number > len(lines) or lines[number - 1].digest != digest:
+                problems.append(f"line {number}: it is not the one that the release was made with; this is an older or another ledger")
+        return problems
 
     # -- what it says ------------------------------------------------------------------------------------------------
 
@@ -161,7 +178,7 @@ class Ledger:
 
     def gate_attempts(self, run_id: str) -> int:
         """Gate attempts booked for one trained generator."""
-        return sum(1 for line in self._sound() if line.entry and line.entry["type"] == "gate" and line.entry["run_id"] == run_id)
+        return sum(1 for line in self._sound() if line.entry and _is(line.entry, "gate", run_id))
 
     def head(self) -> tuple[int, str]:
         """Number of lines and SHA-256 of the last one: the anchor that a release carries."""
@@ -197,8 +214,11 @@ class Ledger:
 
     # -- what changes it ---------------------------------------------------------------------------------------------
 
-    def reserve(self, mechanisms: Sequence[Mechanism], *, purpose: str, run_id: str) -> str:
-        """Charge `mechanisms` in full before the data is touched; returns the reservation. Raises BudgetExceeded."""
+    def reserve(self, mechanisms: Sequence[Mechanism], *, purpose: str, run_id: str, config_sha256: str = "") -> str:
+        """Charge `mechanisms` in full before the data is touched; returns the reservation. Raises BudgetExceeded.
+
+        The configuration's digest is booked too: one reservation pays for one training, not for two that differ and share their noise.
+        """
         with self._locked():
             lines = self._recovered()
             charged = [mechanism for charge in _charges(lines) for mechanism in charge.mechanisms]
@@ -215,18 +235,19 @@ class Ledger:
                 "reservation": reservation,
                 "purpose": purpose,
                 "run_id": run_id,
+                "config_sha256": config_sha256,
                 "mechanisms": [to_json(mechanism) for mechanism in mechanisms],
             }
             self._append("reserve", fields, lines=lines)
             return reservation
 
-    def resume(self, reservation: str, mechanisms: Sequence[Mechanism]) -> None:
+    def resume(self, reservation: str, mechanisms: Sequence[Mechanism], *, config_sha256: str = "") -> None:
         """Note that a killed run goes on inside its reservation. Raises LedgerError when it is settled or differs."""
         with self._locked():
             lines = self._recovered()
             charge = _open_charge(lines, reservation)
-            if tuple(mechanisms) != charge.mechanisms:
-                raise LedgerError("The run's mechanisms differ from those that were reserved. Start a new run.")
+            if tuple(mechanisms) != charge.mechanisms or config_sha256 != charge.config_sha256:
+                raise LedgerError("The run's mechanisms or settings differ from those that were reserved. Start a new run.")
             self._append("resume", {"reservation": reservation}, lines=lines)
 
     def settle(self, reservation: str, *, mechanisms: Sequence[Mechanism]) -> None:
@@ -242,11 +263,23 @@ class Ledger:
             fields = {"reservation": reservation, "mechanisms": [to_json(mechanism) for mechanism in mechanisms]}
             self._append("settle", fields, lines=lines)
 
+    def record_verdicts(self, run_id: str, sha256: str) -> None:
+        """Note the digest of what the checks found, so that verdicts edited later are known as such."""
+        with self._locked():
+            self._append("verdicts", {"run_id": run_id, "sha256": sha256}, lines=self._recovered())
+
+    def verdicts_sha256(self, run_id: str) -> str | None:
+        """Digest of what the last finished checks of a run found; None when there were none."""
+        found = [line.entry["sha256"] for line in self._sound() if line.entry and _is(line.entry, "verdicts", run_id)]
+        return found[-1] if found else None
+
     def record_gate_attempt(self, run_id: str) -> int:
         """Book one more look of the gate at a generator's images; returns its number. Raises BudgetExceeded past the cap."""
         with self._locked():
             lines = self._recovered()
-            done = sum(1 for line in lines if line.entry and line.entry["type"] == "gate" and line.entry["run_id"] == run_id)
+            if run_id not in {charge.run_id for charge in _charges(lines)}:
+                raise LedgerError("This run is not booked in this ledger. Name the ledger that it was trained under.")
+            done = sum(1 for line in lines if line.entry and _is(line.entry, "gate", run_id))
             cap = int(self.genesis["max_gate_attempts"])
             if done >= cap:
                 raise BudgetExceeded(f"This generator was checked {done} times and the data owner allows {cap}. Train a new one.")
@@ -257,86 +290,97 @@ class Ledger:
 
     def verify(self) -> list[str]:
         """Everything that does not hold, each with its line."""
-        lines, torn = self._read()
-        return self._structure_problems(lines, torn) or _budget_problems(lines)
+        head, lines, _ = self._snapshot()
+        return self._structure_problems(head, lines) or _budget_problems(lines)
 
-    def _structure_problems(self, lines: tuple[Line, ...], torn: bytes) -> list[str]:
-        return _chain_problems(lines) + self._head_problems(lines, torn) or _meaning_problems(lines)
+    def _structure_problems(self, head: bytes | None, lines: tuple[Line, ...]) -> list[str]:
+        return _chain_problems(lines) + self._head_problems(head, lines) or _meaning_problems(lines)
 
     def _sound(self) -> tuple[Line, ...]:
-        lines, torn = self._read()
-        problems = self._structure_problems(lines, torn)
+        head, lines, _ = self._snapshot()
+        problems = self._structure_problems(head, lines)
         if problems:
             raise LedgerTampered(f"The ledger {self.path.name} does not hold: " + "; ".join(problems) + ". Restore it from a copy.")
         return lines
 
-    def _read(self) -> tuple[tuple[Line, ...], bytes]:
-        """Complete lines, and the torn bytes after the last newline."""
-        *complete, torn = self.path.read_bytes().split(b"\n")
-        return tuple(Line(number=i, raw=raw, entry=_parse(raw)) for i, raw in enumerate(complete, 1)), torn
+    def _snapshot(self) -> tuple[bytes | None, tuple[Line, ...], bytes]:
+        """Head file, complete lines, and the torn bytes after the last newline, of one moment: readers hold no lock."""
+        while True:
+            head = self._head_bytes()
+            *complete, torn = self.path.read_bytes().split(b"\n")
+            if self._head_bytes() == head:
+                return head, tuple(Line(number=i, raw=raw, entry=_parse(raw)) for i, raw in enumerate(complete, 1)), torn
+
+    def _head_bytes(self) -> bytes | None:
+        try:
+            return self._head_path().read_bytes()
+        except FileNotFoundError:
+            return None
 
     def _head_path(self) -> Path:
         return self.path.with_name(self.path.name + ".head")
 
-    def _head_problems(self, lines: tuple[Line, ...], torn: bytes) -> list[str]:
+    def _head_problems(self, raw: bytes | None, lines: tuple[Line, ...]) -> list[str]:
+        name = self._head_path().name
+        if raw is None:
+            return [f"the head file {name} is missing, so line 2 and later ones may be too"]
         try:
-            head = json.loads(self._head_path().read_bytes())
-            count, digest = int(head["lines"]), str(head["sha256"])
-        except FileNotFoundError:
-            return [] if len(lines) <= 1 and not torn and _just_opened(lines) else [f"the head file {self._head_path().name} is missing"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return [f"the head file {self._head_path().name} cannot be read"]
-        if count < 1 or count > len(lines):
+            head = json.loads(raw)
+            count, digest, coming = int(head["lines"]), str(head["sha256"]), head.get("next")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return [f"the head file {name} cannot be read, so line 2 and later ones may be missing"]
+        if count < 0 or count > len(lines):
             return [f"line {len(lines) + 1}: the end of the ledger was cut off; the head file knows {count} lines"]
-        if lines[count - 1].digest != digest:
+        if digest != (lines[count - 1].digest if count else _NOTHING):
             return [f"line {count}: it is not the line that the head file names"]
-        if len(lines) > count + 2:
-            return [f"line {count + 1}: {len(lines) - count} lines were added behind the head file's back"]
-        return []
+        added = lines[count:]
+        announced = not added or (added[-1].digest == coming and (len(added) == 1 or (len(added) == 2 and added[0].entry is None)))
+        return [] if announced else [f"line {count + 1}: it was added behind the head file's back"]
 
     def _recovered(self) -> tuple[Line, ...]:
         """Under the lock: close a torn last line and bring the head up to date."""
         lines = self._sound()
-        torn = self._read()[1]
+        torn = self._snapshot()[2]
         if torn:
             facts = {"torn_bytes": len(torn), "torn_sha256": hashlib.sha256(torn).hexdigest()}
-            closed = (*lines, Line(number=len(lines) + 1, raw=torn, entry=None))
-            self._append("recovered", facts, lines=closed, before=b"\n")
+            self._append("recovered", facts, lines=lines, torn=torn)
         elif self._known_lines() != len(lines):
             self._write_head(lines)
-        return self._read()[0]
+        return self._snapshot()[1]
 
     def _known_lines(self) -> int:
-        try:
-            return int(json.loads(self._head_path().read_bytes())["lines"])
-        except FileNotFoundError:
-            return 0
+        raw = self._head_bytes()
+        return 0 if raw is None else int(json.loads(raw)["lines"])
 
-    def _append(self, kind: str, fields: dict[str, Any], *, lines: tuple[Line, ...], before: bytes = b"") -> None:
+    def _append(self, kind: str, fields: dict[str, Any], *, lines: tuple[Line, ...], torn: bytes = b"") -> None:
+        """Announce the line in the head, write it behind `lines` (and the torn bytes after them), bring the head up to date."""
+        before = (*lines, Line(number=len(lines) + 1, raw=torn, entry=None)) if torn else lines
         last = max((float(line.entry["time"]) for line in lines if line.entry), default=0.0)
         now = time.time()
         entry = {
-            "seq": len(lines) + 1,
+            "seq": len(before) + 1,
             "type": kind,
-            "previous": lines[-1].digest if lines else "0" * 64,
+            "previous": before[-1].digest if before else _NOTHING,
             "time": max(now, last),
             **({"clock_went_back": True} if now < last else {}),
             **fields,
         }
         raw = json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        line = Line(number=len(before) + 1, raw=raw, entry=entry)
+        self._write_head(lines, coming=line.digest)
         with storage_errors(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                _write_all(descriptor, before + raw + b"\n")
+                _write_all(descriptor, (b"\n" if torn else b"") + raw + b"\n")
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             sync_folder(self.path.parent)
-        self._write_head((*lines, Line(number=len(lines) + 1, raw=raw, entry=entry)))
+        self._write_head((*before, line))
 
-    def _write_head(self, lines: tuple[Line, ...]) -> None:
-        head = json.dumps({"lines": len(lines), "sha256": lines[-1].digest})
-        write_bytes(self._head_path(), head.encode() + b"\n", private=True)
+    def _write_head(self, lines: tuple[Line, ...], *, coming: str | None = None) -> None:
+        head = {"lines": len(lines), "sha256": lines[-1].digest if lines else _NOTHING}
+        write_bytes(self._head_path(), json.dumps({**head, **({"next": coming} if coming else {})}).encode() + b"\n", private=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -351,8 +395,18 @@ class Ledger:
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(descriptor, content) :]
+    """Write everything, or take back what was written: nobody was told of a line that failed."""
+    size = os.fstat(descriptor).st_size
+    try:
+        while content:
+            content = content[os.write(descriptor, content) :]
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
+def _is(entry: dict[str, Any], kind: str, run_id: str) -> bool:
+    return bool(entry["type"] == kind and entry["run_id"] == run_id)
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
@@ -363,15 +417,10 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _just_opened(lines: tuple[Line, ...]) -> bool:
-    """Whether the machine may have died between the first line and its head."""
-    return len(lines) == 1 and bool(lines[0].entry) and lines[0].entry is not None and lines[0].entry.get("type") == "genesis"
-
-
 def _chain_problems(lines: tuple[Line, ...]) -> list[str]:
     if not lines:
         return ["line 1: the budget is missing"]
-    problems, previous = [], "0" * 64
+    problems, previous = [], _NOTHING
     for index, line in enumerate(lines):
         following = lines[index + 1].entry if index + 1 < len(lines) else None
         if line.entry is None:
@@ -428,6 +477,7 @@ def _charges(lines: tuple[Line, ...]) -> tuple[Charge, ...]:
                 time=float(entry["time"]),
                 purpose=entry["purpose"],
                 run_id=entry["run_id"],
+                config_sha256=entry["config_sha256"],
                 mechanisms=tuple(from_json(value) for value in entry["mechanisms"]),
                 settled=False,
             )

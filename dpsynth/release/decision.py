@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpsynth.artifacts import RunFolder, read_json
-from dpsynth.checks.verdict import Verdict
+from dpsynth.artifacts import RunFolder, read_json, sha256_file
+from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, candidates_digest, load_candidates
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.release.gate import Question
 from dpsynth.trained import load_trained
 
@@ -34,24 +35,33 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
     run = RunFolder.open(run_path)
     run.require("check")
     config = parse_config(run.config_text, base=run.path)
-    trained = load_trained(run, ledger_path=ledger_path)
-    guarantee, ledger = trained.guarantee, trained.ledger
-    result: dict[str, Any] = read_json(run.folder("check") / "verdicts.json")
+    trained = load_trained(run, config.data, ledger_path=ledger_path)
+    guarantee, ledger, run_id = trained.guarantee, trained.ledger, trained.charge.run_id
+    record = run.folder("check") / VERDICTS
+    if sha256_file(record) != ledger.verdicts_sha256(run_id):
+        raise ArtifactError("The verdicts are not those that the ledger noted when the checks ran. Run `dpsynth check` again.")
+    result: dict[str, Any] = read_json(record)
     try:
         verdicts = tuple(Verdict.from_json(value) for value in result["verdicts"])
-        attempt, checked = int(result["attempt"]), str(result["candidates_sha256"])
+        checked = str(result["candidates_sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"The verdicts of this run cannot be read ({error}). Run `dpsynth check` again.") from error
     question = Question(
-        # Other runs may have been charged since this one was trained.
-        guarantee=replace(guarantee, ledger_epsilon=epsilon_pld(ledger.charged_mechanisms(), guarantee.delta)),
+        # What the ledger says of the data set stands above the run folder; other runs may have been charged since.
+        guarantee=replace(
+            guarantee,
+            data_name=ledger.genesis["data_name"],
+            unit=PrivacyUnit(ledger.genesis["unit"]),
+            ledger_epsilon=epsilon_pld(ledger.charged_mechanisms(), guarantee.delta),
+        ),
         booked=trained.charge.mechanisms,
         budget_epsilon=ledger.budget_epsilon,
+        spent_epsilon=ledger.spent(),
         configured_epsilon=config.privacy.epsilon,
         ledger_problems=tuple(ledger.verify()),
         verdicts=verdicts,
         required=config.gate.required,
-        attempt=attempt,
+        attempt=ledger.gate_attempts(run_id),
         max_attempts=int(ledger.genesis["max_gate_attempts"]),
         checked_sha256=checked,
         candidates_sha256=candidates_digest(run),

@@ -13,7 +13,7 @@ from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import Mechanism
 
-_ALWAYS_REQUIRED = "accounting"
+ALWAYS_REQUIRED = ("accounting", "membership", "copying")  # no policy can do without them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Question:
     guarantee: Guarantee
     booked: tuple[Mechanism, ...]  # what the ledger charged for this run
     budget_epsilon: float  # of the data owner, over all runs
+    spent_epsilon: float  # over all runs, at the delta of the budget
     configured_epsilon: float
     ledger_problems: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
@@ -68,14 +69,14 @@ def _claim_reasons(question: Question) -> list[str]:
             reasons.append(f"epsilon {guarantee.epsilon:.4g} is above the {question.configured_epsilon:g} of the configuration")
     if guarantee.mechanisms != question.booked:
         reasons.append("the ledger booked other mechanisms for this run than the guarantee names")
-    if not guarantee.ledger_epsilon <= question.budget_epsilon * (1 + 1e-6) or not math.isfinite(guarantee.ledger_epsilon):
-        reasons.append(f"all runs together cost epsilon {guarantee.ledger_epsilon:.4g}, the data owner allows {question.budget_epsilon:g}")
+    if not question.spent_epsilon <= question.budget_epsilon * (1 + 1e-6) or not math.isfinite(question.spent_epsilon):
+        reasons.append(f"all runs together cost epsilon {question.spent_epsilon:.4g}, the data owner allows {question.budget_epsilon:g}")
     return reasons + [f"ledger: {problem}" for problem in question.ledger_problems]
 
 
 def _check_reasons(verdicts: Sequence[Verdict], required: Sequence[str], reviews: Mapping[str, str]) -> list[str]:
     reasons = []
-    needed = {*required, _ALWAYS_REQUIRED}
+    needed = {*required, *ALWAYS_REQUIRED}
     missing = sorted(needed - {verdict.check for verdict in verdicts})
     reasons += [f"the required check {name!r} has not run" for name in missing]
     for verdict in verdicts:

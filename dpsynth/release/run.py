@@ -11,7 +11,7 @@ from dpsynth.errors import GateRefused
 from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.decision import Case, load_case
-from dpsynth.release.gate import Allowed, Refused, decide
+from dpsynth.release.gate import ALWAYS_REQUIRED, Allowed, Refused, decide
 from dpsynth.report.epsilon import epsilon_report
 from dpsynth.report.html import render
 from dpsynth.signing import load_private
@@ -49,7 +49,7 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         classes=case.config.data.classes,
         guarantee=case.question.guarantee,
         verdicts=case.question.verdicts,
-        required=case.question.required,
+        required=(*ALWAYS_REQUIRED, *(name for name in case.question.required if name not in ALWAYS_REQUIRED)),
         reviews=dict(reviews),
         method=case.config.method,
         report_html=_page(case, _view(case, answer, site=False)),
@@ -67,7 +67,7 @@ def _view(case: Case, answer: Allowed | Refused, *, site: bool) -> dict[str, obj
     return epsilon_report(
         guarantee=case.question.guarantee,
         verdicts=case.question.verdicts,
-        required=case.question.required,
+        required=(*ALWAYS_REQUIRED, *(name for name in case.question.required if name not in ALWAYS_REQUIRED)),
         decision={"allowed": isinstance(answer, Allowed), "reasons": reasons},
         budget={**budget, "gate_attempts": case.question.attempt},
         method=case.config.method,

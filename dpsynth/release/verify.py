@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def verify(folder: Path, public_key: Path) -> list[str]:
         return [f"{SIGNATURE}: {error}"]
     problems = _file_problems(folder, statement)
     return problems or _claim_problems(folder, statement)
+
+
+def ledger_anchor(folder: Path) -> tuple[int, str]:
+    """Number and digest of the ledger's last line when the folder was released. Raises ArtifactError."""
+    manifest = read_json(folder / MANIFEST)
+    try:
+        return int(manifest["ledger_head"]["lines"]), str(manifest["ledger_head"]["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"Expected a ledger head in {MANIFEST}, found none. Name a released folder.") from error
 
 
 def _statement(folder: Path, public: Ed25519PublicKey) -> dict[str, Any]:
@@ -60,6 +70,8 @@ def _claim_problems(folder: Path, statement: dict[str, Any]) -> list[str]:
         if value != statement["predicate"]["guarantee"]:
             return ["guarantee.json: it is not the guarantee that was signed"]
         guarantee = Guarantee.from_json(value)
+        if value != json.loads(json_bytes(guarantee.to_json())):
+            return ["guarantee.json: its sentence or another field does not follow from its mechanisms"]
     except (ArtifactError, KeyError) as error:
         return [f"guarantee.json: {error}"]
     return [f"guarantee.json: {problem}" for problem in guarantee.problems()]

@@ -1,4 +1,4 @@
-"""What the loop really did, step by step; tested before anything is finished. Batch sizes are private: this stays at the site."""
+"""What was really added to the data's sums; tested before anything is finished. Batch sizes are private: this stays at the site."""
 
 from __future__ import annotations
 
@@ -8,10 +8,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
-from dpsynth.privacy.mechanism import PoissonDpSgd
+from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
 from dpsynth.train.selfcheck import FALSE_ALARM, Finding, dispersion_p, noise_finding
+
+
+@dataclass(kw_only=True)
+class MomentMonitor:
+    """The noise of each query of the moments, in units of the booked standard deviation: (classes, width) by name."""
+
+    mechanism: MomentRelease
+    noise: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def record(self, name: str, total: NDArray[np.float64], noised: NDArray[np.float64]) -> None:
+        """Note one query: the exact sums that went in and the noised sums that came out."""
+        self.noise[name] = (noised - total) / self.mechanism.noise_stddev(name)
+
+    def findings(self) -> dict[str, Finding]:
+        """Every class of every query has noise of the booked scale, and none of it is used twice."""
+        missing = [query.name for query in self.mechanism.queries if query.name not in self.noise]
+        if missing:
+            detail = f"no noise was seen on {', '.join(missing)}"
+            return {"moments_noise": Finding(ok=False, detail=detail, statistic=0.0, threshold=FALSE_ALARM)}
+        blocks = [(f"{name}, class {label}", row) for name, rows in self.noise.items() for label, row in enumerate(rows)]
+        tests = {name: noise_finding(float(np.sum(row**2)), row.size) for name, row in blocks}
+        worst = min(tests, key=lambda name: tests[name].statistic)
+        p = min(1.0, tests[worst].statistic * len(tests))  # Bonferroni over the blocks
+        numbers = np.round(np.concatenate([row for _, row in blocks]), 6)
+        repeated = 1 - len(np.unique(numbers)) / numbers.size
+        detail = f"{worst}: {tests[worst].detail}; {repeated:.2%} of all noise numbers occur twice"
+        return {"moments_noise": Finding(ok=p >= FALSE_ALARM and repeated < 0.2, detail=detail, statistic=p, threshold=FALSE_ALARM)}
 
 
 @dataclass(kw_only=True)
@@ -35,7 +64,8 @@ class Monitor:
         """The same three questions as before training, asked of what happened."""
         q = mechanism.sampling_probability
         sizes = np.array(self.batch_sizes, dtype=np.int64)
-        spread = 1.0 if q >= 1 or len(sizes) < 10 else dispersion_p(sizes, num_patients, q)
+        total = stats.binomtest(int(sizes.sum()), num_patients * len(sizes), q).pvalue if len(sizes) else 1.0
+        spread = 1.0 if q >= 1 else min(1.0, 2 * min(float(total), dispersion_p(sizes, num_patients, q)))
         worst = self.largest_contribution / mechanism.clip_norm
         return {
             "live_contribution_bounded": Finding(
@@ -44,7 +74,7 @@ class Monitor:
             "live_noise_scale": noise_finding(self.noise_energy, self.noise_numbers),
             "live_sampler_poisson": Finding(
                 ok=spread >= FALSE_ALARM,
-                detail=f"batch sizes scatter with p-value {spread:.2g}",
+                detail=f"sum and scatter of batch sizes have p-value {spread:.2g}",
                 statistic=spread,
                 threshold=FALSE_ALARM,
             ),

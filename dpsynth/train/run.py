@@ -6,6 +6,7 @@ function of the run's secret key and the step, the repeated steps release nothin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import shutil
@@ -36,11 +37,12 @@ from dpsynth.privacy.noise import NoiseStream, fresh_key
 from dpsynth.progress import Progress
 from dpsynth.train import selfcheck
 from dpsynth.train.loop import fit
+from dpsynth.train.monitor import MomentMonitor
 from dpsynth.train.non_private import fit_non_private
 from dpsynth.train.pretrain import pretrained_weights
-from dpsynth.train.public import public_images
+from dpsynth.train.public import public_images, require_disjoint, require_public
 from dpsynth.train.second_opinion import prv_epsilon
-from dpsynth.trained import CLAIM, booking, read_claim, write_booking
+from dpsynth.trained import CLAIM, booking, is_booked, read_claim, write_booking
 
 _RUN_ID, _KEY, _CHECKPOINT = "run_id", "key", "checkpoint.safetensors"  # in the site's part of the folder
 _EPSILON_NOTES = 12  # how many points of the running epsilon are computed in advance for the progress bar
@@ -57,12 +59,13 @@ class _Public:
 def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progress) -> Guarantee:
     """Train, or go on with, the run at `run_path`. Raises BudgetExceeded, SelfCheckFailed, ClaimRefused, DataError and others."""
     ledger = Ledger.load(ledger_path)
+    require_public(config)
     run = _existing(run_path, config)
     if run is not None and (run.path / "train" / CLAIM).is_file():  # it is written last, so all that is missing is to close the run
         return _finish(run, ledger)
     images = _private_images(config, ledger, progress)
     delta = _delta(config, images, ledger)
-    public = _public_stage(config, progress)
+    public = _public_stage(config, images, progress)
     mechanisms = planned_mechanisms(config, delta=delta, queries=moment_queries(public.reference), interval=FINE)
     findings = _self_check(config, public, mechanisms)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
@@ -71,10 +74,11 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     mechanisms = charge.mechanisms  # from here on, what the ledger booked and nothing else
     split = split_patients(images, control_fraction=config.data.control_fraction, key=_split_key(stream))
     write_json(site / "split.json", split.record(), private=True)
-    moments = _moments(split, public.reference, mechanisms, stream)
+    moments, noise = _moments(split, public.reference, mechanisms, stream)
+    findings |= noise
     findings |= _fit(config, public, moments, split, mechanisms, stream, site, charge.reservation, progress)
     write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
-    selfcheck.require(findings)
+    _require_live(findings, site)
     generator = Generator(
         classes=config.data.classes,
         moments=moments,
@@ -90,7 +94,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
 def _finish(run: RunFolder, ledger: Ledger) -> Guarantee:
     """Settle, destroy the secrets, close the stage: what of this a killed run has done already is not done again."""
     if not run.is_complete("train"):
-        _, charge = booking(run, ledger_path=ledger.path)
+        charge = booking(run, ledger)
         if not charge.settled:
             ledger.settle(charge.reservation, mechanisms=charge.mechanisms)
         for secret in (_KEY, _CHECKPOINT):
@@ -137,8 +141,10 @@ def _delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
     return delta
 
 
-def _public_stage(config: Config, progress: Progress) -> _Public:
+def _public_stage(config: Config, private: ImageSet, progress: Progress) -> _Public:
+    """Constants and weights from public images alone; the private ones serve only to refuse those that are among them."""
     images = public_images(config, progress=progress)
+    require_disjoint(images, private.images)
     reference = public_reference(images, low_frequencies=config.moments.low_frequencies)
     if config.method == "moments":
         return _Public(reference=reference, denoiser=None)
@@ -188,7 +194,9 @@ def _self_check(config: Config, public: _Public, mechanisms: tuple[Mechanism, ..
 
 def _reserve(run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], config: Config) -> tuple[Charge, NoiseStream]:
     """The charge and the stream of random numbers: new ones, or those of the killed run that goes on."""
-    site = run.folder("train/site")
+    site, digest = run.folder("train/site"), hashlib.sha256(run.config_text.encode()).hexdigest()
+    if is_booked(run):
+        booking(run, ledger)  # raises when it is booked elsewhere
     run_id = (site / _RUN_ID).read_text() if (site / _RUN_ID).is_file() else ""
     known = next((charge for charge in ledger.charges() if charge.run_id == run_id), None)
     if known is None:
@@ -196,16 +204,16 @@ def _reserve(run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], 
         write_bytes(site / _RUN_ID, run_id.encode(), private=True)
         write_bytes(site / _KEY, fresh_key(), private=True)
         try:
-            reservation = ledger.reserve(mechanisms, purpose=f"train {config.method}", run_id=run_id)
+            reservation = ledger.reserve(mechanisms, purpose=f"train {config.method}", run_id=run_id, config_sha256=digest)
         except BudgetExceeded:
             shutil.rmtree(run.path)  # nothing was charged or trained, so nothing is left behind
             raise
     elif (site / _KEY).is_file():
         reservation = known.reservation
-        ledger.resume(reservation, mechanisms)
+        ledger.resume(reservation, mechanisms, config_sha256=digest)
     else:
         raise ArtifactError("This run is charged and its secret key is gone, so it cannot go on. Its charge stays; train in a new folder.")
-    write_booking(run, ledger, reservation)
+    write_booking(run, reservation)
     return ledger.charge(reservation), NoiseStream(key=(site / _KEY).read_bytes())
 
 
@@ -213,10 +221,22 @@ def _split_key(stream: NoiseStream) -> bytes:
     return stream.integers("split", 0, 4).tobytes()
 
 
-def _moments(split: Split, reference: PublicReference, mechanisms: tuple[Mechanism, ...], stream: NoiseStream) -> Moments:
+def _require_live(findings: dict[str, selfcheck.Finding], site: Path) -> None:
+    """Raise SelfCheckFailed, and destroy what could go on from here, when training did not do what it should have."""
+    if not all(finding.ok for finding in findings.values()):
+        for secret in (_KEY, _CHECKPOINT):
+            (site / secret).unlink(missing_ok=True)
+    selfcheck.require(findings, consequence="the charge stays and the run cannot be used")
+
+
+def _moments(
+    split: Split, reference: PublicReference, mechanisms: tuple[Mechanism, ...], stream: NoiseStream
+) -> tuple[Moments, dict[str, selfcheck.Finding]]:
+    """The noised moments of the training patients, and whether the noise on them is what was booked."""
     release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
     training = split.training
-    return release_moments(
+    monitor = None if release is None else MomentMonitor(mechanism=release)
+    moments = release_moments(
         training.images,
         training.labels,
         training.patients,
@@ -224,7 +244,9 @@ def _moments(split: Split, reference: PublicReference, mechanisms: tuple[Mechani
         mechanism=release,
         reference=reference,
         stream=stream if release is not None else None,
+        record=None if monitor is None else monitor.record,
     )
+    return moments, {} if monitor is None else monitor.findings()
 
 
 def _fit(
@@ -292,7 +314,7 @@ def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, de
             f"intensity range {list(config.data.intensity_range)}",
             f"constants and pre-training from {pretraining}",
             "the training schedule",
-            "that the gate allowed the release, and how often it was asked",
+            "the outcome word of each check, that the gate allowed the release, and how often it was asked",
         ),
     )
     return claim(guarantee)

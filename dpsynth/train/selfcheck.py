@@ -26,6 +26,7 @@ from dpsynth.train.gradients import PatientGradients
 FALSE_ALARM = 1e-6
 _TOLERANCE = 1e-4
 _SAMPLER_PATIENTS, _SAMPLER_STEPS = 400, 120
+_FEWEST_FOR_SCATTER, _SMALLEST_VARIANCE = 10, 4.0  # below them the approximation has more false alarms than stated (simulated)
 
 
 class RowLosses(Protocol):
@@ -72,16 +73,17 @@ def self_check(
         )
     except SelfCheckFailed as error:
         findings["all_parameters_covered"] = Finding(ok=False, detail=str(error), statistic=1, threshold=0)
-    findings["noise_scale"] = _noise_scale(mechanism, stream, engine)
+    length = max(10_000, sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad))
+    findings["noise_scale"] = _noise_scale(mechanism, stream, engine, length)
     findings["sampler_poisson"] = sampler_finding(mechanism.sampling_probability, stream, engine)
     return findings
 
 
-def require(findings: Mapping[str, Finding]) -> None:
+def require(findings: Mapping[str, Finding], *, consequence: str = "nothing was charged") -> None:
     """Raise SelfCheckFailed that names every failed check."""
     failed = [f"{name}: {finding.detail}" for name, finding in findings.items() if not finding.ok]
     if failed:
-        raise SelfCheckFailed("The training engine does not keep its privacy bound; nothing was charged. " + "; ".join(failed))
+        raise SelfCheckFailed(f"The training engine does not keep its privacy bound; {consequence}. " + "; ".join(failed))
 
 
 def to_json(findings: Mapping[str, Finding]) -> dict[str, Any]:
@@ -172,15 +174,16 @@ def _contribution_bounded(bench: _Bench, x: Tensor, clip_norm: float, engine: En
     return Finding(ok=worst <= 1 + _TOLERANCE, detail=detail, statistic=worst, threshold=1 + _TOLERANCE)
 
 
-def _noise_scale(mechanism: PoissonDpSgd, stream: NoiseStream, engine: Engine) -> Finding:
-    """Chi-square of the noise that an empty batch gets: 20,000 numbers, two steps."""
-    length = 10_000
+def _noise_scale(mechanism: PoissonDpSgd, stream: NoiseStream, engine: Engine, length: int) -> Finding:
+    """Chi-square of the noise that an empty batch gets: 20,000 numbers, two steps; none of them may come twice."""
     draws = [
         engine.noise(torch.zeros(length), mechanism=mechanism, stream=stream, step=step).numpy() * mechanism.expected_batch_size
         for step in (0, 1)
     ]
-    if np.array_equal(draws[0], draws[1]):
-        return Finding(ok=False, detail="two steps got the same noise, or none", statistic=0, threshold=FALSE_ALARM)
+    if len(np.unique(draws)) < 0.999 * 2 * length:
+        return Finding(
+            ok=False, detail="noise numbers repeat within a step or between two, or there are none", statistic=0, threshold=FALSE_ALARM
+        )
     return noise_finding(float(np.sum(np.square(draws))) / mechanism.noise_stddev**2, 2 * length)
 
 
@@ -192,10 +195,20 @@ def noise_finding(energy: float, degrees: int) -> Finding:
 
 
 def sampler_finding(probability: float, stream: NoiseStream, engine: Engine) -> Finding:
-    """Inclusion frequency, spread of batch sizes, overlap of successive batches: all as independent coins would have them."""
+    """Inclusion frequency, spread of batch sizes, overlap of successive batches, times drawn: all as independent coins would have them.
+
+    Another key must draw other batches, so that nobody can predict them.
+    """
     if probability >= 1:
         return Finding(ok=True, detail="every patient is in every step", statistic=1, threshold=0)
-    n, steps = _SAMPLER_PATIENTS, _SAMPLER_STEPS
+    n = min(20_000, max(_SAMPLER_PATIENTS, int(2 * _SMALLEST_VARIANCE / (probability * (1 - probability)))))
+    steps = _SAMPLER_STEPS if n == _SAMPLER_PATIENTS else 2 * _SAMPLER_STEPS
+    other = NoiseStream(key=fresh_key())
+    first, second = (
+        [engine.sample(s, step=k, probability=probability, num_patients=n).tolist() for k in range(8)] for s in (stream, other)
+    )
+    if first == second and any(first):
+        return Finding(ok=False, detail="two keys drew the same batches; Poisson sampling is required", statistic=0, threshold=FALSE_ALARM)
     drawn = np.zeros((steps, n), dtype=np.int64)
     for step in range(steps):
         drawn[step, engine.sample(stream, step=step, probability=probability, num_patients=n)] = 1
@@ -216,9 +229,17 @@ def sampler_finding(probability: float, stream: NoiseStream, engine: Engine) -> 
 
 
 def dispersion_p(counts: np.ndarray[Any, np.dtype[np.int64]], trials: int, probability: float) -> float:
-    """Two-sided p-value that counts scatter as Binomial(trials, probability) does."""
-    statistic = float(np.sum((counts - trials * probability) ** 2) / (trials * probability * (1 - probability)))
-    return float(2 * min(stats.chi2.cdf(statistic, len(counts)), stats.chi2.sf(statistic, len(counts))))
+    """Two-sided p-value that counts scatter as Binomial(trials, probability) does; 1 when they are too few or too small to tell.
+
+    The sum of squares has mean n and variance n (2 + excess kurtosis); it is compared with a scaled chi-square of those moments.
+    """
+    variance, n = trials * probability * (1 - probability), len(counts)
+    if n * min(variance, 1.0) < _FEWEST_FOR_SCATTER or variance < _SMALLEST_VARIANCE:
+        return 1.0
+    statistic = float(np.sum((counts - trials * probability) ** 2) / variance)
+    scale = (2 + (1 - 6 * probability * (1 - probability)) / variance) / 2
+    tails = stats.chi2.cdf(statistic / scale, n / scale), stats.chi2.sf(statistic / scale, n / scale)
+    return float(min(1.0, 2 * min(tails)))
 
 
 def fixed_rows(losses: Callable[[nn.Module, Tensor, Tensor], Tensor], *, seed: int = 0) -> RowLosses:

@@ -72,8 +72,8 @@ def one_run(row: str, method: str, seed: int, work: Path) -> dict[str, Any]:
     for verb, arguments in (
         ("train", ("config.yaml", "--run", "run", "--ledger", "ledger.jsonl")),
         ("generate", ("run",)),
-        ("check", ("run",)),
-        ("report", ("run",)),
+        ("check", ("run", "--ledger", "ledger.jsonl")),
+        ("report", ("run", "--ledger", "ledger.jsonl")),
     ):
         if not (work / "run" / verb / "stage.json").exists():
             _, seconds[verb] = dpsynth(work, verb, *arguments)

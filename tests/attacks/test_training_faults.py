@@ -66,7 +66,13 @@ def same_noise(total: Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream, s
     return private_mean(total, mechanism=mechanism, stream=stream, step=0)
 
 
-@pytest.mark.parametrize("fault", [no_noise, half_noise, same_noise])
+def tiled_noise(total: Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream, step: int) -> Tensor:
+    """A few thousand numbers, over and over."""
+    noise = np.resize(stream.normal("gradient", step, 4000), len(total))
+    return (total.double() + mechanism.noise_stddev * torch.from_numpy(noise)) / mechanism.expected_batch_size
+
+
+@pytest.mark.parametrize("fault", [no_noise, half_noise, same_noise, tiled_noise])
 def test_noise_that_is_off_halved_or_repeated_is_caught(fault) -> None:
     assert failed(checked(SmallNet(), engine=Engine(noise=fault))) == {"noise_scale"}
 
@@ -110,7 +116,12 @@ def favourites(stream: NoiseStream, *, step: int, probability: float, num_patien
     return np.flatnonzero(stream.uniform("batch", step, num_patients) < weights)
 
 
-@pytest.mark.parametrize("fault", [shuffled, fixed_size, too_often, favourites])
+def predictable(stream: NoiseStream, *, step: int, probability: float, num_patients: int) -> np.ndarray:
+    """Poisson sampling by a public seed: the right law, and anyone can repeat it."""
+    return np.flatnonzero(np.random.default_rng(step).random(num_patients) < probability)
+
+
+@pytest.mark.parametrize("fault", [shuffled, fixed_size, too_often, favourites, predictable])
 def test_samplers_other_than_poisson_are_caught(fault) -> None:
     assert failed(checked(SmallNet(), engine=Engine(sample=fault))) == {"sampler_poisson"}
 

@@ -145,7 +145,10 @@ def test_fidelity_passes_real_images_and_fails_noise_and_a_single_image() -> Non
     assert "look real" in noise.reason
     collapsed = fidelity_of(np.repeat(points(1, rng) * 0.1, 120, axis=0) + 1e-6 * points(120, rng))
     assert collapsed.outcome is Outcome.FAIL
-    assert "variety" in collapsed.reason
+    assert "alike" in collapsed.reason
+    few = fidelity_of(np.repeat(points(2, rng), 60, axis=0) + 1e-6 * points(120, rng))
+    assert few.outcome is Outcome.FAIL
+    assert "variety" in few.reason
     assert fidelity_of(points(120, rng), count=20).outcome is Outcome.INCONCLUSIVE
 
 

@@ -98,13 +98,15 @@ class _Sums:
         return total if self.answers is None else self.answers[name]
 
 
-def sums(images: np.ndarray, labels: np.ndarray, owners: np.ndarray, answers: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+def sums(
+    images: np.ndarray, labels: np.ndarray, owners: np.ndarray, answers: dict[str, np.ndarray] | None
+) -> tuple[dict[str, np.ndarray], Moments]:
     recorder = _Sums(answers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module._Release, "noised_sum", lambda self, name, rows, clip: recorder(self, name, rows, clip))
         patch.setattr(module._Release, "noise_stddev", lambda self, name: 0.0)
-        release_moments(images, labels, owners, num_classes=2, mechanism=None, reference=REFERENCE, stream=None)
-    return recorder.seen
+        made = release_moments(images, labels, owners, num_classes=2, mechanism=None, reference=REFERENCE, stream=None)
+    return recorder.seen, made
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,25 +117,30 @@ def test_one_patient_changes_each_sum_by_at_most_the_booked_clip_norm(one: list[
     images, labels = np.concatenate([others, extra]), np.concatenate([np.arange(30) % 2, [label for label, _ in one]]).astype(np.int64)
     owners = np.concatenate([np.arange(30), np.full(len(one), 30)])
     with np.errstate(all="ignore"):
-        answers = sums(others, labels[:30], owners[:30], None)
-        with_patient, without = sums(images, labels, owners, answers), sums(others, labels[:30], owners[:30], answers)
+        answers, _ = sums(others, labels[:30], owners[:30], None)
+        with_patient, first = sums(images, labels, owners, answers)
+        without, second = sums(others, labels[:30], owners[:30], answers)
+    # What comes out depends on the patients through the noised sums alone.
+    assert all(np.array_equal(first.to_arrays()[name], array) for name, array in second.to_arrays().items())
     for query in moment_queries(REFERENCE):
         change = np.linalg.norm(with_patient[query.name] - without[query.name])
         assert change <= query.clip_norm * (1 + 1e-9), query.name
 
 
 def noise_p(noise_multiplier: float, claimed: MomentRelease) -> float:
-    """Two-sided p-value that the noise of the released counts and means has the booked scale."""
-    images, labels = smooth_images(50, (1, 8, 8), 3), np.arange(50) % 2
+    """Smallest two-sided p-value, times their number, that each class of each query has noise of the booked scale."""
+    classes, labels = 4, np.arange(50) % 4
     rows, draws = np.ones((50, 40)) * 0.01, []
-    for key in range(30):
-        release = module._Release(labels, np.arange(50), 2, booked(noise_multiplier), NoiseStream(key=bytes([key]) * 32))
+    for key in range(60):
+        release = module._Release(labels, np.arange(50), classes, booked(noise_multiplier), NoiseStream(key=bytes([key]) * 32))
         for query in moment_queries(REFERENCE):
-            exact = patient_sum(rows, labels, np.arange(50), 2, query.clip_norm)
+            exact = patient_sum(rows, labels, np.arange(50), classes, query.clip_norm)
             draws.append((release.noised_sum(query.name, rows, query.clip_norm) - exact) / claimed.noise_stddev(query.name))
-    del images
-    energy, count = float(np.sum(np.square(draws))), int(np.size(draws))
-    return float(2 * min(stats.chi2.cdf(energy, count), stats.chi2.sf(energy, count)))
+    blocks = np.array(draws).reshape(60, 3 * classes, 40).transpose(1, 0, 2).reshape(3 * classes, -1)
+    correlation = np.corrcoef(blocks) - np.eye(len(blocks))
+    assert np.abs(correlation).max() < 6 / np.sqrt(blocks.shape[1]), "classes or queries share noise"
+    energies, count = np.sum(blocks**2, axis=1), blocks.shape[1]
+    return float(2 * min(np.minimum(stats.chi2.cdf(energies, count), stats.chi2.sf(energies, count))) * len(blocks))
 
 
 def test_the_noise_has_the_booked_scale_and_other_scales_are_rejected() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import pytest
 from dpsynth.errors import BudgetExceeded, LedgerError, LedgerTampered, StorageError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
-from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd
+from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, to_json
 from dpsynth.privacy.unit import PrivacyUnit
 
 SMALL = MomentRelease(noise_multiplier=20.0, queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
@@ -99,6 +100,8 @@ def test_a_reservation_is_resumed_only_as_it_was_and_settled_only_once(ledger: L
     ledger.resume(reservation, RUN)
     with pytest.raises(LedgerError, match="differ"):
         ledger.resume(reservation, (SMALL, replace(SGD, steps=60)))
+    with pytest.raises(LedgerError, match="differ"):
+        ledger.resume(reservation, RUN, config_sha256="of another configuration")
     ledger.settle(reservation, mechanisms=RUN)
     for again in (lambda: ledger.settle(reservation, mechanisms=RUN), lambda: ledger.resume(reservation, RUN)):
         with pytest.raises(LedgerError, match="open reservation"):
@@ -106,6 +109,10 @@ def test_a_reservation_is_resumed_only_as_it_was_and_settled_only_once(ledger: L
 
 
 def test_gate_attempts_are_counted_per_generator(ledger: Ledger) -> None:
+    with pytest.raises(LedgerError, match="not booked"):
+        ledger.record_gate_attempt("r")
+    for run_id in ("r", "s"):
+        ledger.reserve((SMALL,), purpose="train", run_id=run_id)
     assert [ledger.record_gate_attempt("r"), ledger.record_gate_attempt("r"), ledger.record_gate_attempt("s")] == [1, 2, 1]
     with pytest.raises(BudgetExceeded, match="checked 2 times"):
         ledger.record_gate_attempt("r")
@@ -173,8 +180,6 @@ def test_removed_swapped_and_doubled_lines_are_named(used: Ledger) -> None:
 
 
 def test_a_larger_budget_with_a_recomputed_chain_is_found_by_the_head(used: Ledger) -> None:
-    import hashlib
-
     previous, forged = "0" * 64, []
     for raw in used.path.read_bytes().splitlines():
         entry = json.loads(raw)
@@ -196,6 +201,60 @@ def test_a_missing_or_foreign_head_is_named(used: Ledger) -> None:
     assert "head" in Ledger.problems_of(used.path)[0]
 
 
+def forged_line(ledger: Ledger, **fields: object) -> bytes:
+    """A line that continues the chain, as anyone who can write the file can make it."""
+    lines = ledger.path.read_bytes().splitlines()
+    entry = {"seq": len(lines) + 1, "previous": hashlib.sha256(lines[-1]).hexdigest(), "time": time.time(), **fields}
+    return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def test_a_forged_settlement_behind_the_head_is_named(ledger: Ledger) -> None:
+    reservation = ledger.reserve((SGD,), purpose="train", run_id="r")
+    mechanisms = [to_json(replace(SGD, steps=0))]
+    line = forged_line(ledger, type="settle", reservation=reservation, mechanisms=mechanisms)
+    assert any("behind the head" in problem for problem in spoil(ledger, ledger.path.read_bytes() + line))
+
+
+def test_a_ledger_cut_back_to_its_budget_is_named_even_without_a_head(used: Ledger) -> None:
+    first = used.path.read_bytes().splitlines(keepends=True)[0]
+    used.path.with_name(used.path.name + ".head").unlink()
+    assert any("head" in problem for problem in spoil(used, first))
+
+
+def test_a_removed_ledger_cannot_be_opened_anew(used: Ledger) -> None:
+    used.path.unlink()
+    with pytest.raises(LedgerError, match="is gone"):
+        open_ledger(used.path, epsilon=100.0)
+    assert not used.path.exists()
+
+
+def test_an_older_copy_of_ledger_and_head_does_not_match_a_release(used: Ledger) -> None:
+    files = (used.path, used.path.with_name(used.path.name + ".head"))
+    older = [path.read_bytes() for path in files]
+    used.reserve((SMALL,), purpose="train", run_id="3")
+    anchor = used.head()
+    assert Ledger.problems_of(used.path, anchor=anchor) == []
+    for path, content in zip(files, older, strict=True):
+        path.write_bytes(content)
+    assert Ledger.problems_of(used.path) == []
+    assert "older" in Ledger.problems_of(used.path, anchor=anchor)[0]
+
+
+def test_another_name_for_the_file_leads_to_the_same_lock(used: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "alias").symlink_to(used.path)
+    assert Ledger.load(tmp_path / "mine" / "alias").path == used.path.resolve()
+
+
+def test_a_line_is_on_the_disk_before_it_is_granted(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, real = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink())), real(descriptor))
+    )
+    ledger.reserve((SMALL,), purpose="train", run_id="r")
+    assert {str(ledger.path), str(ledger.path.parent)} <= set(synced)
+
+
 def test_a_tampered_ledger_reserves_nothing(used: Ledger) -> None:
     used.path.write_bytes(used.path.read_bytes().replace(b'"run_id":"1"', b'"run_id":"9"'))
     with pytest.raises(LedgerTampered, match="line"):
@@ -208,9 +267,13 @@ def test_an_unknown_kind_of_line_or_mechanism_is_refused(used: Ledger) -> None:
 
 
 def test_charges_above_the_budget_are_named_by_verify(ledger: Ledger) -> None:
-    from dpsynth.privacy.mechanism import to_json
-
-    fields = {"reservation": "f", "purpose": "x", "run_id": "x", "mechanisms": [to_json(replace(SMALL, noise_multiplier=0.1))]}
+    fields = {
+        "reservation": "f",
+        "purpose": "x",
+        "run_id": "x",
+        "config_sha256": "",
+        "mechanisms": [to_json(replace(SMALL, noise_multiplier=0.1))],
+    }
     ledger._append("reserve", fields, lines=ledger._sound())
     assert "above the budget" in Ledger.problems_of(ledger.path)[0]
 
@@ -231,11 +294,13 @@ def test_a_torn_line_is_closed_and_no_byte_removed(used: Ledger) -> None:
 
 def test_a_crash_between_line_and_head_is_rolled_forward(used: Ledger) -> None:
     head = used.path.with_name(used.path.name + ".head")
-    before = head.read_bytes()
-    used.reserve((SMALL,), purpose="train", run_id="3")
+    before = used.spent()
+    with pytest.MonkeyPatch.context() as patch:
+        real = Ledger._write_head
+        patch.setattr(Ledger, "_write_head", lambda self, lines, coming=None: real(self, lines, coming=coming) if coming else None)
+        used.reserve((SMALL,), purpose="train", run_id="3")
     spent = used.spent()
-    head.write_bytes(before)
-    assert used.spent() == spent
+    assert spent > before
     used.record_gate_attempt("3")
     assert Ledger.problems_of(used.path) == []
     assert json.loads(head.read_bytes())["lines"] == len(used.path.read_bytes().splitlines())

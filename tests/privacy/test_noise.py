@@ -62,6 +62,19 @@ def test_extreme_bits_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.isfinite(NoiseStream(key=KEY).normal("x", 0, 1)).all()
 
 
+def test_every_byte_of_the_key_counts() -> None:
+    first = NoiseStream(key=KEY).integers("x", 0, 4).tobytes()
+    for position in range(32):
+        changed = bytearray(KEY)
+        changed[position] ^= 1
+        assert NoiseStream(key=bytes(changed)).integers("x", 0, 4).tobytes() != first
+
+
+def test_the_key_is_what_the_operating_system_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.urandom", lambda count: bytes(range(count)))
+    assert fresh_key() == bytes(range(32))
+
+
 def test_keys_are_fresh_and_must_be_long_enough() -> None:
     assert fresh_key() != fresh_key()
     assert len(fresh_key()) == 32

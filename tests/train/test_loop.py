@@ -142,6 +142,23 @@ def test_an_empty_batch_is_a_step_of_pure_noise(tmp_path: Path) -> None:
     assert all(float(total.abs().max()) == 0 for total in seen)
 
 
+def test_what_the_noise_returned_is_the_gradient_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned, written, real = [], [], torch.optim.Adam.step
+
+    def keep(total: torch.Tensor, **rest: object) -> torch.Tensor:
+        returned.append(ENGINE.noise(total, **rest))  # type: ignore[arg-type]
+        return returned[-1]
+
+    def step(self: torch.optim.Adam, *rest: object) -> object:
+        written.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+        return real(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    trained(tmp_path / "x", engine=replace(ENGINE, noise=keep))
+    assert len(written) == MECHANISM.steps
+    assert all(torch.equal(one, other.float()) for one, other in zip(written, returned, strict=True))
+
+
 def test_the_patients_of_a_step_are_those_of_the_booked_sampler(tmp_path: Path) -> None:
     asked = []
 

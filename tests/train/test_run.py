@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import dpsynth.train.run as module
 from dpsynth.artifacts import RunFolder
 from dpsynth.config import Config, parse_config
 from dpsynth.data.fingerprint import open_ledger
-from dpsynth.errors import ArtifactError, BudgetExceeded
+from dpsynth.errors import ArtifactError, BudgetExceeded, ConfigError, DataError, LedgerError, SelfCheckFailed
 from dpsynth.model.moments import _COUNT_WEIGHT
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.noise import NoiseStream
@@ -70,6 +71,7 @@ def test_the_released_moments_hold_the_noise_that_the_ledger_charges(
 
     monkeypatch.setattr(NoiseStream, "normal", silenced)
     monkeypatch.setattr(Ledger, "reserve", lambda self, *_, run_id, **__: _again(self, run_id))
+    monkeypatch.setattr(module, "_require_live", lambda *_: None)  # which would notice
     train("exact", method="moments")
     sums = []
     for name in ("noised", "exact"):
@@ -109,6 +111,165 @@ def test_dp_sgd_is_given_what_the_ledger_holds(train: Callable[..., object], led
 
 class Killed(Exception):
     pass
+
+
+def test_no_random_number_of_a_run_is_used_twice(train: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    used, real = [], NoiseStream._bytes
+
+    def keep(self: NoiseStream, purpose: str, step: int, count: int) -> bytes:
+        if self._key == b"k" * 32:
+            used.append((purpose, step))
+        return real(self, purpose, step, count)
+
+    monkeypatch.setattr(NoiseStream, "_bytes", keep)
+    train()
+    assert {purpose for purpose, _ in used} == {
+        "split",
+        "moments/means",
+        "moments/second_moments",
+        "moments/bands",
+        "batch",
+        "rows",
+        "gradient",
+    }
+    assert len(set(used)) == len(used)
+
+
+def test_private_images_reach_training_only_from_the_training_side_and_the_constants_not_at_all(
+    train: Callable[..., object], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+
+    def keep(name: str, function: Callable[..., object], position: int) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            seen[name] = args[position]
+            return function(*args, **kwargs)
+
+        return call
+
+    for name, position in (("public_reference", 0), ("pretrained_weights", 1), ("release_moments", 0), ("fit", 1)):
+        monkeypatch.setattr(module, name, keep(name, getattr(module, name), position))
+    train()
+    public = module.public_images(config, progress=silent)
+    assert np.array_equal(seen["public_reference"], public)
+    assert np.array_equal(seen["pretrained_weights"], public)
+    split = json.loads((tmp_path / "run" / "train" / "site" / "split.json").read_text())
+    assert list(seen["fit"].patient_ids) == split["training"]  # type: ignore[attr-defined]
+    assert np.array_equal(seen["release_moments"], seen["fit"].images)  # type: ignore[attr-defined]
+    assert set(split["training"]).isdisjoint(split["control"])
+
+
+def test_the_key_stays_the_same_over_a_crash_and_is_nowhere_afterwards(
+    train: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, keys = [], []
+    monkeypatch.setattr(module, "fresh_key", lambda: made.append(bytes([len(made) + 1]) * 32) or made[-1])
+    real = module.fit
+
+    def fit(*args: object, stream: NoiseStream, **rest: object) -> object:
+        keys.append(stream._key)
+        if len(keys) == 1:
+            raise Killed
+        return real(*args, stream=stream, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "fit", fit)
+    with pytest.raises(Killed):
+        train()
+    train()
+    assert keys == [made[0], made[0]]
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert made[0] not in content, path.name
+            assert made[0].hex().encode() not in content, path.name
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"data": {"unit": "image"}}, "unit of the data owner"),
+        ({"privacy": {"delta": 1e-5}, "ledger_delta": 1e-6}, "the ledger's"),
+        ({"data": {"declared_patients": 200}, "patients": 11_000}, "too large for this data set"),
+    ],
+)
+def test_what_does_not_fit_the_data_owner_s_terms_is_refused(
+    change: dict[str, object], word: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = open_ledger(
+        config,
+        path=tmp_path / "l",
+        epsilon=10.0,
+        delta=change.pop("ledger_delta", None),
+        max_gate_attempts=1,
+        progress=silent,  # type: ignore[arg-type]
+    )
+    if (patients := change.pop("patients", None)) is not None:
+        monkeypatch.setattr("dpsynth.data.cohort.ImageSet.num_patients", patients)
+    values = config.model_dump(mode="json")
+    settings = Config.model_validate({**values, **{name: {**values[name], **part} for name, part in change.items()}})  # type: ignore[dict-item]
+    with pytest.raises((LedgerError, ConfigError), match=word):
+        module.train(settings, run_path=tmp_path / "run", ledger_path=ledger.path, progress=silent)
+    assert ledger.charges() == ()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_claim_counts_earlier_runs(config: Config, tmp_path: Path) -> None:
+    ledger = open_ledger(config, path=tmp_path / "l", epsilon=30.0, delta=None, max_gate_attempts=1, progress=silent)
+    settings = config.model_copy(update={"method": "moments"})
+    first, second = (module.train(settings, run_path=tmp_path / n, ledger_path=ledger.path, progress=silent) for n in ("a", "b"))
+    assert first.ledger_epsilon == pytest.approx(first.epsilon)
+    assert second.ledger_epsilon > 1.2 * second.epsilon
+
+
+def test_a_copied_run_cannot_train_on_other_settings_under_the_same_charge(
+    train: Callable[..., object], config: Config, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trainings that share their noise and differ by a few patients would cancel it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train()
+    other = config.model_copy(update={"data": config.data.model_copy(update={"control_fraction": 0.25})})
+    folder = RunFolder.create(tmp_path / "other", config_text=module.dump_config(other))
+    shutil.copytree(tmp_path / "run" / "train", folder.path / "train")
+    with pytest.raises(LedgerError, match="settings differ"):
+        module.train(other, run_path=folder.path, ledger_path=ledger.path, progress=silent)
+
+
+def test_a_fault_while_training_keeps_the_charge_says_so_and_destroys_the_key(
+    train: Callable[..., object], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = NoiseStream.normal
+    monkeypatch.setattr(
+        NoiseStream, "normal", lambda self, purpose, *rest: real(self, purpose, *rest) * (0.5 if "second" in purpose else 1)
+    )
+    with pytest.raises(SelfCheckFailed, match=r"the charge stays.*moments_noise: second_moments"):
+        train()
+    assert len(ledger.charges()) == 1
+    assert not (tmp_path / "run" / "train" / "site" / "key").exists()
+
+
+def test_private_images_cannot_be_named_as_public(config: Config, ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "xrays" / "inner").mkdir(parents=True)
+    for private, public in (("xrays", "xrays"), ("xrays", "."), ("xrays", "xrays/inner")):
+        data = config.data.model_copy(update={"format": "raster", "path": tmp_path / private})
+        pretrain = config.pretrain.model_copy(update={"source": "raster", "path": tmp_path / public, "classes": ("a",)})
+        with pytest.raises(ConfigError, match="place of the private"):
+            module.train(
+                config.model_copy(update={"data": data, "pretrain": pretrain}),
+                run_path=tmp_path / "r",
+                ledger_path=ledger.path,
+                progress=silent,
+            )
+
+
+def test_a_private_image_among_the_public_ones_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    public, private = rng.uniform(-1, 1, (2, 5, 1, 8, 8)).astype(np.float32)
+    module.require_disjoint(public, private)
+    public[3] = private[1]
+    with pytest.raises(DataError, match="1 of the public images"):
+        module.require_disjoint(public, private)
 
 
 @pytest.mark.parametrize("moment", ["before the settlement", "after the settlement", "between the secrets", "before the record"])

@@ -1,0 +1,240 @@
+"""From a trained run to a release through the verbs: whoever edits the run folder, the gate hears what the ledger says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+import dpsynth.checks.run as checks_run
+from dpsynth.artifacts import RunFolder, write_json
+from dpsynth.config import load_config
+from dpsynth.data.candidates import load_candidates, save_candidates, to_8_bit
+from dpsynth.data.fingerprint import open_ledger
+from dpsynth.data.phantom import phantom_cohort
+from dpsynth.data.preprocess import prepare
+from dpsynth.data.source import read_cohort
+from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError
+from dpsynth.generate import generate
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.progress import silent
+from dpsynth.release.run import release, report
+from dpsynth.release.verify import ledger_anchor, verify
+from dpsynth.signing import generate_key
+from dpsynth.train.run import train
+
+CONFIG = """\
+method: moments
+data:
+  {format: raster, path: xrays, name: clinic, classes: [normal, lesion], declared_patients: 300, control_fraction: 0.3, spatial_shape: [16, 16]}
+privacy: {epsilon: 10}
+moments: {low_frequencies: 6}
+pretrain: {num_phantoms: 100}
+generate: {count: 100}
+gate: {required: [accounting]}
+"""
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small clinic and one run of it, trained, drawn and checked once."""
+    folder = tmp_path_factory.mktemp("clinic")
+    (folder / "xrays").mkdir()
+    rows = ["file,patient_id,label"]
+    cohort = phantom_cohort(
+        anatomy="chest", num_patients=300, max_images=1, spatial_shape=(16, 16), channels=1, classes=("normal", "lesion"), seed=5, name="x"
+    )
+    for index, record in enumerate(cohort.records):
+        Pillow.fromarray(record.read().voxels[0].astype(np.uint8)).save(folder / "xrays" / f"i{index:03d}.png")
+        rows.append(f"i{index:03d}.png,MRN-{record.patient_id},{cohort.classes[record.label]}")
+    (folder / "xrays" / "table.csv").write_text("\n".join(rows) + "\n")
+    (folder / "config.yaml").write_text(CONFIG)
+    config = load_config(folder / "config.yaml")
+    open_ledger(config, path=folder / "ledger", epsilon=10.0, delta=None, max_gate_attempts=2, progress=silent)
+    train(config, run_path=folder / "run", ledger_path=folder / "ledger", progress=silent)
+    generate(folder / "run", progress=silent)
+    checks_run.check(folder / "run", ledger_path=folder / "ledger", progress=silent)
+    generate_key(folder / "keys")
+    return folder
+
+
+@pytest.fixture
+def clinic(checked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to spoil. The configuration names its images by an absolute path, so the copy is put in the original's place."""
+    kept = tmp_path / "kept"
+    shutil.copytree(checked, kept)
+    yield checked
+    shutil.rmtree(checked)
+    shutil.copytree(kept, checked)
+
+
+def let_out(clinic: Path, ledger: str = "ledger") -> Path:
+    return release(
+        clinic / "run",
+        out=clinic / "out",
+        key_path=clinic / "keys" / "signing.key",
+        ledger_path=clinic / ledger,
+        reviews={},
+        progress=silent,
+    )
+
+
+def seal(clinic: Path, stage: str) -> None:
+    """Make the stage's record fit its files again, as someone who owns the run folder can."""
+    run = RunFolder.open(clinic / "run")
+    for name in ("train", "generate", "check")[("train", "generate", "check").index(stage) :]:
+        record = run.path / name / "stage.json"
+        if record.exists():
+            old = json.loads(record.read_text())
+            run.complete(name, needs=tuple(old["needs"]), facts=old["facts"])
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+    value = json.loads(path.read_text())
+    change(value)
+    write_json(path, value)
+
+
+def test_the_honest_run_is_released_and_nothing_computed_on_patients_leaves(clinic: Path) -> None:
+    out = let_out(clinic)
+    assert verify(out, clinic / "keys" / "signing.pub") == []
+    assert Ledger.problems_of(clinic / "ledger", anchor=ledger_anchor(out)) == []
+    record = json.loads((clinic / "run" / "check" / "verdicts.json").read_text())
+    split = json.loads((clinic / "run" / "train" / "site" / "split.json").read_text())
+    secrets = ["MRN-", str(clinic), "must not leave", f"draw of {len(split['control'])}"]
+    for verdict in record["verdicts"]:
+        numbers = [verdict["statistic"], *verdict["interval"], *verdict["figures"].values()]
+        secrets += [verdict["reason"], *(f"{n:.4g}" for n in numbers if len(f"{n:.4g}") > 4 and verdict["check"] != "accounting")]
+    for path in out.rglob("*"):
+        if path.is_file() and path.suffix in {".json", ".html", ".md", ".csv", ".txt"}:
+            text = path.read_text()
+            for secret in secrets:
+                assert secret not in text, (path.name, secret)
+    page = report(clinic / "run", ledger_path=clinic / "ledger").read_text()
+    assert "must not leave" in page
+
+
+def lower_epsilon(clinic: Path) -> None:
+    def change(value: dict) -> None:  # type: ignore[type-arg]
+        value["mechanisms"][0]["noise_multiplier"] *= 4
+
+    edit_json(clinic / "run" / "train" / "guarantee.json", change)
+    seal(clinic, "train")
+
+
+def other_images(clinic: Path) -> None:
+    run = RunFolder.open(clinic / "run")
+    candidates = load_candidates(run)
+    save_candidates(run, replace(candidates, images=255 - candidates.images))
+    seal(clinic, "generate")
+
+
+def a_better_verdict(clinic: Path) -> None:
+    edit_json(
+        clinic / "run" / "check" / "verdicts.json", lambda value: value["verdicts"][1].update(outcome="pass", reason="nothing at all")
+    )
+    seal(clinic, "check")
+
+
+def verdicts_left_out(clinic: Path) -> None:
+    edit_json(clinic / "run" / "check" / "verdicts.json", lambda value: value.update(verdicts=value["verdicts"][:1]))
+    seal(clinic, "check")
+
+
+def too_many_attempts(clinic: Path) -> None:
+    ledger = Ledger.load(clinic / "ledger")
+    (charge,) = ledger.charges()
+    for _ in range(3):
+        ledger._append("gate", {"run_id": charge.run_id}, lines=ledger._sound())
+
+
+def a_spoilt_ledger(clinic: Path) -> None:
+    content = (clinic / "ledger").read_bytes()
+    (clinic / "ledger").write_bytes(content.replace(b'"unit":"patient"', b'"unit":"image"'))
+
+
+def charges_above_the_budget(clinic: Path) -> None:
+    ledger = Ledger.load(clinic / "ledger")
+    line = next(line.entry for line in ledger._sound() if line.entry and line.entry["type"] == "reserve")
+    fields = {name: line[name] for name in ("purpose", "run_id", "config_sha256", "mechanisms")}
+    ledger._append("reserve", {**fields, "reservation": "second"}, lines=ledger._sound())
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        (lower_epsilon, "booked other mechanisms"),
+        (other_images, "not those that were checked"),
+        (a_better_verdict, "not those that the ledger noted"),
+        (verdicts_left_out, "not those that the ledger noted"),
+        (too_many_attempts, "attempt 4"),
+        (a_spoilt_ledger, "line"),
+        (charges_above_the_budget, "data owner allows"),
+    ],
+)
+def test_a_spoilt_run_is_not_released(clinic: Path, fault: Callable[[Path], None], word: str) -> None:
+    fault(clinic)
+    with pytest.raises(DpsynthError, match=word):
+        let_out(clinic)
+    assert not (clinic / "out").exists()
+
+
+def test_the_ledger_not_the_run_folder_says_whom_the_guarantee_protects(clinic: Path) -> None:
+    edit_json(clinic / "run" / "train" / "guarantee.json", lambda value: value.update(unit="image", data_name="another hospital"))
+    seal(clinic, "train")
+    released = json.loads((let_out(clinic) / "guarantee.json").read_text())
+    assert (released["unit"], released["data_name"]) == ("patient", "clinic")
+
+
+def test_a_ledger_of_ones_own_allows_nothing(clinic: Path) -> None:
+    config = load_config(clinic / "config.yaml")
+    open_ledger(config, path=clinic / "mine", epsilon=100.0, delta=None, max_gate_attempts=9, progress=silent)
+    with pytest.raises(LedgerError, match="no reservation"):
+        let_out(clinic, "mine")
+    with pytest.raises(LedgerError, match="no reservation"):
+        checks_run.check(clinic / "run", ledger_path=clinic / "mine", progress=silent)
+    with pytest.raises(LedgerError, match="No ledger"):  # none beside the data: the run folder cannot name one
+        release(clinic / "run", out=clinic / "out", key_path=clinic / "keys" / "signing.key", ledger_path=None, reviews={}, progress=silent)
+
+
+def test_images_that_changed_after_training_are_not_checked(clinic: Path) -> None:
+    Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)).save(clinic / "xrays" / "i003.png")
+    with pytest.raises(LedgerError, match="other data"):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+
+
+def test_an_interrupted_check_counts_as_an_attempt(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks_run, "run_checks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+    with pytest.raises(BudgetExceeded, match="checked 2 times"):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+
+
+def test_training_images_among_the_candidates_fail_through_the_verb_whatever_the_policy_requires(clinic: Path) -> None:
+    run, config = RunFolder.open(clinic / "run"), load_config(clinic / "config.yaml")
+    images = prepare(read_cohort(config.data), config.data, progress=silent)
+    training = set(json.loads((clinic / "run" / "train" / "site" / "split.json").read_text())["training"])
+    rows = [row for row, patient in enumerate(images.patients) if images.patient_ids[patient] in training][:100]
+    candidates = replace(load_candidates(run), images=to_8_bit(images.images[rows]), labels=images.labels[rows])
+    save_candidates(run, candidates)
+    run.complete("generate", needs=("train",), facts={"count": 100})
+    verdicts = {v.check: v.outcome.value for v in checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)}
+    assert (verdicts["copying"], verdicts["membership"]) == ("fail", "fail")
+    with pytest.raises(GateRefused, match="copying: fail"):
+        let_out(clinic)
+
+
+def test_an_unfinished_run_says_what_to_do(clinic: Path) -> None:
+    shutil.rmtree(clinic / "run" / "check")
+    with pytest.raises(ArtifactError, match="dpsynth check"):
+        let_out(clinic)
