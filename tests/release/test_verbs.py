@@ -32,7 +32,8 @@ from dpsynth.train.run import train
 CONFIG = """\
 method: moments
 data:
-  {format: raster, path: xrays, name: clinic, classes: [normal, lesion], declared_patients: 300, control_fraction: 0.3, spatial_shape: [16, 16]}
+  {format: raster, path: xrays, name: clinic, classes: [normal, lesion], declared_patients: 300, control_fraction: 0.3,
+   spatial_shape: [16, 16]}
 privacy: {epsilon: 10}
 moments: {low_frequencies: 6}
 pretrain: {num_phantoms: 100}
