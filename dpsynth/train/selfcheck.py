@@ -201,8 +201,8 @@ def sampler_finding(probability: float, stream: NoiseStream, engine: Engine) -> 
     """
     if probability >= 1:
         return Finding(ok=True, detail="every patient is in every step", statistic=1, threshold=0)
-    n = min(20_000, max(_SAMPLER_PATIENTS, int(2 * _SMALLEST_VARIANCE / (probability * (1 - probability)))))
-    steps = _SAMPLER_STEPS if n == _SAMPLER_PATIENTS else 2 * _SAMPLER_STEPS
+    enough = int(1.2 * _SMALLEST_VARIANCE / (probability * (1 - probability)))  # for the scatter of sizes and of times drawn to be testable
+    n, steps = (min(6000, max(least, enough)) for least in (_SAMPLER_PATIENTS, _SAMPLER_STEPS))
     other = NoiseStream(key=fresh_key())
     first, second = (
         [engine.sample(s, step=k, probability=probability, num_patients=n).tolist() for k in range(8)] for s in (stream, other)

@@ -1,6 +1,7 @@
 """Real X-rays through the whole command line, then the table: real on real, moments alone, diffusion.
 
     python experiments/001-first-release/run.py [--rows pneumonia-1 pneumonia-10 kermany-10] [--seeds 3]
+    python experiments/001-first-release/run.py --table
 
 Needs the data sets of the README in the folder that DPSYNTH_DATA names. Each run opens a ledger of its own, trains, generates, checks and
 reports with the same verbs as a user; epsilon in the table is what the report says. Results go to results.json.
@@ -142,6 +143,35 @@ def features(images: Float32) -> NDArray[np.float64]:
     return encode(images, task="", progress=silent)
 
 
+COLUMNS = ("auc", "balanced_accuracy", "kid", "precision", "recall", "density", "coverage")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Mean and standard deviation over the seeds, in Markdown; real on real pools the runs of a row."""
+    lines = ["| data, epsilon | images | seeds | " + " | ".join(COLUMNS) + " | minutes |", "|---|---|---|" + "---|" * (len(COLUMNS) + 1)]
+    for row in dict.fromkeys(name.split("/")[0] for name in results):
+        own: dict[str, list[dict[str, Any]]] = {name.split("/")[1]: [] for name in results if name.startswith(row + "/")}
+        for name, result in results.items():
+            if name.startswith(row + "/"):
+                own[name.split("/")[1]].append(result)
+        everything = [result for group in own.values() for result in group]
+        lines.append(_line(row, "real", [result["real"] for result in everything], []))
+        for method in (name for name in METHODS if name in own):
+            minutes = [sum(result["seconds"].values()) / 60 for result in own[method]]
+            lines.append(_line(row, method, [result["synthetic"] for result in own[method]], minutes))
+    return "\n".join(lines)
+
+
+def _line(row: str, method: str, figures: list[dict[str, float]], minutes: list[float]) -> str:
+    cells = []
+    for column in COLUMNS:
+        values = [figure[column] for figure in figures]
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.3f}{spread}")
+    time_taken = f"{max(minutes):.0f}" if minutes else ""
+    return f"| {row} | {method} | {len(figures)} | " + " | ".join(cells) + f" | {time_taken} |"
+
+
 def main() -> None:
     """Run the wanted rows and write results.json after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,9 +179,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS[:2]))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("runs/001"))
+    parser.add_argument("--table", action="store_true", help="Print the table of results.json and do nothing else.")
     arguments = parser.parse_args()
     path = HERE / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if arguments.table:
+        print(table(results))
+        return
     for seed in range(arguments.seeds):
         for row in arguments.rows:
             for method in arguments.methods:

@@ -14,7 +14,7 @@ from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.train.dpsgd import Engine, private_mean
 from dpsynth.train.poisson import poisson_batch
-from dpsynth.train.selfcheck import fixed_rows, require, self_check
+from dpsynth.train.selfcheck import dispersion_p, fixed_rows, require, sampler_finding, self_check
 
 MECHANISM = PoissonDpSgd(noise_multiplier=1.3, clip_norm=0.5, sampling_probability=0.1, steps=10, declared_patients=200)
 SHAPE = (2, 8, 8)
@@ -124,6 +124,22 @@ def predictable(stream: NoiseStream, *, step: int, probability: float, num_patie
 @pytest.mark.parametrize("fault", [shuffled, fixed_size, too_often, favourites, predictable])
 def test_samplers_other_than_poisson_are_caught(fault) -> None:
     assert failed(checked(SmallNet(), engine=Engine(sample=fault))) == {"sampler_poisson"}
+
+
+@pytest.mark.parametrize("probability", [0.001, 0.01, 0.5, 0.9])
+def test_the_sampler_is_judged_at_any_probability(probability: float) -> None:
+    stream = NoiseStream(key=b"k" * 32)
+    assert sampler_finding(probability, stream, Engine()).ok
+    for fault in (fixed_size, predictable, *([favourites] if probability < 0.6 else [])):
+        assert not sampler_finding(probability, stream, Engine(sample=fault)).ok, fault.__name__
+
+
+def test_scatter_has_the_stated_false_alarm_rate() -> None:
+    """By simulation; at 1 in 1000, more than 40 alarms in 20,000 happen once in 10,000 times."""
+    rng = np.random.default_rng(0)
+    for patients, probability, steps in ((400, 0.1, 40), (100, 0.05, 100), (80, 0.01, 40), (20, 0.05, 100)):
+        counts = rng.binomial(patients, probability, size=(20_000, steps))
+        assert sum(dispersion_p(row, patients, probability) < 1e-3 for row in counts) <= 40
 
 
 def test_opacus_own_convolution_sampler_is_caught_on_channels_last() -> None:

@@ -34,6 +34,20 @@ def test_halving_averages_blocks_of_pixels() -> None:
     assert np.allclose(Preprocess((8, 8), (0.0, 255.0))(stored)[0], expected, atol=1e-5)
 
 
+def test_a_patient_s_images_do_not_depend_on_who_else_is_in_the_data() -> None:
+    cohort = phantom_cohort(
+        anatomy="chest", num_patients=30, max_images=3, spatial_shape=(20, 20), channels=1, classes=("a", "b"), seed=3, name="x"
+    )
+    config = DataConfig(classes=("a", "b"), spatial_shape=(16, 16), max_images_per_patient=2)
+    whole = prepare(cohort, config, progress=silent)
+    for left_out in (whole.patient_ids[0], whole.patient_ids[17]):
+        fewer = Cohort(
+            name="x", unit=cohort.unit, classes=cohort.classes, records=tuple(r for r in cohort.records if r.patient_id != left_out)
+        )
+        rows = [row for row, patient in enumerate(whole.patients) if whole.patient_ids[patient] != left_out]
+        assert np.array_equal(prepare(fewer, config, progress=silent).images, whole.images[rows])
+
+
 def test_a_fine_pattern_does_not_alias() -> None:
     stored = np.tile(np.array([0, 255, 255, 0], dtype=np.float32), (1, 32, 8))
     assert np.abs(Preprocess((8, 8), (0.0, 255.0))(stored)).max() < 1e-5
