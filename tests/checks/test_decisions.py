@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from dpsynth.checks import suite
-from dpsynth.checks.accounting import REQUIRED, accounting
+from dpsynth.checks.accounting import ALWAYS, REQUIRED, accounting
 from dpsynth.checks.copying import copying
 from dpsynth.checks.evidence import Evidence, Features, first_images
 from dpsynth.checks.fidelity import fidelity
@@ -59,7 +59,7 @@ def evidence(training: ImageSet, control: ImageSet, synthetic: np.ndarray, label
         synthetic_labels=labels.astype(np.int64),
         training=training,
         control=control,
-        selfcheck={name: {"ok": True, "detail": ""} for name in REQUIRED},
+        selfcheck={name: {"ok": True, "detail": ""} for name in (*ALWAYS, *REQUIRED)},
         accounting_problems=(),
         ledger_problems=(),
         uses_sgd=True,
@@ -132,9 +132,9 @@ def test_images_of_one_patient_count_once() -> None:
     assert len(first_images(cohort)) == 30
 
 
-def fidelity_of(synthetic: np.ndarray, count: int = 120) -> Verdict:
+def fidelity_of(synthetic: np.ndarray, count: int = 120, gate: GateConfig = GATE) -> Verdict:
     rng = np.random.default_rng(1)
-    return fidelity(features(synthetic, points(count, rng), points(count, rng)), GATE, rng=np.random.default_rng(0))
+    return fidelity(features(synthetic, points(count, rng), points(count, rng)), gate, rng=np.random.default_rng(0))
 
 
 def test_fidelity_passes_real_images_and_fails_noise_and_a_single_image() -> None:
@@ -146,7 +146,9 @@ def test_fidelity_passes_real_images_and_fails_noise_and_a_single_image() -> Non
     collapsed = fidelity_of(np.repeat(points(1, rng) * 0.1, 120, axis=0) + 1e-6 * points(120, rng))
     assert collapsed.outcome is Outcome.FAIL
     assert "alike" in collapsed.reason
-    few = fidelity_of(np.repeat(points(2, rng), 60, axis=0) + 1e-6 * points(120, rng))
+    strict = GATE.model_copy(update={"smallest_coverage": 0.4})
+    assert fidelity_of(points(120, rng), gate=strict).outcome is Outcome.PASS
+    few = fidelity_of(np.repeat(points(2, rng), 60, axis=0) + 1e-6 * points(120, rng), gate=strict)
     assert few.outcome is Outcome.FAIL
     assert "variety" in few.reason
     assert fidelity_of(points(120, rng), count=20).outcome is Outcome.INCONCLUSIVE
@@ -184,7 +186,7 @@ def test_utility_passes_real_images_fails_shuffled_labels_and_cannot_tell_withou
 def test_accounting_names_every_problem() -> None:
     good = evidence(blank(10), blank(10), np.zeros((1, 1, 4, 4)), np.zeros(1))
     assert accounting(good).outcome is Outcome.PASS
-    for name in REQUIRED:
+    for name in (*ALWAYS, *REQUIRED):
         failed = replace(good, selfcheck={**good.selfcheck, name: {"ok": False, "detail": "half the noise"}})
         assert accounting(failed).outcome is Outcome.FAIL
         assert f"{name}: half the noise" in accounting(failed).reason
