@@ -148,7 +148,7 @@ def release(
 
     with _progress() as progress:
         folder = write_release(run, out=out, key_path=key, ledger_path=ledger, reviews=_reviews(accept or []), progress=progress)
-    print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key signing.pub")
+    print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key {key.with_name('signing.pub')}")
 
 
 @app.command()
@@ -211,8 +211,8 @@ def ledger_show(
         return
     print(f"{summary['data_name']} ({summary['unit']}): budget epsilon {summary['epsilon']} at delta {summary['delta']:.3g}")
     for row in summary["charges"]:
-        print(f"line {row['line']:>4}  {row['time']}  {row['state']:<9} epsilon alone {row['epsilon']:.3f}  {row['purpose']}")
-    print(f"spent {summary['spent']:.3f}, left {summary['left']:.3f}, gate attempts {summary['gate_attempts']}")
+        print(f"line {row['line']:>4}  {row['time']}  {row['state']:<9} epsilon alone {_figure(row['epsilon'])}  {row['purpose']}")
+    print(f"spent {_figure(summary['spent'])}, left {_figure(summary['left'])}, gate attempts {summary['gate_attempts']}")
 
 
 @ledger_app.command("verify")
@@ -243,12 +243,17 @@ def quickstart(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Ne
         play(folder, progress=progress)
 
 
+def _figure(value: float | str) -> str:
+    return "infinite" if isinstance(value, str) else f"{value:.3f}"
+
+
 def _reviews(accepted: list[str]) -> dict[str, str]:
     """Parse `CHECK=WHO: WHY`. Raises UsageError."""
     reviews = {}
     for item in accepted:
         check_name, _, text = item.partition("=")
-        if not text.strip():
+        who, _, why = text.partition(":")
+        if not (check_name.strip() and who.strip() and why.strip()):
             raise UsageError(f"Expected --accept CHECK=WHO: WHY, found {item!r}.")
         reviews[check_name.strip()] = text.strip()
     return reviews
@@ -273,7 +278,15 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _fail("Stopped. What was reserved stays charged; the same command resumes.", 130)
     except OSError as error:
-        _fail(str(StorageError(f"A file could not be read or written: {error.strerror or error}.")), 2)
+        where = "" if error.filename is None else f" ({Path(str(error.filename)).name})"
+        _fail(
+            str(
+                StorageError(f"A file could not be read or written{where}: {error.strerror or error}. Check the path and its permissions.")
+            ),
+            2,
+        )
+    except ModuleNotFoundError as error:
+        _fail(f"This verb needs {error.name}, which is not installed. Run: pip install 'dpsynth[train]'.", 2)
     except Exception as error:
         if os.environ.get("DPSYNTH_DEBUG"):
             raise

@@ -7,8 +7,9 @@ All values here are public constants: they are chosen without looking at the pri
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -91,8 +92,8 @@ class DataConfig(_Settings):
 class PrivacyConfig(_Settings):
     """What this run may spend. The data owner's own budget is in the ledger and stands above it."""
 
-    epsilon: Positive = Field(10.0, description="Epsilon that the whole run may spend.")
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    epsilon: Annotated[float, Field(gt=0, le=100)] = Field(10.0, description="Epsilon that the whole run may spend; at most 100.")
+    delta: Annotated[float, Field(ge=1e-12, lt=1)] | None = Field(
         None, description="At most min(1e-5, 1/(10 * declared_patients)), which is also the default."
     )
     unsafe_non_private: bool = Field(
@@ -213,10 +214,21 @@ class Config(_Settings):
         return self
 
 
+class _OneValueLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ConfigError(f"Wrong configuration: {twice[0]} is set twice, at line {node.start_mark.line + 1} or below. Keep one.")
+        return super().construct_mapping(node, deep=deep)
+
+
 def parse_config(text: str, *, base: Path) -> Config:
     """Read YAML text; relative paths are taken from `base`. Raises ConfigError with the path of every wrong key."""
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_OneValueLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where is not None else ""

@@ -18,6 +18,7 @@ _SECONDS_PER_PUBLIC_ROW = 0.003
 _REFERENCE_PIXELS = 28 * 28
 _REFERENCE_CHANNELS = 32 * 32 + 64 * 64
 _REFERENCE_BYTES_PER_PATIENT = 12e6  # activations of all rows and one gradient
+FEWEST_CONTROL = 60  # below about this many the checks of membership, copying and fidelity are inconclusive
 _BASE_BYTES = 6e8  # interpreter, torch, libraries
 
 
@@ -34,6 +35,7 @@ class Plan:
     attack_rates: tuple[tuple[float, float], ...]  # (false positive rate, greatest true positive rate)
     steps: int
     expected_batch: float
+    expected_control: float
     seconds: float
     memory_bytes: float
 
@@ -60,6 +62,7 @@ def plan(config: Config) -> Plan:
         attack_rates=tuple((fpr, float(tpr)) for fpr, tpr in zip(fprs, rates, strict=True)),
         steps=sgd.steps if sgd else 0,
         expected_batch=sgd.expected_batch_size if sgd else 0.0,
+        expected_control=config.data.declared_patients * config.data.control_fraction,
         seconds=_seconds(config, sgd),
         memory_bytes=_memory(config),
     )
@@ -104,6 +107,9 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
                 f"a test that wrongly accuses {fpr:.1%} of non-participants finds at most {tpr:.1%} of participants",
             )
         )
+    if plan_.expected_control < FEWEST_CONTROL:
+        text = f"about {plan_.expected_control:.0f} control patients; below {FEWEST_CONTROL} the checks cannot tell and nothing is released"
+        rows.append(("warning", text))
     rows.append(("time", f"about {plan_.seconds / 60:.1f} minutes on 2 cores (estimate)"))
     rows.append(("memory", f"about {plan_.memory_bytes / 2**30:.1f} GiB (estimate)"))
     return rows

@@ -244,3 +244,16 @@ def test_a_configuration_survives_writing_and_reading() -> None:
     again = parse_config(dump_config(config), base=Path("/elsewhere"))
     assert again == config
     assert again != Config()
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="epsilon is set twice"):
+        parse_config("privacy:\n  epsilon: 1\n  epsilon: 10\n", base=Path("/"))
+
+
+def test_a_ledger_without_limit_is_shown(call: Callable[..., Result], clinic: Path) -> None:
+    assert call("ledger", "open", "config.yaml", "--epsilon", "inf", "--ledger", "free.jsonl").code == 0
+    shown = call("ledger", "show", "free.jsonl")
+    assert shown.code == 0
+    call("ledger", "open", "config.yaml", "--epsilon", "1", "--ledger", "xrays").refused("found a folder")
+    call("ledger", "open", "config.yaml", "--epsilon", "1", "--max-gate-attempts", "0", "--ledger", "none.jsonl").refused("at least one")

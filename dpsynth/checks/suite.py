@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -36,7 +37,9 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
 
 def _guarded(name: str, check: Callable[[], Verdict]) -> Verdict:
     try:
-        return check()
+        verdict = check()
+        json.dumps(verdict.to_json(), allow_nan=False)  # a statistic that is no number is no answer
+        return verdict
     except Exception as error:  # a broken check must stop a release, not the other checks
         return Verdict(
             check=name,

@@ -10,6 +10,7 @@ from monai.transforms import CenterSpatialCrop, Compose, Resize, ScaleIntensityR
 from dpsynth.config import DataConfig
 from dpsynth.data.cohort import Cohort, Float32, ImageSet, Record
 from dpsynth.data.validate import decoded, require_usable
+from dpsynth.errors import DataError
 from dpsynth.progress import Progress
 
 
@@ -25,6 +26,9 @@ def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageS
     for index, record in enumerate(records):
         stored = decoded(record, dimensions=len(config.spatial_shape), channels=config.channels)
         images[index] = transform(stored.voxels, spacing_mm=stored.spacing_mm)
+        if images[index].min() == images[index].max():
+            low, high = config.intensity_range
+            raise DataError(f"{record.name}: nothing is left of it within data.intensity_range [{low:g}, {high:g}]. Correct the range.")
         if index % 50 == 49 or index + 1 == len(records):
             progress("read images", index + 1, len(records))
     ids = tuple(dict.fromkeys(record.patient_id for record in records))

@@ -87,6 +87,10 @@ class Ledger:
             raise LedgerError(f"Expected a budget epsilon above 0, found {epsilon!r}.")
         if not 0 < delta < 1:
             raise LedgerError(f"Expected delta between 0 and 1, found {delta!r}.")
+        if max_gate_attempts < 1:
+            raise LedgerError(f"Expected at least one gate attempt, found {max_gate_attempts}: nothing could ever be released.")
+        if path.is_dir():
+            raise LedgerError(f"Expected {path} to be the name of a file, found a folder.")
         ledger = cls(path=path.resolve())
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,10 @@ class Ledger:
     def load(cls, path: Path) -> Ledger:
         """Open an existing ledger. Raises LedgerError when there is none, LedgerTampered when it does not hold."""
         if not path.is_file():
-            raise LedgerError(f"No ledger at {path}. The data owner opens one with `dpsynth ledger open CONFIG --epsilon E`.")
+            raise LedgerError(
+                f"No ledger at {path}. Name it with --ledger, or restore it if it is gone; "
+                "for new data the data owner opens one with `dpsynth ledger open CONFIG --epsilon E`."
+            )
         ledger = cls(path=path.resolve())  # so that every name of the file leads to one lock
         ledger._sound()
         return ledger

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dpsynth.artifacts import write_bytes, write_json
-from dpsynth.errors import GateRefused
+from dpsynth.checks.verdict import Outcome
+from dpsynth.errors import GateRefused, UsageError
 from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.decision import Case, load_case
@@ -34,6 +35,9 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
     """Ask the gate and write the signed folder. Raises GateRefused with every reason."""
     private = load_private(key_path)
     case = load_case(run_path, ledger_path=ledger_path, reviews=reviews)
+    flagged = {verdict.check for verdict in case.question.verdicts if verdict.outcome is Outcome.FLAG}
+    if unknown := sorted(set(reviews) - flagged):
+        raise UsageError(f"--accept {unknown[0]}: only a flag can be accepted; flagged: {', '.join(sorted(flagged)) or 'none'}.")
     answer = decide(case.question)
     if isinstance(answer, Refused):
         raise GateRefused(

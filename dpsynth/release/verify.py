@@ -55,6 +55,9 @@ def _file_problems(folder: Path, statement: dict[str, Any]) -> list[str]:
     present = {*release_files(folder), *([MANIFEST] if (folder / MANIFEST).exists() else [])}
     problems = [f"{name}: missing" for name in sorted(signed.keys() - present)]
     problems += [f"{name}: not part of the release" for name in sorted(present - signed.keys())]
+    needed = {parent.as_posix() for name in signed for parent in Path(name).parents}
+    folders = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())
+    problems += [f"{name}: a folder that is not part of the release" for name in sorted(folders) if name not in needed]
     for name in sorted(signed.keys() & present):
         path = folder / name
         if path.is_symlink() or not path.is_file():

@@ -53,7 +53,7 @@ def trade_off_svg(curve: Sequence[tuple[float, float]]) -> str:
         figure = Figure(figsize=(5.2, 4.0))
         axes = figure.add_subplot()
         x, y = [point[0] for point in curve], [point[1] for point in curve]
-        axes.fill_between(x, x, y, color="#cfe3f5", label="what epsilon allows at most")
+        axes.fill_between(x, x, y, color="#cfe3f5", label="what this run allows at most")
         axes.plot(x, y, color="#1c5d99")
         axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", label="guessing")
         axes.set(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dpsynth.data.fingerprint import fingerprint
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, split_patients
-from dpsynth.errors import ArtifactError, BudgetExceeded, ConfigError, LedgerError
+from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
 from dpsynth.model.moments import Moments, PublicReference, moment_queries, public_reference, release_moments
@@ -68,11 +69,11 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     public = _public_stage(config, images, progress)
     mechanisms = planned_mechanisms(config, delta=delta, queries=moment_queries(public.reference), interval=FINE)
     findings = _self_check(config, public, mechanisms)
+    _require_claimable(mechanisms, delta)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
     site = run.folder("train/site")
-    charge, stream = _reserve(run, ledger, mechanisms, config)
+    charge, stream, split = _reserve(run, ledger, mechanisms, config, images)
     mechanisms = charge.mechanisms  # from here on, what the ledger booked and nothing else
-    split = split_patients(images, control_fraction=config.data.control_fraction, key=_split_key(stream))
     write_json(site / "split.json", split.record(), private=True)
     moments, noise = _moments(split, public.reference, mechanisms, stream)
     findings |= noise
@@ -192,8 +193,22 @@ def _self_check(config: Config, public: _Public, mechanisms: tuple[Mechanism, ..
     return findings
 
 
-def _reserve(run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], config: Config) -> tuple[Charge, NoiseStream]:
-    """The charge and the stream of random numbers: new ones, or those of the killed run that goes on."""
+def _require_claimable(mechanisms: tuple[Mechanism, ...], delta: float) -> None:
+    """Raise ClaimRefused before anything is charged when the accountants will not agree on these mechanisms."""
+    accounting = account(mechanisms, delta, second_opinion=prv_epsilon)
+    if accounting.pld != math.inf and accounting.problems():
+        raise ClaimRefused("No epsilon could be claimed, so nothing was charged: " + "; ".join(accounting.problems()) + ".")
+
+
+def _reserve(
+    run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], config: Config, images: ImageSet
+) -> tuple[Charge, NoiseStream, Split]:
+    """The charge, the stream of random numbers and the split that follows from it: new, or those of the killed run that goes on."""
+
+    def split() -> tuple[NoiseStream, Split]:
+        stream = NoiseStream(key=(site / _KEY).read_bytes())
+        return stream, split_patients(images, control_fraction=config.data.control_fraction, key=_split_key(stream))
+
     site, digest = run.folder("train/site"), hashlib.sha256(run.config_text.encode()).hexdigest()
     if is_booked(run):
         booking(run, ledger)  # raises when it is booked elsewhere
@@ -204,17 +219,18 @@ def _reserve(run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], 
         write_bytes(site / _RUN_ID, run_id.encode(), private=True)
         write_bytes(site / _KEY, fresh_key(), private=True)
         try:
+            drawn = split()  # before the charge: it fails when one side stays empty
             reservation = ledger.reserve(mechanisms, purpose=f"train {config.method}", run_id=run_id, config_sha256=digest)
-        except BudgetExceeded:
+        except (BudgetExceeded, DataError):
             shutil.rmtree(run.path)  # nothing was charged or trained, so nothing is left behind
             raise
     elif (site / _KEY).is_file():
-        reservation = known.reservation
+        reservation, drawn = known.reservation, split()
         ledger.resume(reservation, mechanisms, config_sha256=digest)
     else:
         raise ArtifactError("This run is charged and its secret key is gone, so it cannot go on. Its charge stays; train in a new folder.")
     write_booking(run, reservation)
-    return ledger.charge(reservation), NoiseStream(key=(site / _KEY).read_bytes())
+    return ledger.charge(reservation), *drawn
 
 
 def _split_key(stream: NoiseStream) -> bytes:

@@ -20,7 +20,7 @@ from dpsynth.data.fingerprint import open_ledger
 from dpsynth.data.phantom import phantom_cohort
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
-from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError
+from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, UsageError
 from dpsynth.generate import generate
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import silent
@@ -239,3 +239,22 @@ def test_an_unfinished_run_says_what_to_do(clinic: Path) -> None:
     shutil.rmtree(clinic / "run" / "check")
     with pytest.raises(ArtifactError, match="dpsynth check"):
         let_out(clinic)
+
+
+@pytest.mark.parametrize("accepted", ["nonsense", "accounting", "fidelity"])
+def test_only_a_flag_can_be_accepted(clinic: Path, accepted: str) -> None:
+    with pytest.raises(UsageError, match="only a flag"):
+        release(
+            clinic / "run",
+            out=clinic / "out",
+            key_path=clinic / "keys" / "signing.key",
+            ledger_path=clinic / "ledger",
+            reviews={accepted: "Dr A: fine"},
+            progress=silent,
+        )
+
+
+def test_an_empty_folder_added_to_a_release_is_named(clinic: Path) -> None:
+    out = let_out(clinic)
+    (out / "images" / "new").mkdir()
+    assert any("images/new" in problem for problem in verify(out, clinic / "keys" / "signing.pub"))

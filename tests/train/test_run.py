@@ -17,7 +17,7 @@ import dpsynth.train.run as module
 from dpsynth.artifacts import RunFolder
 from dpsynth.config import Config, parse_config
 from dpsynth.data.fingerprint import open_ledger
-from dpsynth.errors import ArtifactError, BudgetExceeded, ConfigError, DataError, LedgerError, SelfCheckFailed
+from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError, SelfCheckFailed
 from dpsynth.model.moments import _COUNT_WEIGHT
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.noise import NoiseStream
@@ -331,3 +331,22 @@ def test_a_charged_run_whose_key_is_gone_is_not_charged_again(
     with pytest.raises(ArtifactError, match="key is gone"):
         train()
     assert len(ledger.charges()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "word"),
+    [
+        ({"data": {"control_fraction": 0.999}}, DataError, "too small"),
+        ({"privacy": {"epsilon": 0.001}}, ClaimRefused, "nothing was charged"),
+        ({"data": {"intensity_range": [-900, -800]}}, DataError, "intensity_range"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_it_is_charged(
+    change: dict[str, dict[str, object]], error: type[Exception], word: str, config: Config, ledger: Ledger, tmp_path: Path
+) -> None:
+    values = config.model_dump(mode="json")
+    settings = Config.model_validate({**values, **{name: {**values[name], **part} for name, part in change.items()}})
+    with pytest.raises(error, match=word):
+        module.train(settings, run_path=tmp_path / "run", ledger_path=ledger.path, progress=silent)
+    assert ledger.charges() == ()
+    assert not (tmp_path / "run").exists()
