@@ -55,7 +55,7 @@ def quickstart(folder: Path, *, progress: Progress) -> None:
     for verdict in check(run, ledger_path=ledger, progress=progress):
         print(f"    {verdict.check:<12} {verdict.outcome.value:<13} {verdict.reason}")
     print("5/7 Write the epsilon report.")
-    page = report(run, ledger_path=ledger)
+    print(f"    Report:  {report(run, ledger_path=ledger)}")
     print("6/7 Ask the gate, sign and release.")
     generate_key(folder / "keys")
     release(run, out=out, key_path=folder / "keys" / "signing.key", ledger_path=ledger, reviews={}, progress=progress)
@@ -63,4 +63,4 @@ def quickstart(folder: Path, *, progress: Progress) -> None:
     problems = verify(out, folder / "keys" / "signing.pub")
     if problems:
         raise GateRefused("The released folder does not verify: " + "; ".join(problems))
-    print(f"true\nReport:  {page}\nRelease: {out}")
+    print(f"true\nReport:  {run / 'report' / 'report.html'}\nRelease: {out}")
