@@ -80,7 +80,7 @@ def calibrate_noise(
         high, low = low, low - 0.25
         if low < math.log(_SMALLEST_NOISE):
             break
-    noise = math.exp(brentq(excess, low, high, xtol=1e-4)) if low >= math.log(_SMALLEST_NOISE) else math.exp(high)
+    noise = math.exp(brentq(excess, low, high, xtol=1e-3)) if low >= math.log(_SMALLEST_NOISE) else math.exp(high)
     while epsilon_pld(make(noise), delta, interval=interval) > epsilon:
         noise *= 1 + _TOLERANCE
     return noise

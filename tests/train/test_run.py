@@ -336,14 +336,21 @@ def test_a_charged_run_whose_key_is_gone_is_not_charged_again(
 @pytest.mark.parametrize(
     ("change", "error", "word"),
     [
-        ({"data": {"control_fraction": 0.999}}, DataError, "too small"),
+        ({"data": {"control_fraction": 0.9999999}}, DataError, "too small"),
         ({"privacy": {"epsilon": 0.001}}, ClaimRefused, "nothing was charged"),
         ({"data": {"intensity_range": [-900, -800]}}, DataError, "intensity_range"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_it_is_charged(
-    change: dict[str, dict[str, object]], error: type[Exception], word: str, config: Config, ledger: Ledger, tmp_path: Path
+    change: dict[str, dict[str, object]],
+    error: type[Exception],
+    word: str,
+    config: Config,
+    ledger: Ledger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(module, "fresh_key", lambda: b"k" * 32)
     values = config.model_dump(mode="json")
     settings = Config.model_validate({**values, **{name: {**values[name], **part} for name, part in change.items()}})
     with pytest.raises(error, match=word):
