@@ -10,7 +10,7 @@ from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range
-from dpsynth.data.fingerprint import fingerprint
+from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, restore_split
@@ -54,6 +54,6 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
 def _split(run: RunFolder, config: Config, ledger: Ledger, progress: Progress) -> Split:
     """The patients as they were trained on: the same images, by the ledger's fingerprint, and the same sides."""
     cohort = read_cohort(config.data)
-    ledger.require_data(fingerprint(cohort, config.data, salt=bytes.fromhex(ledger.genesis["digest_salt"]), progress=progress))
+    require_data(cohort, config.data, ledger, progress=progress)
     images = prepare(cohort, config.data, progress=progress)
     return restore_split(images, read_json(run.folder("train") / "site" / "split.json"))

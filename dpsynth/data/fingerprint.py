@@ -44,6 +44,11 @@ def fingerprint(cohort: Cohort, data: DataConfig, *, salt: bytes, progress: Prog
     return total.hexdigest()
 
 
+def require_data(cohort: Cohort, data: DataConfig, ledger: Ledger, *, progress: Progress) -> None:
+    """Raise LedgerError unless the ledger was opened for these images, labels and patients."""
+    ledger.require_data(fingerprint(cohort, data, salt=bytes.fromhex(ledger.genesis["digest_salt"]), progress=progress))
+
+
 def open_ledger(config: Config, *, path: Path, epsilon: float, delta: float | None, max_gate_attempts: int, progress: Progress) -> Ledger:
     """Read the data set of `config` once and open its ledger with the owner's budget."""
     cohort = read_cohort(config.data)

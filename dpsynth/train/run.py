@@ -20,7 +20,7 @@ import torch
 from dpsynth.artifacts import RunFolder, write_bytes, write_json
 from dpsynth.config import Config, dump_config
 from dpsynth.data.cohort import ImageSet
-from dpsynth.data.fingerprint import fingerprint
+from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, split_patients
@@ -122,9 +122,7 @@ def _private_images(config: Config, ledger: Ledger, progress: Progress) -> Image
             f"The ledger protects the {ledger.genesis['unit']}, data.unit is {config.data.unit.value}. Use the unit of the data owner."
         )
     cohort = read_cohort(config.data)
-    salt = bytes.fromhex(ledger.genesis["digest_salt"])
-    digest = fingerprint(cohort, config.data, salt=salt, progress=progress)
-    ledger.require_data(digest)
+    require_data(cohort, config.data, ledger, progress=progress)
     return prepare(cohort, config.data, progress=progress)
 
 

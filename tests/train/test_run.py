@@ -263,6 +263,16 @@ def test_private_images_cannot_be_named_as_public(config: Config, ledger: Ledger
             )
 
 
+def test_private_images_among_the_public_ones_stop_the_run_before_it_is_charged(
+    train: Callable[..., object], config: Config, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = module.prepare(module.read_cohort(config.data), config.data, progress=silent).images
+    monkeypatch.setattr(module, "public_images", lambda *_, **__: private[:150])
+    with pytest.raises(DataError, match="150 of the public images"):
+        train()
+    assert ledger.charges() == ()
+
+
 def test_a_private_image_among_the_public_ones_is_refused() -> None:
     rng = np.random.default_rng(0)
     public, private = rng.uniform(-1, 1, (2, 5, 1, 8, 8)).astype(np.float32)
