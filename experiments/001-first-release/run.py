@@ -1,6 +1,6 @@
 """Real X-rays through the whole command line, then the table: real on real, moments alone, diffusion.
 
-    python experiments/001-first-release/run.py [--rows pneumonia-1 pneumonia-10 kermany-10] [--seeds 3]
+    python experiments/001-first-release/run.py [--rows pneumonia-1 pneumonia-10 kermany-10] [--seeds 0 1 2]
     python experiments/001-first-release/run.py --table
 
 Needs the data sets of the README in the folder that DPSYNTH_DATA names. Each run opens a ledger of its own, trains, generates, checks and
@@ -172,28 +172,32 @@ def _line(row: str, method: str, figures: list[dict[str, float]], minutes: list[
     return f"| {row} | {method} | {len(figures)} | " + " | ".join(cells) + f" | {time_taken} |"
 
 
+def known_results(path: Path) -> dict[str, Any]:
+    """What results.json holds."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def main() -> None:
     """Run the wanted rows and write results.json after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS[:2]))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Which repetitions.")
     parser.add_argument("--work", type=Path, default=Path("runs/001"))
     parser.add_argument("--table", action="store_true", help="Print the table of results.json and do nothing else.")
     arguments = parser.parse_args()
     path = HERE / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if arguments.table:
-        print(table(results))
+        print(table(known_results(path)))
         return
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for row in arguments.rows:
             for method in arguments.methods:
                 name = f"{row}/{method}/{seed}"
                 work = (arguments.work / row / f"{method}-{seed}").resolve()
-                results[name] = one_run(row, method, seed, work)
-                write_json(path, results)
-                print(name, json.dumps(results[name]["synthetic"]), flush=True)
+                result = one_run(row, method, seed, work)
+                write_json(path, {**known_results(path), name: result})  # read again: another row may have finished meanwhile
+                print(name, json.dumps(result["synthetic"]), flush=True)
 
 
 if __name__ == "__main__":
