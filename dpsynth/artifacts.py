@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -147,6 +148,19 @@ class RunFolder:
         with storage_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @contextmanager
+    def alone(self, stage: str) -> Iterator[Path]:
+        """The folder of a stage, held by this process alone. Raises ArtifactError when another one works in it."""
+        descriptor = os.open(self.folder(stage), os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ArtifactError("Another process is working in this run folder. Wait for its end, or name another folder.") from error
+            yield self.path / stage
+        finally:
+            os.close(descriptor)
 
     def is_complete(self, stage: str) -> bool:
         """Whether the stage has been finished."""

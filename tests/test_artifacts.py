@@ -172,3 +172,11 @@ def test_keys_are_made_once_and_for_their_owner(tmp_path: Path) -> None:
     for loader, path in ((load_private, public), (load_public, private), (load_public, tmp_path / "none")):
         with pytest.raises(SignatureError):
             loader(path)
+
+
+def test_two_processes_cannot_work_in_one_stage(run: RunFolder) -> None:
+    """flock belongs to the open file, so a second open in the same process is a second worker."""
+    with run.alone("train/site"), pytest.raises(ArtifactError, match="Another process"), run.alone("train/site"):
+        pass
+    with run.alone("train/site") as folder:
+        assert folder.is_dir()

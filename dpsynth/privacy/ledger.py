@@ -228,15 +228,7 @@ class Ledger:
         """
         with self._locked():
             lines = self._recovered()
-            charged = [mechanism for charge in _charges(lines) for mechanism in charge.mechanisms]
-            would = epsilon_pld([*charged, *mechanisms], self.delta)
-            if not would <= self.budget_epsilon:
-                spent = epsilon_pld(charged, self.delta)
-                raise BudgetExceeded(
-                    f"The budget of this data set is epsilon {self.budget_epsilon:g} at delta {self.delta:.3g}; {spent:.3f} is spent and "
-                    f"this run would bring it to {would:.3f}. "
-                    "Lower privacy.epsilon, or ask the data owner; `dpsynth ledger show` lists the charges."
-                )
+            self._require_affordable(lines, mechanisms)
             reservation = secrets.token_hex(8)
             fields = {
                 "reservation": reservation,
@@ -247,6 +239,21 @@ class Ledger:
             }
             self._append("reserve", fields, lines=lines)
             return reservation
+
+    def require_affordable(self, mechanisms: Sequence[Mechanism]) -> None:
+        """Raise BudgetExceeded when `reserve` would: asked before long work. Books nothing, so `reserve` asks again."""
+        self._require_affordable(self._sound(), mechanisms)
+
+    def _require_affordable(self, lines: tuple[Line, ...], mechanisms: Sequence[Mechanism]) -> None:
+        charged = [mechanism for charge in _charges(lines) for mechanism in charge.mechanisms]
+        would = epsilon_pld([*charged, *mechanisms], self.delta)
+        if not would <= self.budget_epsilon:
+            spent = epsilon_pld(charged, self.delta)
+            raise BudgetExceeded(
+                f"The budget of this data set is epsilon {self.budget_epsilon:g} at delta {self.delta:.3g}; {spent:.3f} is spent and "
+                f"this run would bring it to {would:.3f}. "
+                "Lower privacy.epsilon, or ask the data owner; `dpsynth ledger show` lists the charges."
+            )
 
     def resume(self, reservation: str, mechanisms: Sequence[Mechanism], *, config_sha256: str = "") -> None:
         """Note that a killed run goes on inside its reservation. Raises LedgerError when it is settled or differs."""

@@ -1,4 +1,4 @@
-"""One step of DP-SGD as three replaceable parts, so that the self-check examines exactly what training uses."""
+"""One step of DP-SGD as four replaceable parts, so that the self-check examines exactly what training uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from dpsynth.data.cohort import Int64
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
-from dpsynth.train.gradients import clipped_sum
+from dpsynth.train.gradients import PatientGradients, clipped_sum
 from dpsynth.train.poisson import poisson_batch
 
 
@@ -23,9 +23,10 @@ def private_mean(total: Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream,
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Sampler, clip and noise of DP-SGD. Anything but the defaults exists only to show that the checks catch it."""
+    """Sampler, per-patient gradients, clip and noise of DP-SGD. Anything but the defaults exists only to show that the checks catch it."""
 
     sample: Callable[..., Int64] = poisson_batch
+    gradients: Callable[..., PatientGradients] = PatientGradients
     clip: Callable[..., tuple[Tensor, Tensor]] = clipped_sum
     noise: Callable[..., Tensor] = private_mean
 

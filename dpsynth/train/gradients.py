@@ -1,39 +1,35 @@
-"""Per-patient gradients through Opacus' hooks, with grad samplers of our own.
+"""Per-patient gradients: what autograd would throw away, kept by patient.
 
-Why own samplers: Opacus' one for Conv2d is wrong for activations that are not contiguous in memory (channels_last), and none knows that
-several rows belong to one patient. Ours fold the rows of a patient inside the layer: a convolution's gradient for B patients of K
-rows is one grouped `convolution_backward` with the patients as groups and their rows as the batch (no im2col), so memory holds B
-gradients, not B*K. They are held by a subclass, so Opacus' global registry stays as it is.
+While the net runs forward its trainable parameters ask for no gradient, so autograd never forms the batch's weight gradient, the part of
+a step that Opacus computes and discards. A hook on each layer's output receives the gradient there and hands it, with the layer's input,
+to a grad sampler of the kind that Opacus registers: our own for the layers that matter, Opacus' functorch one for any other. Ours fold the
+rows of a patient inside the layer (a convolution's gradient for B patients of K rows is one grouped `convolution_backward` with the
+patients as groups and their rows as the batch, no im2col), so memory holds B gradients, not B*K, and they do not depend on the memory
+layout, as Opacus' one for Conv2d does.
 A row's loss is weighted 1/K, so that a patient's gradient is the mean over their rows.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpsynth.errors import SelfCheckFailed
 
-Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
-
-
-def _units(module: nn.Module, rows: int) -> tuple[int, int]:
-    per_patient = int(getattr(module, "rows_per_patient", 1))
-    if rows % per_patient:
-        raise ValueError(f"Expected a multiple of {per_patient} rows, got {rows}.")
-    # Opacus pads what a sampler returns up to this length; one gradient per patient is already complete.
-    module.max_batch_len = rows // per_patient  # type: ignore[assignment]
-    return rows // per_patient, per_patient
+Sampler = Callable[[nn.Module, Tensor, Tensor, int], dict[nn.Parameter, Tensor]]  # layer, its input, gradient at its output, patients
 
 
 def _fold(rows: Tensor, patients: int) -> Tensor:
     """Sum the rows of each patient: (patients * k, *) to (patients, *)."""
-    return rows.reshape(patients, -1, *rows.shape[1:]).sum(1)
+    return rows if len(rows) == patients else rows.reshape(patients, -1, *rows.shape[1:]).sum(1)
 
 
 def _wanted(module: nn.Module, gradients: dict[str, Callable[[], Tensor]]) -> dict[nn.Parameter, Tensor]:
@@ -45,132 +41,161 @@ def _wanted(module: nn.Module, gradients: dict[str, Callable[[], Tensor]]) -> di
     return found
 
 
-def _convolution(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    x, g = activations[0].contiguous(), backprops.contiguous()
-    patients, k = _units(module, len(g))
+def _convolution(module: nn.Module, x: Tensor, g: Tensor, patients: int) -> dict[nn.Parameter, Tensor]:
+    assert isinstance(module, _Convolution)
 
-    def group(t: Tensor) -> Tensor:
-        t = t.reshape(patients, k, *t.shape[1:]).transpose(0, 1)
-        return t.reshape(k, patients * t.shape[2], *t.shape[3:]).contiguous()
+    def group(rows: Tensor) -> Tensor:
+        k = len(rows) // patients
+        rows = rows.reshape(patients, k, *rows.shape[1:]).transpose(0, 1)
+        return rows.reshape(k, patients * rows.shape[2], *rows.shape[3:]).contiguous()
 
     def weight() -> Tensor:
-        stacked = module.weight.detach().repeat(patients, *(1 for _ in module.weight.shape[1:]))
+        stacked = module.weight.detach().to(g.dtype).repeat(patients, *(1 for _ in module.weight.shape[1:]))
         gradient = torch.ops.aten.convolution_backward(
             group(g), group(x), stacked, None, module.stride, module.padding, module.dilation,
-            False, [0] * (x.dim() - 2), patients * module.groups, [False, True, False],
+            module.transposed, module.output_padding, patients * module.groups, [False, True, False],
         )[1]  # fmt: skip
         return torch.as_tensor(gradient).reshape(patients, *module.weight.shape)
 
     return _wanted(module, {"weight": weight, "bias": lambda: _fold(g.flatten(2).sum(2), patients)})
 
 
-def _linear(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    patients, _ = _units(module, len(backprops))
-    g = backprops.reshape(patients, -1, backprops.shape[-1])
-    x = activations[0].reshape(patients, -1, activations[0].shape[-1])
+def _linear(module: nn.Module, x: Tensor, g: Tensor, patients: int) -> dict[nn.Parameter, Tensor]:
+    g, x = g.reshape(patients, -1, g.shape[-1]), x.reshape(patients, -1, x.shape[-1])
     return _wanted(module, {"weight": lambda: torch.bmm(g.transpose(1, 2), x), "bias": lambda: g.sum(1)})
 
 
-def _group_norm(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def _group_norm(module: nn.Module, x: Tensor, g: Tensor, patients: int) -> dict[nn.Parameter, Tensor]:
     assert isinstance(module, nn.GroupNorm)
-    patients, _ = _units(module, len(backprops))
 
     def weight() -> Tensor:
-        normalised = F.group_norm(activations[0], module.num_groups, eps=module.eps)
-        return _fold((normalised * backprops).flatten(2).sum(2), patients)
+        normalised = F.group_norm(x, module.num_groups, eps=module.eps)
+        return _fold((normalised * g).flatten(2).sum(2), patients)
 
-    return _wanted(module, {"weight": weight, "bias": lambda: _fold(backprops.flatten(2).sum(2), patients)})
+    return _wanted(module, {"weight": weight, "bias": lambda: _fold(g.flatten(2).sum(2), patients)})
 
 
-def _layer_norm(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def _layer_norm(module: nn.Module, x: Tensor, g: Tensor, patients: int) -> dict[nn.Parameter, Tensor]:
     assert isinstance(module, nn.LayerNorm)
-    patients, _ = _units(module, len(backprops))
     inner = len(module.normalized_shape)
 
     def total(rows: Tensor) -> Tensor:
         return rows.reshape(patients, -1, *rows.shape[-inner:]).sum(1)
 
-    def weight() -> Tensor:
-        return total(F.layer_norm(activations[0], module.normalized_shape, eps=module.eps) * backprops)
+    return _wanted(
+        module, {"weight": lambda: total(F.layer_norm(x, module.normalized_shape, eps=module.eps) * g), "bias": lambda: total(g)}
+    )
 
-    return _wanted(module, {"weight": weight, "bias": lambda: total(backprops)})
 
-
-def _embedding(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def _embedding(module: nn.Module, x: Tensor, g: Tensor, patients: int) -> dict[nn.Parameter, Tensor]:
     assert isinstance(module, nn.Embedding)
-    patients, _ = _units(module, len(backprops))
-    g = backprops.reshape(patients, -1, backprops.shape[-1])
-    index = activations[0].reshape(patients, -1, 1).expand_as(g)
-
-    def weight() -> Tensor:
-        return g.new_zeros(patients, *module.weight.shape).scatter_add_(1, index, g)
-
-    return _wanted(module, {"weight": weight})
+    g = g.reshape(patients, -1, g.shape[-1])
+    index = x.reshape(patients, -1, 1).expand_as(g)
+    return _wanted(module, {"weight": lambda: g.new_zeros(patients, *module.weight.shape).scatter_add_(1, index, g)})
 
 
-class PatientGradSampleModule(GradSampleModule):  # type: ignore[misc]
-    """Opacus' module with our samplers; `rows_per_patient` rows of a patient lie next to each other in every batch."""
-
-    GRAD_SAMPLERS: dict[type[nn.Module], Sampler] = {  # noqa: RUF012 (the name and the kind are Opacus')
-        nn.Conv1d: _convolution,
-        nn.Conv2d: _convolution,
-        nn.Conv3d: _convolution,
-        nn.Linear: _linear,
-        nn.GroupNorm: _group_norm,
-        nn.LayerNorm: _layer_norm,
-        nn.Embedding: _embedding,
-    }
-
-    def __init__(self, module: nn.Module, *, rows_per_patient: int) -> None:
-        for name, layer in module.named_modules():
-            _require_known(name, layer, self.GRAD_SAMPLERS)
-            layer.rows_per_patient = rows_per_patient
-        super().__init__(module, batch_first=True, loss_reduction="sum", strict=False)
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+_OWN: dict[type[nn.Module], Sampler] = {
+    **dict.fromkeys(get_args(_Convolution), _convolution),
+    nn.Linear: _linear,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.Embedding: _embedding,
+}
 
 
-def _require_known(name: str, layer: nn.Module, samplers: dict[type[nn.Module], Sampler]) -> None:
-    own = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
-    if own and type(layer) not in samplers:
+def _by_opacus(module: nn.Module, x: Tensor, g: Tensor, patients: int) -> dict[nn.Parameter, Tensor]:
+    """Opacus' way for any layer, functorch over its rows: slower; one gradient a row, folded here."""
+    if not hasattr(module, "ft_compute_sample_grad"):
+        prepare_layer(module)
+    found = ft_compute_per_sample_gradient(module, [x], g)
+    return {parameter: _fold(rows, patients) for parameter, rows in found.items() if parameter.requires_grad}
+
+
+def _sampler(name: str, layer: nn.Module) -> Sampler:
+    """Who computes this layer's gradients; raises SelfCheckFailed when nobody can."""
+    unknown_padding = isinstance(layer, _Convolution) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros")
+    if type(layer) in _OWN and not unknown_padding:
+        return _OWN[type(layer)]
+    if any(True for _ in layer.children()) or any(True for _ in layer.buffers(recurse=False)) or isinstance(layer, _BatchNorm):
         raise SelfCheckFailed(
-            f"all_parameters_covered: no per-patient gradient is known for {type(layer).__name__} ({name}). Freeze or replace it."
+            f"all_parameters_covered: no per-patient gradient is known for {type(layer).__name__} ({name or 'the net itself'}): it has "
+            "parameters beside inner layers or buffers, or mixes patients. Freeze or replace it."
         )
-    is_convolution = bool(own) and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    if is_convolution and (isinstance(layer.padding, str) or layer.padding_mode != "zeros" or layer.transposed):
-        raise SelfCheckFailed(f"all_parameters_covered: convolution {name} uses padding that has no per-patient gradient.")
+    return _by_opacus
 
 
 class PatientGradients:
-    """Clipped sums of per-patient gradients of `module`'s trainable parameters."""
+    """Gradients of `module`'s trainable parameters by patient, whose rows (`rows_per_patient`) lie next to each other in every batch."""
 
-    def __init__(self, module: nn.Module, *, rows_per_patient: int, hooks: type[GradSampleModule] | None = None) -> None:
+    def __init__(self, module: nn.Module, *, rows_per_patient: int) -> None:
         self.rows_per_patient = rows_per_patient
-        if hooks is None:
-            self.hooked: GradSampleModule = PatientGradSampleModule(module, rows_per_patient=rows_per_patient)
-        else:  # tests compare with other engines
-            self.hooked = hooks(module, loss_reduction="sum", strict=False)
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._recording = False
+        layers = {name: layer for name, layer in module.named_modules() if any(p.requires_grad for p in layer.parameters(recurse=False))}
+        samplers = {layer: _sampler(name, layer) for name, layer in layers.items()}
+        self.by_opacus = tuple(sorted({type(layer).__name__ for layer, sampler in samplers.items() if sampler is _by_opacus}))
+        self._hooks = [layer.register_forward_hook(partial(self._record, sampler)) for layer, sampler in samplers.items()]
 
-    def per_patient(self, row_losses: Callable[[], Tensor]) -> list[Tensor]:
-        """One gradient per patient and parameter, [(patients, *shape)]. `row_losses` returns one loss per row."""
-        self.hooked.zero_grad(set_to_none=True)
-        with warnings.catch_warnings():
-            # The first layer's input needs no gradient; the hook still sees its output's gradient, which is all a grad sampler uses.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            (row_losses().sum() / self.rows_per_patient).backward()  # type: ignore[no-untyped-call]
-        gradients = []
-        for parameter in self.parameters:
-            sample = getattr(parameter, "grad_sample", None)
-            if not isinstance(sample, Tensor):
-                raise SelfCheckFailed("all_parameters_covered: a trainable parameter got no per-patient gradient, or several. Freeze it.")
-            gradients.append(sample)
-            parameter.grad_sample = None  # type: ignore[attr-defined]
-        self.hooked.zero_grad(set_to_none=True)
-        return gradients
+    def per_patient(self, row_losses: Callable[[], Tensor], *, weights: Tensor | None = None) -> list[Tensor]:
+        """One float32 gradient per patient and parameter, [(patients, *shape)]. `row_losses` runs the net and returns one loss per row.
+
+        `weights` (rows,) are 1/K by default; a patient of fewer rows fills up with rows of weight zero.
+        """
+        self._gradients = {}
+        with self._asking_for_no_gradient():
+            losses = row_losses()
+        ((losses * weights).sum() if weights is not None else losses.sum() / self.rows_per_patient).backward()  # type: ignore[no-untyped-call]
+        if len(self._gradients) < len(self.parameters):
+            raise SelfCheckFailed("all_parameters_covered: a trainable parameter got no per-patient gradient. Freeze it.")
+        found, self._gradients = [self._gradients[parameter] for parameter in self.parameters], {}
+        return found
+
+    @contextmanager
+    def _asking_for_no_gradient(self) -> Iterator[None]:
+        try:
+            self._recording = True
+            for parameter in self.parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            self._recording = False
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+
+    def _record(self, sampler: Sampler, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook: keep the layer's input, and wait at its output for the gradient."""
+        if not (self._recording and torch.is_grad_enabled()):
+            return None
+        if len(inputs) != 1:
+            raise SelfCheckFailed(f"all_parameters_covered: {type(layer).__name__} takes {len(inputs)} inputs; expected one, by position.")
+        x, version = inputs[0].detach(), inputs[0]._version
+        first = not output.requires_grad  # nothing before it needs a gradient
+        if first:
+            output.requires_grad_()
+
+        def receive(g: Tensor) -> None:
+            if x._version != version:
+                raise SelfCheckFailed(
+                    f"gradients_exact: the input of a {type(layer).__name__} was changed in place after its forward pass."
+                )
+            patients, rest = divmod(len(g), self.rows_per_patient)
+            if rest:
+                raise ValueError(f"Expected a multiple of {self.rows_per_patient} rows, got {len(g)}.")
+            typed = x.to(g.dtype) if x.is_floating_point() else x  # under autocast the layer saw it so
+            for parameter, gradient in sampler(layer, typed, g, patients).items():
+                gradient = gradient.float()
+                known = self._gradients.get(parameter)
+                self._gradients[parameter] = gradient if known is None else known + gradient
+
+        output.register_hook(receive)  # type: ignore[no-untyped-call]
+        return output.clone() if first else None  # code that works in place must not meet a leaf
 
     def close(self) -> None:
-        """Take Opacus' hooks off the module."""
-        self.hooked.to_standard_module()
+        """Take the hooks off the module."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def clipped_sum(gradients: list[Tensor], *, clip_norm: float) -> tuple[Tensor, Tensor]:
@@ -178,9 +203,10 @@ def clipped_sum(gradients: list[Tensor], *, clip_norm: float) -> tuple[Tensor, T
 
     A gradient whose norm is not finite becomes zero, so one broken image can neither stop nor spoil a step.
     """
-    flat = torch.cat([gradient.flatten(1).float() for gradient in gradients], dim=1)
-    norms = flat.norm(dim=1)
+    flat = [gradient.flatten(1) for gradient in gradients]
+    norms = torch.stack([part.norm(dim=1) for part in flat]).norm(dim=0)
     usable = torch.isfinite(norms)  # also false when the squares of finite numbers overflow
-    flat, norms = torch.where(usable[:, None], flat, 0.0), torch.where(usable, norms, 0.0)
+    if not bool(usable.all()):
+        flat, norms = [torch.where(usable[:, None], part, 0.0) for part in flat], torch.where(usable, norms, 0.0)
     factor = (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-    return flat.T @ factor, norms * factor
+    return torch.cat([part.T @ factor for part in flat]), norms * factor

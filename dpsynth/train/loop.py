@@ -49,7 +49,7 @@ def fit(
     """Train in place, from the checkpoint when there is one; afterwards the denoiser holds the averaged weights."""
     denoiser.set_trainable(settings.trainable)
     denoiser.train()
-    gradients = PatientGradients(denoiser.net, rows_per_patient=settings.draws)
+    gradients = engine.gradients(denoiser.net, rows_per_patient=settings.draws)
     optimizer = torch.optim.Adam(gradients.parameters, settings.learning_rate, betas=(0.9, 0.99))
     ema = Ema(denoiser.net, decay=settings.ema_decay)
     done, monitor = load_checkpoint(checkpoint, net=denoiser.net, ema=ema, optimizer=optimizer, binding=binding)

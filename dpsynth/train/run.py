@@ -11,7 +11,6 @@ import json
 import math
 import secrets
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from dpsynth.artifacts import RunFolder, write_bytes, write_json
 from dpsynth.config import Config, dump_config
-from dpsynth.data.cohort import ImageSet
+from dpsynth.data.cohort import Float32, ImageSet
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
@@ -49,14 +48,6 @@ _RUN_ID, _KEY, _CHECKPOINT = "run_id", "key", "checkpoint.safetensors"  # in the
 _EPSILON_NOTES = 12  # how many points of the running epsilon are computed in advance for the progress bar
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Public:
-    """What was made without the private images."""
-
-    reference: PublicReference
-    denoiser: Denoiser | None
-
-
 def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progress) -> Guarantee:
     """Train, or go on with, the run at `run_path`. Raises BudgetExceeded, SelfCheckFailed, ClaimRefused, DataError and others."""
     ledger = Ledger.load(ledger_path)
@@ -66,30 +57,33 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         return _finish(run, ledger)
     images = _private_images(config, ledger, progress)
     delta = _delta(config, images, ledger)
-    public = _public_stage(config, images, progress)
-    mechanisms = planned_mechanisms(config, delta=delta, queries=moment_queries(public.reference), interval=FINE)
-    findings = _self_check(config, public, mechanisms)
+    public_set, reference = _public_constants(config, images, progress)
+    mechanisms = planned_mechanisms(config, delta=delta, queries=moment_queries(reference), interval=FINE)
     _require_claimable(mechanisms, delta)
+    if run is None:
+        ledger.require_affordable(mechanisms)  # before minutes of pre-training; the reservation asks again
+    denoiser = _pretrained(config, public_set, reference, progress)
+    findings = _self_check(config, denoiser, reference, mechanisms)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
-    site = run.folder("train/site")
-    charge, stream, split = _reserve(run, ledger, mechanisms, config, images)
-    mechanisms = charge.mechanisms  # from here on, what the ledger booked and nothing else
-    write_json(site / "split.json", split.record(), private=True)
-    moments, noise = _moments(split, public.reference, mechanisms, stream)
-    findings |= noise
-    findings |= _fit(config, public, moments, split, mechanisms, stream, site, charge.reservation, progress)
-    write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
-    _require_live(findings, site)
-    generator = Generator(
-        classes=config.data.classes,
-        moments=moments,
-        denoiser=public.denoiser,
-        net_channels=config.diffusion.channels,
-        texture=config.moments.texture,
-    )
-    generator.save(run.folder("train"))
-    write_json(run.folder("train") / CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
-    return _finish(run, ledger)
+    with run.alone("train/site") as site:
+        charge, stream, split = _reserve(run, ledger, mechanisms, config, images)
+        mechanisms = charge.mechanisms  # from here on, what the ledger booked and nothing else
+        write_json(site / "split.json", split.record(), private=True)
+        moments, noise = _moments(split, reference, mechanisms, stream)
+        findings |= noise
+        findings |= _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
+        write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
+        _require_live(findings, site)
+        generator = Generator(
+            classes=config.data.classes,
+            moments=moments,
+            denoiser=denoiser,
+            net_channels=config.diffusion.channels,
+            texture=config.moments.texture,
+        )
+        generator.save(run.folder("train"))
+        write_json(run.folder("train") / CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
+        return _finish(run, ledger)
 
 
 def _finish(run: RunFolder, ledger: Ledger) -> Guarantee:
@@ -140,17 +134,21 @@ def _delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
     return delta
 
 
-def _public_stage(config: Config, private: ImageSet, progress: Progress) -> _Public:
-    """Constants and weights from public images alone; the private ones serve only to refuse those that are among them."""
+def _public_constants(config: Config, private: ImageSet, progress: Progress) -> tuple[Float32, PublicReference]:
+    """The public images and what is computed from them; the private ones serve only to refuse those that are among them."""
     images = public_images(config, progress=progress)
     require_disjoint(images, private.images)
-    reference = public_reference(images, low_frequencies=config.moments.low_frequencies)
+    return images, public_reference(images, low_frequencies=config.moments.low_frequencies)
+
+
+def _pretrained(config: Config, images: Float32, reference: PublicReference, progress: Progress) -> Denoiser | None:
+    """The denoiser after pre-training on public images alone; none when the method has none."""
     if config.method == "moments":
-        return _Public(reference=reference, denoiser=None)
+        return None
     weights = pretrained_weights(config, images, reference, progress=progress)
     denoiser = Denoiser(_standard_moments(config, reference), channels=config.diffusion.channels)
     denoiser.net.load_state_dict(weights)
-    return _Public(reference=reference, denoiser=denoiser)
+    return denoiser
 
 
 def _standard_moments(config: Config, reference: PublicReference) -> Moments:
@@ -167,12 +165,13 @@ def _standard_moments(config: Config, reference: PublicReference) -> Moments:
     )
 
 
-def _self_check(config: Config, public: _Public, mechanisms: tuple[Mechanism, ...]) -> dict[str, selfcheck.Finding]:
+def _self_check(
+    config: Config, denoiser: Denoiser | None, reference: PublicReference, mechanisms: tuple[Mechanism, ...]
+) -> dict[str, selfcheck.Finding]:
     """Prove the bound on the net itself. The moments' bound is by construction and needs no net."""
     sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
-    if sgd is None or public.denoiser is None:
+    if sgd is None or denoiser is None:
         return {}
-    denoiser = public.denoiser
     denoiser.set_trainable(config.diffusion.trainable)
 
     def losses(net: torch.nn.Module, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -183,7 +182,7 @@ def _self_check(config: Config, public: _Public, mechanisms: tuple[Mechanism, ..
     findings = selfcheck.self_check(
         denoiser.net,
         selfcheck.fixed_rows(losses),
-        public.reference.shape,
+        reference.shape,
         mechanism=sgd,
         rows_per_patient=config.diffusion.draws,
     )
@@ -265,7 +264,7 @@ def _moments(
 
 def _fit(
     config: Config,
-    public: _Public,
+    denoiser: Denoiser | None,
     moments: Moments,
     split: Split,
     mechanisms: tuple[Mechanism, ...],
@@ -275,12 +274,12 @@ def _fit(
     progress: Progress,
 ) -> dict[str, selfcheck.Finding]:
     """Train the denoiser in place; returns what the monitor found."""
-    if public.denoiser is None:
+    if denoiser is None:
         return {}
-    public.denoiser.transplant(moments)
+    denoiser.transplant(moments)
     sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
     if sgd is None:
-        fit_non_private(public.denoiser, split.training, config.diffusion, stream=stream, progress=progress)
+        fit_non_private(denoiser, split.training, config.diffusion, stream=stream, progress=progress)
         return {}
     notes = _running_epsilon(mechanisms, sgd, resolve_delta(config.privacy.delta, config.data.declared_patients))
 
@@ -288,7 +287,7 @@ def _fit(
         progress("DP-SGD", step, sgd.steps, f"epsilon spent {notes[min(n for n in notes if n >= step)]:.2f}")
 
     monitor = fit(
-        public.denoiser,
+        denoiser,
         split.training,
         sgd,
         config.diffusion,
@@ -329,6 +328,7 @@ def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, de
             f"constants and pre-training from {pretraining}",
             "the training schedule",
             "the outcome word of each check, that the gate allowed the release, and how often it was asked",
+            "the number of lines of the ledger, the digest of its last line, and the officer's words on an accepted flag",
         ),
     )
     return claim(guarantee)

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from opacus.grad_sample import GradSampleModule
 from scipy import stats
 from torch import Tensor, nn
 
@@ -21,7 +20,6 @@ from dpsynth.errors import SelfCheckFailed
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from dpsynth.train.dpsgd import ENGINE, Engine
-from dpsynth.train.gradients import PatientGradients
 
 FALSE_ALARM = 1e-6
 _TOLERANCE = 1e-4
@@ -55,7 +53,6 @@ def self_check(
     mechanism: PoissonDpSgd,
     rows_per_patient: int,
     engine: Engine = ENGINE,
-    hooks: type[GradSampleModule] | None = None,
 ) -> dict[str, Finding]:
     """All findings by name. The net is copied and its weights are shaken, so that no zero-initialised layer hides an error."""
     stream = NoiseStream(key=fresh_key())
@@ -65,7 +62,7 @@ def self_check(
     x = x.reshape(patients * rows_per_patient, *row_shape)
     findings = {"buffers_unchanged": _buffers_unchanged(net, row_losses, x)}
     try:
-        bench = _Bench(net, row_losses, rows_per_patient, hooks)
+        bench = _Bench(net, row_losses, rows_per_patient, engine)
         findings["gradients_exact"] = _gradients_exact(bench, x)
         findings["contribution_bounded"] = _contribution_bounded(bench, x, mechanism.clip_norm, engine)
         findings["all_parameters_covered"] = Finding(
@@ -126,10 +123,10 @@ def _buffers_unchanged(net: nn.Module, row_losses: RowLosses, x: Tensor) -> Find
 class _Bench:
     """Per-patient gradients of the net by the engine, and by the plain way, one patient at a time."""
 
-    def __init__(self, net: nn.Module, row_losses: RowLosses, rows: int, hooks: type[GradSampleModule] | None) -> None:
+    def __init__(self, net: nn.Module, row_losses: RowLosses, rows: int, engine: Engine) -> None:
         self.plain, self.row_losses, self.rows = copy.deepcopy(net), row_losses, rows
         self.net = net
-        self.engine = PatientGradients(net, rows_per_patient=rows, hooks=hooks)
+        self.engine = engine.gradients(net, rows_per_patient=rows)
 
     def fast(self, x: Tensor) -> list[Tensor]:
         return self.engine.per_patient(lambda: self.row_losses(self.net, x))

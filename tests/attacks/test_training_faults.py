@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.nets import VQVAE
-from opacus.grad_sample import GradSampleModule
+from opacus_gradients import OpacusGradients
 from torch import Tensor, nn
 
 from dpsynth.errors import SelfCheckFailed
@@ -37,10 +37,8 @@ def losses(net: nn.Module, x: Tensor, levels: Tensor) -> Tensor:
     return (net(x) * levels[:, None]).square().mean(1)
 
 
-def checked(net: nn.Module, *, engine: Engine | None = None, hooks: type[GradSampleModule] | None = None, rows: int = 1) -> dict[str, bool]:
-    findings = self_check(
-        net, fixed_rows(losses), SHAPE, mechanism=MECHANISM, rows_per_patient=rows, engine=engine or Engine(), hooks=hooks
-    )
+def checked(net: nn.Module, *, engine: Engine | None = None, rows: int = 1) -> dict[str, bool]:
+    findings = self_check(net, fixed_rows(losses), SHAPE, mechanism=MECHANISM, rows_per_patient=rows, engine=engine or Engine())
     return {name: finding.ok for name, finding in findings.items()}
 
 
@@ -143,11 +141,11 @@ def test_scatter_has_the_stated_false_alarm_rate() -> None:
 
 
 def test_opacus_own_convolution_sampler_is_caught_on_channels_last() -> None:
-    assert "gradients_exact" in failed(checked(SmallNet(), hooks=GradSampleModule))
+    assert "gradients_exact" in failed(checked(SmallNet(), engine=Engine(gradients=OpacusGradients)))
 
 
 def test_several_rows_of_a_patient_under_a_row_sampler_are_caught() -> None:
-    results = checked(SmallNet(), hooks=GradSampleModule, rows=2)
+    results = checked(SmallNet(), engine=Engine(gradients=OpacusGradients), rows=2)
     assert failed(results) & {"gradients_exact", "contribution_bounded", "all_parameters_covered"}
 
 

@@ -62,8 +62,12 @@ def test_a_reservation_is_charged_in_full_and_a_settlement_lowers_it(ledger: Led
 def test_reserve_refuses_what_exceeds_the_budget(ledger: Ledger) -> None:
     ledger.reserve(RUN, purpose="train", run_id="1")
     before = ledger.path.read_bytes()
+    too_much = (SMALL, replace(SGD, steps=500))
     with pytest.raises(BudgetExceeded, match=r"budget.*spent"):
-        ledger.reserve((SMALL, replace(SGD, steps=500)), purpose="train", run_id="2")
+        ledger.reserve(too_much, purpose="train", run_id="2")
+    with pytest.raises(BudgetExceeded, match=r"budget.*spent"):
+        ledger.require_affordable(too_much)
+    ledger.require_affordable((SMALL,))
     assert ledger.path.read_bytes() == before
     assert ledger.spent() <= ledger.budget_epsilon
 

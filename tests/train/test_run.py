@@ -70,6 +70,7 @@ def test_the_released_moments_hold_the_noise_that_the_ledger_charges(
         return real(self, purpose, step, size) * (0 if "means" in purpose else 1)
 
     monkeypatch.setattr(NoiseStream, "normal", silenced)
+    monkeypatch.setattr(Ledger, "require_affordable", lambda *_: None)
     monkeypatch.setattr(Ledger, "reserve", lambda self, *_, run_id, **__: _again(self, run_id))
     monkeypatch.setattr(module, "_require_live", lambda *_: None)  # which would notice
     train("exact", method="moments")
@@ -322,8 +323,22 @@ def test_a_run_killed_while_closing_is_closed_once(
     assert ledger.path.read_bytes() == before
 
 
-def test_a_refused_budget_leaves_no_run_behind(train: Callable[..., object], ledger: Ledger, tmp_path: Path) -> None:
+def test_a_refused_budget_costs_no_pretraining(
+    train: Callable[..., object], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train("first", method="moments")
+    monkeypatch.setattr(module, "pretrained_weights", lambda *_, **__: pytest.fail("the answer was known before"))
+    with pytest.raises(BudgetExceeded):
+        train("second")
+    assert not (tmp_path / "second").exists()
+    assert len(ledger.charges()) == 1
+
+
+def test_a_budget_spent_by_another_run_meanwhile_leaves_no_run_behind(
+    train: Callable[..., object], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("first", method="moments")
+    monkeypatch.setattr(Ledger, "require_affordable", lambda *_: None)
     with pytest.raises(BudgetExceeded):
         train("second", method="moments")
     assert not (tmp_path / "second").exists()
