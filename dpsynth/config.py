@@ -122,7 +122,7 @@ class DiffusionConfig(_Settings):
         "small", description="all weights, or small: biases, norms, class embedding and output convolution."
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of the average of the weights, in steps.")
-    patients_per_chunk: Count = Field(16, description="Patients per forward pass; changes memory, not the result.")
+    patients_per_chunk: Count = Field(32, description="Patients per forward pass; changes memory, not the result.")
     checkpoint_every: Count = Field(10, description="Steps between checkpoints.")
 
 

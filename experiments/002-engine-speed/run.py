@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from dpsynth.train.dpsgd import private_mean, write_gradient
 from dpsynth.train.gradients import PatientGradients, clipped_sum
 
 HERE = Path(__file__).resolve().parent
-CLIP, CHUNK, RATE = 1.0, 32, 1e-4
+CLIP, CHUNK, RATE = 1.0, 48, 1e-4
 NETS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # input (channels, *space), channels of the levels
     "packed": ((8, 14, 14), (32, 64)),  # what the recipe trains at 28 px: space-to-depth, image and residual
     "plain-28": ((1, 28, 28), (32, 64, 64)),  # 1.1 million weights, attention at 7 x 7
@@ -171,10 +170,17 @@ def _summary(taken: list[float], plain: list[float]) -> dict[str, float]:
 def peak_megabytes(name: str, batch: int, variant: str) -> float:
     """Of two steps in this process, above what it held before."""
     step = VARIANTS[variant](Rows(name, batch))
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak starts anew at what is held now
+    before = _resident("VmHWM")
     step()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """Kilobytes of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith(field))
+    return int(line.split()[1])
 
 
 def table(results: dict[str, Any]) -> str:
