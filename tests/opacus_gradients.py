@@ -13,7 +13,7 @@ class OpacusGradients:
     """One gradient per row; the rows of a patient are neither folded nor weighted but by 1/K."""
 
     def __init__(self, module: nn.Module, *, rows_per_patient: int) -> None:
-        self.rows_per_patient = rows_per_patient
+        self.rows_per_patient, self.by_opacus = rows_per_patient, ("every layer",)
         self.hooked = GradSampleModule(module, loss_reduction="sum", strict=False)
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 

@@ -232,7 +232,8 @@ def clipped_sum(gradients: list[Tensor], *, clip_norm: float) -> tuple[Tensor, T
 
 
 def _memory_order(gradient: Tensor) -> list[int]:
-    return sorted(range(1, gradient.dim()), key=lambda axis: -gradient.stride(axis))
+    strides = gradient.stride()
+    return sorted(range(1, gradient.dim()), key=lambda axis: -strides[axis])
 
 
 def _flat(gradient: Tensor) -> Tensor:

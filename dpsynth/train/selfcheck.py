@@ -65,8 +65,9 @@ def self_check(
         bench = _Bench(net, row_losses, rows_per_patient, engine)
         findings["gradients_exact"] = _gradients_exact(bench, x)
         findings["contribution_bounded"] = _contribution_bounded(bench, x, mechanism.clip_norm, engine)
+        by_opacus = f"; by Opacus' functorch for {', '.join(bench.engine.by_opacus)}" if bench.engine.by_opacus else ""
         findings["all_parameters_covered"] = Finding(
-            ok=True, detail="every trainable parameter has a per-patient gradient", statistic=0, threshold=0
+            ok=True, detail=f"every trainable parameter has a per-patient gradient{by_opacus}", statistic=0, threshold=0
         )
     except SelfCheckFailed as error:
         findings["all_parameters_covered"] = Finding(ok=False, detail=str(error), statistic=1, threshold=0)

@@ -51,6 +51,13 @@ def test_the_real_engine_passes(rows: int) -> None:
     assert failed(checked(SmallNet(), rows=rows)) == set()
 
 
+def test_the_answer_names_the_layers_that_opacus_computes() -> None:
+    net = SmallNet(norm=nn.InstanceNorm2d(4, affine=True))
+    findings = self_check(net, fixed_rows(losses), SHAPE, mechanism=MECHANISM, rows_per_patient=2)
+    assert all(finding.ok for finding in findings.values())
+    assert "Opacus' functorch for InstanceNorm2d" in findings["all_parameters_covered"].detail
+
+
 def no_noise(total: Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream, step: int) -> Tensor:
     return total.double() / mechanism.expected_batch_size
 

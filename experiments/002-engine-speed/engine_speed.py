@@ -1,6 +1,6 @@
 """What privacy costs in time and memory: one training step of our engine, of Opacus in three modes, and of no privacy at all, side by side.
 
-    python experiments/002-engine-speed/run.py [--nets packed plain-28 volume] [--batch 96] [--rounds 9] [--threads 1]
+    python experiments/002-engine-speed/engine_speed.py [--nets packed plain-28 volume] [--batch 96] [--rounds 9] [--threads 1]
 
 Every variant does a whole step on the same rows: forward, backward, clip, noise, Adam. Variants take turns within a round; a ratio is the
 median over rounds of the time divided by that of the plain step of the same round. Peak memory is that of a fresh process for each
@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class Rows:
         """Squared error of each row."""
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             out = net(self.x[part], self.times[part], class_labels=self.labels[part])
-        return (out.float() - self.x[part, : out.shape[1]]).square().flatten(1).mean(1)
+        errors: Tensor = out.float() - self.x[part, : out.shape[1]]
+        return errors.square().flatten(1).mean(1)
 
 
 def plain(rows: Rows, *, bfloat16: bool = False) -> Step:
@@ -73,7 +75,7 @@ def plain(rows: Rows, *, bfloat16: bool = False) -> Step:
     optimizer = torch.optim.Adam(net.parameters(), RATE)
 
     def step() -> None:
-        rows.losses(net, slice(None), bfloat16=bfloat16).mean().backward()
+        rows.losses(net, slice(None), bfloat16=bfloat16).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -92,8 +94,8 @@ def ours(rows: Rows, *, bfloat16: bool = False, chunk: int = CHUNK, draws: int =
     def step() -> None:
         total = torch.zeros(sum(parameter.numel() for parameter in gradients.parameters))
         for start in range(0, rows.batch, chunk):
-            part = slice(start, start + chunk)
-            clipped, _ = clipped_sum(gradients.per_patient(lambda part=part: rows.losses(net, part, bfloat16=bfloat16)), clip_norm=CLIP)
+            losses = partial(rows.losses, net, slice(start, start + chunk), bfloat16=bfloat16)
+            clipped, _ = clipped_sum(gradients.per_patient(losses), clip_norm=CLIP)
             total += clipped
         write_gradient(gradients.parameters, private_mean(total, mechanism=mechanism, stream=stream, step=0))
         optimizer.step()

@@ -1,7 +1,7 @@
 """Real X-rays through the whole command line, then the table: real on real, moments alone, diffusion.
 
-    python experiments/001-first-release/run.py [--rows pneumonia-1 pneumonia-10 kermany-10] [--seeds 0 1 2]
-    python experiments/001-first-release/run.py --table
+    python experiments/001-first-release/first_release.py [--rows pneumonia-1 pneumonia-10 kermany-10] [--seeds 0 1 2]
+    python experiments/001-first-release/first_release.py --table
 
 Needs the data sets of the README in the folder that DPSYNTH_DATA names. Each run opens a ledger of its own, trains, generates, checks and
 reports with the same verbs as a user; epsilon in the table is what the report says. Results go to results.json.
