@@ -20,6 +20,7 @@ from dpsynth.privacy.unit import PrivacyUnit
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+IntensityRange = tuple[float, float] | Literal["each"]
 
 
 class _Settings(BaseModel):
@@ -65,8 +66,10 @@ class DataConfig(_Settings):
         False,
         description="Allow images of different sizes; each is resampled and cropped about its centre. If not, a differing one is an error.",
     )
-    intensity_range: tuple[float, float] = Field(
-        (0.0, 255.0), description="Stored intensities that map to -1 and 1; public constants, values outside are clamped."
+    intensity_range: IntensityRange = Field(
+        (0.0, 255.0),
+        description="Stored intensities that map to -1 and 1, values outside are clamped: public constants, or each: the 0.5th and 99.5th "
+        "percentile of every image by itself (for MRI, whose units are arbitrary).",
     )
     control_fraction: Fraction = Field(
         0.2, description="Each patient goes to the control set with this probability, by a keyed coin, and is not trained on."
@@ -80,8 +83,8 @@ class DataConfig(_Settings):
             raise ValueError(f"format {self.format} needs a path")
         if self.format == "medmnist" and self.unit is not PrivacyUnit.IMAGE:
             raise ValueError("a MedMNIST file has no patient ids, so the guarantee can only protect images: set unit: image")
-        if not (math.isfinite(self.intensity_range[0]) and self.intensity_range[0] < self.intensity_range[1] < math.inf):
-            raise ValueError("intensity_range must be two finite numbers, the smaller first")
+        if self.intensity_range != "each" and not -math.inf < self.intensity_range[0] < self.intensity_range[1] < math.inf:
+            raise ValueError("intensity_range must be two finite numbers, the smaller first, or each")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must not repeat")
         if any(side % 4 for side in self.spatial_shape) or min(self.spatial_shape) < 8:
@@ -135,7 +138,7 @@ class PretrainConfig(_Settings):
     path: Path | None = Field(None, description="Public file or folder when source is not phantom.")
     classes: tuple[str, ...] = Field((), description="Labels of the public set; empty: those of the phantom cohort.")
     label_column: str = Field("label", description="Label column of the public table.csv.")
-    intensity_range: tuple[float, float] | None = Field(None, description="Of the public images; none: that of data.intensity_range.")
+    intensity_range: IntensityRange | None = Field(None, description="Of the public images; none: that of data.intensity_range.")
     num_phantoms: Count = Field(2000, description="Procedural images when source is phantom.")
     anatomies: tuple[Literal["chest", "brain"], ...] = Field(
         ("chest", "brain"), min_length=1, description="What they look like: the nearer to the private images the better."
@@ -211,6 +214,8 @@ class Config(_Settings):
             raise ValueError(f"pretrain.source {self.pretrain.source} needs pretrain.path and pretrain.classes")
         if len(self.data.spatial_shape) == 3 and "png" in self.release.formats:
             raise ValueError("release.formats: volumes cannot be written as png; use nifti or dicom")
+        if self.generate.sigma_min >= self.generate.sigma_max:
+            raise ValueError("generate.sigma_min must be smaller than generate.sigma_max")
         return self
 
 

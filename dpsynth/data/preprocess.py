@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from monai.transforms import CenterSpatialCrop, Compose, Resize, ScaleIntensityRange
+from monai.transforms import CenterSpatialCrop, Compose, Resize, ScaleIntensityRange, ScaleIntensityRangePercentiles
 
-from dpsynth.config import DataConfig
+from dpsynth.config import DataConfig, IntensityRange
 from dpsynth.data.cohort import Cohort, Float32, ImageSet, Record
 from dpsynth.data.validate import decoded, require_usable
 from dpsynth.errors import DataError
@@ -26,9 +26,7 @@ def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageS
     for index, record in enumerate(records):
         stored = decoded(record, dimensions=len(config.spatial_shape), channels=config.channels)
         images[index] = transform(stored.voxels, spacing_mm=stored.spacing_mm)
-        if images[index].min() == images[index].max():
-            low, high = config.intensity_range
-            raise DataError(f"{record.name}: nothing is left of it within data.intensity_range [{low:g}, {high:g}]. Correct the range.")
+        _require_in_range(stored.voxels, images[index], record.name, config.intensity_range)
         if index % 50 == 49 or index + 1 == len(records):
             progress("read images", index + 1, len(records))
     ids = tuple(dict.fromkeys(record.patient_id for record in records))
@@ -43,12 +41,31 @@ def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageS
     )
 
 
+def _require_in_range(stored: Float32, prepared: Float32, name: str, intensity_range: IntensityRange) -> None:
+    if prepared.min() == prepared.max():
+        raise DataError(f"{name}: nothing is left of it within data.intensity_range {_shown(intensity_range)}. Correct the range.")
+    # No window is meant to cut this much off: a 16-bit file among 8-bit ones, or MRI of arbitrary units.
+    if intensity_range != "each" and np.count_nonzero(stored > intensity_range[1]) > stored.size / 2:
+        raise DataError(
+            f"{name}: more than half of it lies above data.intensity_range {_shown(intensity_range)}. "
+            "Correct the range, use data.intensity_range: each, or convert the file to the units of the others."
+        )
+
+
+def _shown(intensity_range: IntensityRange) -> str:
+    return intensity_range if intensity_range == "each" else f"[{intensity_range[0]:g}, {intensity_range[1]:g}]"
+
+
 class Preprocess:
     """Intensity range to [-1, 1] with clamping; resampling that keeps the aspect, covers the target and crops its centre."""
 
-    def __init__(self, spatial_shape: tuple[int, ...], intensity_range: tuple[float, float]) -> None:
+    def __init__(self, spatial_shape: tuple[int, ...], intensity_range: IntensityRange) -> None:
         self.spatial_shape = spatial_shape
-        self._scale = ScaleIntensityRange(*intensity_range, b_min=-1.0, b_max=1.0, clip=True)
+        self._scale = (
+            ScaleIntensityRangePercentiles(0.5, 99.5, b_min=-1.0, b_max=1.0, clip=True)
+            if intensity_range == "each"
+            else ScaleIntensityRange(*intensity_range, b_min=-1.0, b_max=1.0, clip=True)
+        )
         self._crop = CenterSpatialCrop(spatial_shape)
 
     def __call__(self, voxels: Float32, *, spacing_mm: tuple[float, ...] | None = None) -> Float32:

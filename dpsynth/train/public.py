@@ -36,7 +36,10 @@ def public_images(config: Config, *, progress: Progress) -> Float32:
         channels=data.channels,
         intensity_range=settings.intensity_range or data.intensity_range,
     )
-    return prepare(read_cohort(source), source, progress=progress).images
+    try:
+        return prepare(read_cohort(source), source, progress=progress).images
+    except DataError as error:
+        raise DataError(f"public images of pretrain: {str(error).replace('data.', 'pretrain.')}") from error
 
 
 def require_public(config: Config) -> None:

@@ -324,7 +324,7 @@ def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, de
             f"the declared number of patients, {config.data.declared_patients}",
             f"the list of classes, {json.dumps(list(config.data.classes))}",
             f"image size {list(config.data.spatial_shape)}, {config.data.channels} channels, "
-            f"intensity range {list(config.data.intensity_range)}",
+            f"intensity range {json.dumps(config.data.intensity_range)}",
             f"constants and pre-training from {pretraining}",
             "the training schedule",
             "the outcome word of each check, that the gate allowed the release, and how often it was asked",

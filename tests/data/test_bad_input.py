@@ -72,6 +72,10 @@ def grey(folder: Path, *, shape: tuple[int, ...] = (12, 12), value: int = 7) -> 
     Pillow.fromarray(np.full(shape, value, dtype=np.uint8)).save(folder / "i03.png")
 
 
+def deep(folder: Path) -> None:
+    Pillow.fromarray(np.linspace(0, 65535, 144).astype(np.uint16).reshape(12, 12)).save(folder / "i03.png")
+
+
 RASTER: dict[str, tuple[Spoil, str]] = {
     "no table": (lambda f: (f / "table.csv").unlink(), "table.csv"),
     "a table that is not text": (lambda f: (f / "table.csv").write_bytes(b"\xff\xfe\x00,"), "UTF-8"),
@@ -99,6 +103,7 @@ RASTER: dict[str, tuple[Spoil, str]] = {
     "an empty image file": (lambda f: (f / "i03.png").write_bytes(b""), "i03.png"),
     "another format under the name": (lambda f: Pillow.new("L", (9, 9)).save(f / "i03.png", format="BMP"), "i03.png"),
     "a constant image": (grey, "constant"),
+    "a deep image among the others": (deep, "half of it lies above"),
     "a strip": (lambda f: Pillow.fromarray(np.arange(600, dtype=np.uint8)[None]).save(f / "i03.png"), "50 times"),
 }
 

@@ -28,6 +28,14 @@ def test_public_range_becomes_minus_one_to_one_and_is_clamped() -> None:
     assert np.allclose(result[0, 0, :5], [-1, -1, 1, 1, 0], atol=1e-6)
 
 
+def test_each_image_by_its_own_percentiles_does_not_depend_on_its_units() -> None:
+    stored = np.random.default_rng(0).normal(size=(1, 40, 40)).astype(np.float32)
+    first, second = (Preprocess((40, 40), "each")(voxels) for voxels in (stored, 1e4 * stored + 7))
+    assert np.allclose(first, second, atol=1e-4)
+    assert (first.min(), first.max()) == (-1, 1)
+    assert 0.004 < np.mean(first == 1) < 0.007  # half a percent is clamped
+
+
 def test_halving_averages_blocks_of_pixels() -> None:
     stored = np.random.default_rng(0).uniform(0, 255, (1, 16, 16)).astype(np.float32)
     expected = stored.reshape(8, 2, 8, 2).mean(axis=(1, 3)) / 127.5 - 1

@@ -12,6 +12,7 @@ from dpsynth.config import DataConfig
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
+from dpsynth.errors import DataError
 from dpsynth.progress import silent
 
 DATA = Path(os.environ.get("DPSYNTH_DATA", Path(__file__).parents[2] / "../shared/data")).resolve()
@@ -81,5 +82,9 @@ def test_hippocampus_volumes_of_different_sizes(tmp_path: Path) -> None:
     rows = (source / "table.csv").read_text().splitlines()
     labelled = [f"{row.split(',')[0]},{row.split(',')[2]},{('a', 'b')[index % 2]}" for index, row in enumerate(rows[1:])]
     (tmp_path / "table.csv").write_text("\n".join(["file,patient_id,label", *labelled]) + "\n")
-    config = DataConfig(format="nifti", path=tmp_path, classes=("a", "b"), spatial_shape=(32, 32, 32), intensity_range=(0.0, 1000.0))
-    assert read(config).images.shape == (len(labelled), 1, 32, 32, 32)
+    config = DataConfig(format="nifti", path=tmp_path, classes=("a", "b"), spatial_shape=(32, 32, 32), intensity_range="each")
+    images = read(config).images
+    assert images.shape == (len(labelled), 1, 32, 32, 32)
+    assert np.std(images, axis=(1, 2, 3, 4)).min() > 0.1  # their units differ by ten thousand
+    with pytest.raises(DataError, match=r"half of it lies above.*each"):
+        read(config.model_copy(update={"intensity_range": (0.0, 1000.0)}))
