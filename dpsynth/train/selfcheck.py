@@ -60,7 +60,10 @@ def self_check(
     patients = 3
     x = torch.from_numpy(stream.normal("rows", 0, patients * rows_per_patient * int(np.prod(row_shape)))).float()
     x = x.reshape(patients * rows_per_patient, *row_shape)
-    findings = {"buffers_unchanged": _buffers_unchanged(net, row_losses, x)}
+    before = _state(net)
+    with torch.no_grad():
+        row_losses(net, x)
+    findings = {"buffers_unchanged": _unchanged(before, net)}
     try:
         bench = _Bench(net, row_losses, rows_per_patient, engine)
         findings["gradients_exact"] = _gradients_exact(bench, x)
@@ -71,6 +74,11 @@ def self_check(
         )
     except SelfCheckFailed as error:
         findings["all_parameters_covered"] = Finding(ok=False, detail=str(error), statistic=1, threshold=0)
+    except Exception as error:  # whatever the net's own code does when it is run by patient
+        detail = f"the net cannot be run by patient ({type(error).__name__}: {error}). Freeze or replace the layer"
+        findings["all_parameters_covered"] = Finding(ok=False, detail=detail, statistic=1, threshold=0)
+    if findings["buffers_unchanged"].ok:  # a net may behave otherwise when gradients are asked for
+        findings["buffers_unchanged"] = _unchanged(before, net)
     length = max(10_000, sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad))
     findings["noise_scale"] = _noise_scale(mechanism, stream, engine, length)
     findings["sampler_poisson"] = sampler_finding(mechanism.sampling_probability, stream, engine)
@@ -106,13 +114,14 @@ def _shaken(net: nn.Module) -> nn.Module:
     return net
 
 
-def _buffers_unchanged(net: nn.Module, row_losses: RowLosses, x: Tensor) -> Finding:
-    before = {name: tensor.clone() for name, tensor in net.state_dict(keep_vars=False).items()}
-    before |= {f"buffer {name}": tensor.clone() for name, tensor in net.named_buffers()}
-    with torch.no_grad():
-        row_losses(net, x)
-    after = {**net.state_dict(), **{f"buffer {name}": tensor for name, tensor in net.named_buffers()}}
-    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+def _state(net: nn.Module) -> dict[str, Tensor]:
+    state = {**net.state_dict(), **{f"buffer {name}": tensor for name, tensor in net.named_buffers()}}
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _unchanged(before: Mapping[str, Tensor], net: nn.Module) -> Finding:
+    after = _state(net)
+    changed = [name for name, tensor in after.items() if name not in before or not torch.equal(tensor, before[name])]
     detail = (
         f"a forward pass rewrites {changed[0]} from raw images (batch statistics or codebook)"
         if changed
@@ -145,13 +154,18 @@ class _Bench:
 
 def _gradients_exact(bench: _Bench, x: Tensor) -> Finding:
     slow = bench.slow(x)
+    if not (bool(torch.isfinite(slow).all()) and bool((slow.norm(dim=1) > 0).all())):
+        detail = "the net's gradients on the check's rows (standard normal) are zero or not finite, so nothing can be told from them"
+        return Finding(ok=False, detail=detail, statistic=float("inf"), threshold=_TOLERANCE)
     layouts = [x.contiguous()] + ([x.contiguous(memory_format=torch.channels_last)] if x.dim() == 4 else [])
     worst = 0.0
     for layout in layouts:
         fast = torch.cat([gradient.flatten(1) for gradient in bench.fast(layout)], dim=1)
         if fast.shape != slow.shape:
             return Finding(ok=False, detail=f"{len(fast)} gradients for {len(slow)} patients", statistic=float("inf"), threshold=_TOLERANCE)
-        worst = max(worst, float(((fast - slow).norm(dim=1) / slow.norm(dim=1).clamp(min=1e-12)).max()))
+        if not bool(torch.isfinite(fast).all()):  # max() would pass over what is not a number
+            return Finding(ok=False, detail="per-patient gradients are not finite", statistic=float("inf"), threshold=_TOLERANCE)
+        worst = max(worst, float(((fast - slow).norm(dim=1) / slow.norm(dim=1)).max()))
     detail = f"per-patient gradients differ from one patient at a time by {worst:.1e} (relative), contiguous and channels_last inputs"
     return Finding(ok=worst <= _TOLERANCE, detail=detail, statistic=worst, threshold=_TOLERANCE)
 
@@ -167,7 +181,7 @@ def _contribution_bounded(bench: _Bench, x: Tensor, clip_norm: float, engine: En
         for patient in range(len(rowset) // rows):
             others = torch.cat([rowset[: patient * rows], rowset[(patient + 1) * rows :]])
             without, _ = engine.clip(bench.fast(others), clip_norm=clip_norm)
-            worst = max(worst, float((total - without).norm()) / clip_norm)
+            worst = max(worst, float((total.double() - without.double()).norm()) / clip_norm)
     detail = f"one patient moves the clipped sum by at most {worst:.4f} clip norms; clipping must keep it at 1"
     return Finding(ok=worst <= 1 + _TOLERANCE, detail=detail, statistic=worst, threshold=1 + _TOLERANCE)
 

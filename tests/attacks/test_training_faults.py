@@ -13,6 +13,7 @@ from dpsynth.errors import SelfCheckFailed
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.train.dpsgd import Engine, private_mean
+from dpsynth.train.gradients import PatientGradients
 from dpsynth.train.poisson import poisson_batch
 from dpsynth.train.selfcheck import dispersion_p, fixed_rows, require, sampler_finding, self_check
 
@@ -154,6 +155,80 @@ def test_opacus_own_convolution_sampler_is_caught_on_channels_last() -> None:
 def test_several_rows_of_a_patient_under_a_row_sampler_are_caught() -> None:
     results = checked(SmallNet(), engine=Engine(gradients=OpacusGradients), rows=2)
     assert failed(results) & {"gradients_exact", "contribution_bounded", "all_parameters_covered"}
+
+
+class Wrong(PatientGradients):
+    """One percent off, in every layout alike."""
+
+    def per_patient(self, row_losses, *, weights=None):
+        return [0.99 * gradient for gradient in super().per_patient(row_losses, weights=weights)]
+
+
+class WrongBehindZero(PatientGradients):
+    """The first layer's gradient is halved; behind a layer that starts at zero nobody would see it."""
+
+    def per_patient(self, row_losses, *, weights=None):
+        first, *rest = super().per_patient(row_losses, weights=weights)
+        return [first / 2, *rest]
+
+
+def test_gradients_that_are_a_little_wrong_are_caught() -> None:
+    assert "gradients_exact" in failed(checked(SmallNet(), engine=Engine(gradients=Wrong)))
+
+
+def test_a_wrong_gradient_behind_a_zero_layer_is_caught() -> None:
+    net = SmallNet()
+    nn.init.zeros_(net.second.weight)
+    assert "gradients_exact" in failed(checked(net, engine=Engine(gradients=WrongBehindZero)))
+
+
+def test_a_clip_that_trusts_ordinary_norms_is_caught() -> None:
+    """Right for every ordinary image; an extreme one gets through."""
+
+    def trusting(gradients, *, clip_norm):
+        flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+        factor = (clip_norm / flat.norm(dim=1).clamp(max=100.0)).clamp(max=1.0)
+        return flat.T @ factor, (flat.norm(dim=1) * factor).clamp(max=clip_norm)
+
+    assert failed(checked(SmallNet(norm=nn.Identity()), engine=Engine(clip=trusting))) == {"contribution_bounded"}
+
+
+def test_a_net_that_cannot_be_judged_on_ordinary_numbers_is_refused() -> None:
+    """Its gradients there are not numbers, which would hide that it mixes patients."""
+
+    class LogMix(SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.log1p(x)
+            return super().forward(x - x.mean(0, keepdim=True))
+
+    assert "gradients_exact" in failed(checked(LogMix()))
+
+
+@pytest.mark.parametrize("when", ["gradients are asked for", "parameters ask for none"])
+def test_a_buffer_that_changes_in_training_only_is_caught(when: str) -> None:
+    class Keeping(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("memory", torch.zeros(2, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled() if when == "gradients are asked for" else not self.first.weight.requires_grad:
+                self.memory.copy_(x[0].detach())
+            return super().forward(x)
+
+    assert "buffers_unchanged" in failed(checked(Keeping()))
+
+
+def test_a_net_that_breaks_when_run_by_patient_is_refused_and_not_a_crash() -> None:
+    class Lstm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LSTM(8, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x[:, 0])[0].flatten(1)
+
+    assert "all_parameters_covered" in failed(checked(Lstm()))
 
 
 def test_batch_norm_is_caught_by_name() -> None:

@@ -127,6 +127,61 @@ def test_chunks_change_memory_and_not_the_result(tmp_path: Path) -> None:
             assert torch.allclose(a, b, atol=1e-5 * MECHANISM.clip_norm)
 
 
+def test_what_gets_noise_is_the_sum_of_each_patients_clipped_mean_over_rows(tmp_path: Path) -> None:
+    """The whole loop against autograd, one patient at a time: clipped once per patient, to the booked norm, added once."""
+    seen: list[torch.Tensor] = []
+
+    def keep(total: torch.Tensor, **rest: object) -> torch.Tensor:
+        seen.append(total.clone())
+        return torch.zeros_like(total, dtype=torch.float64)
+
+    settings = SETTINGS.model_copy(update={"draws": 3, "learning_rate": 1e-12})
+    trained(tmp_path / "x", settings=settings, engine=replace(ENGINE, noise=keep))
+    denoiser = fresh_denoiser()
+    parameters = list(denoiser.net.parameters())
+    for step, total in enumerate(seen):
+        chosen = poisson_batch(STREAM, step=step, probability=MECHANISM.sampling_probability, num_patients=PATIENTS)
+        rows = draw_rows(TRAINING, TRAINING.rows_of(), chosen, draws=3, stream=STREAM, step=step)
+        expected = torch.zeros_like(total)
+        for number in range(len(chosen)):
+            own = slice(3 * number, 3 * number + 3)
+            loss = denoiser.row_losses(rows.clean[own], rows.labels[own], sigma=rows.sigma[own], noise=rows.noise[own]).mean()
+            gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+            expected += gradient * min(1.0, MECHANISM.clip_norm / float(gradient.norm()))
+        assert float((total - expected).norm()) < 1e-4 * MECHANISM.clip_norm
+
+
+def test_no_noise_number_comes_twice_in_a_run_and_its_scale_is_exact(tmp_path: Path) -> None:
+    drawn: list[np.ndarray] = []
+
+    def nobody(*_: object, **__: object) -> np.ndarray:
+        return np.empty(0, dtype=np.int64)
+
+    def keep(total: torch.Tensor, **rest: object) -> torch.Tensor:
+        drawn.append(ENGINE.noise(total, **rest).numpy())  # type: ignore[arg-type]
+        return torch.from_numpy(drawn[-1])
+
+    trained(tmp_path / "x", engine=replace(ENGINE, sample=nobody, noise=keep))
+    assert len(np.unique(drawn)) > 0.999 * np.size(drawn)
+    for step, noise in enumerate(drawn):
+        standard = STREAM.normal("gradient", step, len(noise))
+        assert np.allclose(noise * MECHANISM.expected_batch_size, MECHANISM.noise_stddev * standard, rtol=1e-12)
+
+
+def test_the_monitor_names_a_clip_that_lets_more_through(tmp_path: Path) -> None:
+    def loose(gradients: list[torch.Tensor], *, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return clipped_sum(gradients, clip_norm=1.5 * clip_norm)
+
+    found = []
+    for engine in (ENGINE, replace(ENGINE, clip=loose)):
+        denoiser, path = fresh_denoiser(), tmp_path / str(len(found))
+        monitor = fit(
+            denoiser, TRAINING, MECHANISM, SETTINGS, stream=STREAM, checkpoint=path, binding="r", callback=lambda _: None, engine=engine
+        )
+        found.append(monitor.findings(MECHANISM, PATIENTS)["live_contribution_bounded"].ok)
+    assert found == [True, False]
+
+
 def test_an_empty_batch_is_a_step_of_pure_noise(tmp_path: Path) -> None:
     seen = []
 
