@@ -192,7 +192,8 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for case, variants in results.items():
-        for variant, found in variants.items():
+        for variant in (name for name in VARIANTS if name in variants):
+            found = variants[variant]
             spread = f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
             lines.append(f"| {case} | {variant} | {found['ms']:.0f} | {spread} | {found['peak_mb']:.0f} |")
     return "\n".join(lines)
