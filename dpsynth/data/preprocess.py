@@ -13,6 +13,8 @@ from dpsynth.data.validate import decoded, require_usable
 from dpsynth.errors import DataError
 from dpsynth.progress import Progress
 
+_PERCENTILES = (0.5, 99.5)  # that become -1 and 1 when each image is scaled by itself
+
 
 def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageSet:
     """Decode, check and resample every image of the cohort; the first `max_images_per_patient` of a patient by name are kept.
@@ -25,8 +27,10 @@ def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageS
     images = np.empty((len(records), config.channels, *config.spatial_shape), dtype=np.float32)
     for index, record in enumerate(records):
         stored = decoded(record, dimensions=len(config.spatial_shape), channels=config.channels)
+        _require_in_range(stored.voxels, record.name, config.intensity_range)
         images[index] = transform(stored.voxels, spacing_mm=stored.spacing_mm)
-        _require_in_range(stored.voxels, images[index], record.name, config.intensity_range)
+        if images[index].min() == images[index].max():
+            raise _nothing_left(record.name, config.intensity_range)
         if index % 50 == 49 or index + 1 == len(records):
             progress("read images", index + 1, len(records))
     ids = tuple(dict.fromkeys(record.patient_id for record in records))
@@ -41,15 +45,19 @@ def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageS
     )
 
 
-def _require_in_range(stored: Float32, prepared: Float32, name: str, intensity_range: IntensityRange) -> None:
-    if prepared.min() == prepared.max():
-        raise DataError(f"{name}: nothing is left of it within data.intensity_range {_shown(intensity_range)}. Correct the range.")
-    # No window is meant to cut this much off: a 16-bit file among 8-bit ones, or MRI of arbitrary units.
-    if intensity_range != "each" and np.count_nonzero(stored > intensity_range[1]) > stored.size / 2:
+def _require_in_range(stored: Float32, name: str, intensity_range: IntensityRange) -> None:
+    if intensity_range == "each":
+        if np.ptp(np.percentile(stored, _PERCENTILES)) == 0:  # there would be nothing to scale by
+            raise _nothing_left(name, intensity_range)
+    elif np.count_nonzero(stored > intensity_range[1]) > stored.size / 2:  # no window is meant to: a 16-bit file among 8-bit ones, or MRI
         raise DataError(
             f"{name}: more than half of it lies above data.intensity_range {_shown(intensity_range)}. "
             "Correct the range, use data.intensity_range: each, or convert the file to the units of the others."
         )
+
+
+def _nothing_left(name: str, intensity_range: IntensityRange) -> DataError:
+    return DataError(f"{name}: nothing is left of it within data.intensity_range {_shown(intensity_range)}. Correct the range.")
 
 
 def _shown(intensity_range: IntensityRange) -> str:
@@ -62,7 +70,7 @@ class Preprocess:
     def __init__(self, spatial_shape: tuple[int, ...], intensity_range: IntensityRange) -> None:
         self.spatial_shape = spatial_shape
         self._scale = (
-            ScaleIntensityRangePercentiles(0.5, 99.5, b_min=-1.0, b_max=1.0, clip=True)
+            ScaleIntensityRangePercentiles(*_PERCENTILES, b_min=-1.0, b_max=1.0, clip=True)
             if intensity_range == "each"
             else ScaleIntensityRange(*intensity_range, b_min=-1.0, b_max=1.0, clip=True)
         )

@@ -39,7 +39,7 @@ def public_images(config: Config, *, progress: Progress) -> Float32:
     try:
         return prepare(read_cohort(source), source, progress=progress).images
     except DataError as error:
-        raise DataError(f"public images of pretrain: {str(error).replace('data.', 'pretrain.')}") from error
+        raise DataError(f"public images: {error} Here that is the setting of pretrain, not of data.") from error
 
 
 def require_public(config: Config) -> None:

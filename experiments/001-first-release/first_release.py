@@ -174,7 +174,7 @@ def _line(row: str, method: str, figures: list[dict[str, float]], minutes: list[
 
 def known_results(path: Path) -> dict[str, Any]:
     """What results.json holds."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return dict(read_json(path)) if path.exists() else {}
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
-from dpsynth.artifacts import write_json
+from dpsynth.artifacts import read_json, write_json
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from dpsynth.train.dpsgd import private_mean, write_gradient
@@ -215,7 +214,7 @@ def main() -> None:
         print(peak_megabytes(arguments.nets[0], arguments.batch, arguments.peak))
         return
     path = HERE / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results: dict[str, Any] = read_json(path) if path.exists() else {}
     if not arguments.table:
         for name in arguments.nets:
             found = timed(name, arguments.batch, arguments.rounds)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpsynth.artifacts import write_json
+from dpsynth.artifacts import read_json, write_json
 from dpsynth.checks.classifier import auc, train_and_predict
 from dpsynth.checks.features import encode
 from dpsynth.checks.statistics import kid, neighbourhoods
@@ -162,7 +162,7 @@ def main() -> None:
     path = HERE / "results.json"
 
     def known() -> dict[str, Any]:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return dict(read_json(path)) if path.exists() else {}
 
     if not arguments.table:
         training, test = phantoms()

@@ -172,6 +172,25 @@ class WrongBehindZero(PatientGradients):
         return [first / 2, *rest]
 
 
+class NotNumbers(PatientGradients):
+    """Comparisons with what is no number are never true, so they must not be what decides."""
+
+    def per_patient(self, row_losses, *, weights=None):
+        return [gradient * float("nan") for gradient in super().per_patient(row_losses, weights=weights)]
+
+
+def test_gradients_that_are_no_numbers_are_caught() -> None:
+    assert "gradients_exact" in failed(checked(SmallNet(), engine=Engine(gradients=NotNumbers)))
+
+
+def test_a_net_without_any_gradient_is_refused() -> None:
+    class Silent(SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * super().forward(x)
+
+    assert "gradients_exact" in failed(checked(Silent()))
+
+
 def test_gradients_that_are_a_little_wrong_are_caught() -> None:
     assert "gradients_exact" in failed(checked(SmallNet(), engine=Engine(gradients=Wrong)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,6 +137,17 @@ def test_images_of_different_sizes_are_fine() -> None:
 def test_a_volume_among_pictures_is_refused_by_name() -> None:
     with pytest.raises(DataError, match="P3/0"):
         prepare(some_cohort({"P3/0": (8, 8, 8)}), CONFIG, progress=silent)
+
+
+def test_an_image_that_is_all_but_constant_cannot_be_scaled_by_itself() -> None:
+    cohort = some_cohort({})
+    voxels = np.zeros((1, 40, 40), dtype=np.float32)
+    voxels[0, 3, 4] = 1000
+    flat = replace(cohort.records[0], read=lambda: Image(voxels=voxels))
+    broken = replace(cohort, records=(flat, *cohort.records[1:]))
+    config = CONFIG.model_copy(update={"intensity_range": "each", "mixed_sizes": True, "max_images_per_patient": 5})
+    with pytest.raises(DataError, match=f"{flat.name}: nothing is left"):
+        prepare(broken, config, progress=silent)
 
 
 def test_progress_ends_with_all_images() -> None:

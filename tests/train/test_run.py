@@ -22,6 +22,7 @@ from dpsynth.model.moments import _COUNT_WEIGHT
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent
+from dpsynth.train import selfcheck
 
 CONFIG = """\
 data: {declared_patients: 200, phantom: {num_patients: 240, max_images: 2}}
@@ -321,6 +322,40 @@ def test_a_run_killed_while_closing_is_closed_once(
     before = ledger.path.read_bytes()
     assert train() == train()
     assert ledger.path.read_bytes() == before
+
+
+def test_a_second_training_in_the_same_folder_is_told_and_charges_nothing(
+    train: Callable[..., object], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train()
+    before = ledger.path.read_bytes()
+    with RunFolder.open(tmp_path / "run").alone("train/site"), pytest.raises(ArtifactError, match="Another process"):
+        train()
+    assert ledger.path.read_bytes() == before
+    train()
+
+
+def test_an_engine_that_fails_at_the_start_is_never_shown_a_patient(
+    train: Callable[..., object], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = selfcheck.Finding(ok=False, detail="broken", statistic=1, threshold=0)
+    monkeypatch.setattr(selfcheck, "self_check", lambda *_, **__: {"contribution_bounded": failed})
+    monkeypatch.setattr(module, "release_moments", lambda *_, **__: pytest.fail("the patients were touched"))
+    with pytest.raises(SelfCheckFailed, match=r"nothing was charged.*contribution_bounded: broken"):
+        train()
+    assert ledger.charges() == ()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_leaves_without_being_counted_is_listed(train: Callable[..., object]) -> None:
+    """Every item of docs/guarantee.md's last section, by a word of it."""
+    listed = " ".join(train(method="moments").unprotected)
+    for word in ("patients", "classes", "image size", "intensity range", "pre-training", "schedule", "outcome word", "gate allowed",
+                 "how often", "lines of the ledger", "digest", "officer"):  # fmt: skip
+        assert word in listed
 
 
 def test_a_refused_budget_costs_no_pretraining(
