@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dpsynth.config import Config
+from dpsynth.config import Config, packing
 from dpsynth.privacy.accountant import COARSE, epsilon_pld, epsilon_rdp, tpr_at_fpr
 from dpsynth.privacy.calibrate import plan_mechanisms, resolve_delta
 from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, to_json
 
 # One row (a patient's image with one noise draw) through the default U-Net at 28x28, forward and per-patient backward, measured on
-# one 2-core machine; other sizes are scaled by pixels and by the square of the channels. An estimate, not a promise.
+# one 2-core machine; other sizes are scaled by the net's positions and by the square of its channels. An estimate, not a promise.
 _SECONDS_PER_ROW = 0.004
 _SECONDS_PER_PUBLIC_ROW = 0.003
-_REFERENCE_PIXELS = 28 * 28
+_REFERENCE_POSITIONS = 14 * 14
 _REFERENCE_CHANNELS = 32 * 32 + 64 * 64
 _REFERENCE_BYTES_PER_PATIENT = 12e6  # activations of all rows and one gradient
 FEWEST_CONTROL = 60  # below about this many the checks of membership, copying and fidelity are inconclusive
@@ -128,10 +128,11 @@ def _describe_mechanism(mechanism: Mechanism) -> tuple[str, str]:
 
 
 def _scale(config: Config) -> float:
-    pixels = math.prod(config.data.spatial_shape) * config.data.channels / _REFERENCE_PIXELS
+    shape = config.data.spatial_shape
+    positions = math.prod(side / packing(shape) for side in shape) / _REFERENCE_POSITIONS
     channels = sum(c * c for c in config.diffusion.channels) / _REFERENCE_CHANNELS
-    kernel = 3.0 if len(config.data.spatial_shape) == 3 else 1.0
-    return pixels * max(channels, 0.25) * kernel
+    kernel = 3.0 if len(shape) == 3 else 1.0
+    return positions * max(channels, 0.25) * kernel
 
 
 def _seconds(config: Config, sgd: PoissonDpSgd | None) -> float:

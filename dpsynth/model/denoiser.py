@@ -13,6 +13,7 @@ import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
+from dpsynth.config import packing
 from dpsynth.model.moments import Moments
 from dpsynth.model.wiener import WienerFilter
 
@@ -26,7 +27,8 @@ class Denoiser(nn.Module):
     def __init__(self, moments: Moments, *, channels: tuple[int, ...]) -> None:
         super().__init__()
         dimensions = len(moments.shape) - 1
-        packed = moments.shape[0] * 2**dimensions
+        self.packing = packing(moments.shape[1:])
+        packed = moments.shape[0] * self.packing**dimensions
         self.wiener = WienerFilter(moments)
         self.net = DiffusionModelUNet(
             spatial_dims=dimensions,
@@ -76,9 +78,9 @@ class Denoiser(nn.Module):
             linear, error = self.wiener(noisy, sigma, labels)
             scaled = noisy / _column((sigma.square() + _PUBLIC_VARIANCE).sqrt(), noisy)
             residual = (noisy - linear) / _column(sigma, noisy)
-            packed = torch.cat([space_to_depth(scaled), space_to_depth(residual)], dim=1)
+            packed = torch.cat([space_to_depth(scaled, self.packing), space_to_depth(residual, self.packing)], dim=1)
         correction = self.net(packed, sigma.log() * 250 + 1000, class_labels=labels)
-        return linear, error, depth_to_space(correction)
+        return linear, error, depth_to_space(correction, self.packing)
 
     def set_trainable(self, which: str) -> None:
         """Freeze all weights but those of the set: "all", or "small" = biases, norms, class embedding, output convolution."""
@@ -93,22 +95,22 @@ def noise_levels(normal: Tensor, *, smallest: float) -> Tensor:
     return (_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * normal).exp().clamp(min=smallest)
 
 
-def space_to_depth(images: Tensor) -> Tensor:
-    """(n, c, *space) to (n, c * 2^d, *space/2): nothing is lost, and the net works on a quarter or an eighth of the positions."""
+def space_to_depth(images: Tensor, factor: int) -> Tensor:
+    """(n, c, *space) to (n, c * factor^d, *space/factor): nothing is lost, and the net works on far fewer positions."""
     n, c, *space = images.shape
-    split = images.reshape(n, c, *(part for side in space for part in (side // 2, 2)))
+    split = images.reshape(n, c, *(part for side in space for part in (side // factor, factor)))
     d = len(space)
     order = (0, 1, *(3 + 2 * axis for axis in range(d)), *(2 + 2 * axis for axis in range(d)))
-    return split.permute(order).reshape(n, c * 2**d, *(side // 2 for side in space)).contiguous()
+    return split.permute(order).reshape(n, c * factor**d, *(side // factor for side in space)).contiguous()
 
 
-def depth_to_space(packed: Tensor) -> Tensor:
+def depth_to_space(packed: Tensor, factor: int) -> Tensor:
     """Inverse of `space_to_depth`."""
     n, c, *space = packed.shape
     d = len(space)
-    split = packed.reshape(n, c // 2**d, *(2 for _ in space), *space)
+    split = packed.reshape(n, c // factor**d, *(factor for _ in space), *space)
     order = (0, 1, *(index for axis in range(d) for index in (2 + d + axis, 2 + axis)))
-    return split.permute(order).reshape(n, c // 2**d, *(2 * side for side in space)).contiguous()
+    return split.permute(order).reshape(n, c // factor**d, *(factor * side for side in space)).contiguous()
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

@@ -1,19 +1,23 @@
 """Stage 1: class-wise moments under differential privacy, a generator of its own and the prior of the denoiser.
 
 Images are taken to the orthonormal cosine domain. Of each class three noised sums are released, each query using the results of the
-one before: count and sum of the low frequencies; second moments of their residuals; energies around the mean by ring of frequency.
+one before: count and sum of the low frequencies; second moments of their residuals; energies of the rings of frequency above them.
 A patient's contribution to a query is the mean over their images of class-indexed vectors that were clipped to the query's clip
 norm, so by convexity it is never longer than the clip norm, whatever and however many the images are.
-All constants (centre, clip norms, band scales) are computed on public images, never on private ones.
-Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al. 2022 for one-shot moments as generators.
+
+All constants (centre, axes, clip norms, band scales) are computed on public images, never on private ones. Public images serve twice.
+The low frequencies are released along their principal axes, each divided by the fourth root of its public variance: noise is equal on all
+axes, so this puts less of it on the many weak ones. And what the noise hides is taken from them: a class keeps the covariance of all
+classes, and these the public one, but for what stands out of the noise.
+Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al. 2022 for one-shot moments as generators; Benaych-Georges
+& Nadakuditi 2011 (theorem 2.1) for eigenvalues under Wigner noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,19 +31,19 @@ Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Record = Callable[[str, Array, Array], None]
 
-LOW_BANDS, HIGH_BANDS = 4, 14  # rings of frequency inside and outside the low block, per channel
+BANDS = 14  # rings of frequency above the low block, per channel
 LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
 _COUNT_WEIGHT = 0.3
-_SHARES = {"means": 0.2, "second_moments": 0.7, "bands": 0.1}
+_SHARES = {"means": 0.3, "second_moments": 0.6, "bands": 0.1}
 _SMALLEST_VARIANCE = 1e-6
+_SHAPING = 0.25  # power of the public variance that an axis is divided by: 0 is none, 0.5 makes all axes equal
+_TYPICAL_RATIO = 0.5  # how far energies of two hospitals usually differ, as a part: the spread of the prior around the public ones
+_SMALLEST_RATIO = 0.05  # of private to public energy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frequencies:
-    """Layout of the cosine domain: flat index = channel * pixels + pixel. low: indices of the low block; band: of each index.
-
-    No band holds both low and other coefficients.
-    """
+    """Layout of the cosine domain: flat index = channel * pixels + pixel. low: the low block; band: of each index, -1 in the block."""
 
     shape: tuple[int, ...]  # (channel, *space)
     low: Int64
@@ -48,7 +52,7 @@ class Frequencies:
     @property
     def num_bands(self) -> int:
         """Bands over all channels."""
-        return (LOW_BANDS + HIGH_BANDS) * self.shape[0]
+        return BANDS * self.shape[0]
 
 
 @lru_cache(maxsize=8)
@@ -63,18 +67,11 @@ def frequencies(shape: tuple[int, ...], low_frequencies: int) -> Frequencies:
         candidates = candidates[np.argsort(radius[candidates], kind="stable")[:limit]]
     pixels = radius.size
     low = np.concatenate([np.sort(candidates) + channel * pixels for channel in range(shape[0])])
-    is_low = np.isin(np.arange(pixels), candidates)
-    one = np.where(is_low, _rings(radius, is_low, LOW_BANDS), LOW_BANDS + _rings(radius, ~is_low, HIGH_BANDS))
-    band = np.concatenate([one + channel * (LOW_BANDS + HIGH_BANDS) for channel in range(shape[0])]).astype(np.int64)
+    above = ~np.isin(np.arange(pixels), candidates)
+    edges = np.quantile(radius[above], np.linspace(0, 1, BANDS + 1)[1:-1]) if above.any() else np.empty(0)
+    one = np.where(above, np.searchsorted(edges, radius, side="left"), -BANDS * shape[0])
+    band = np.concatenate([np.maximum(one + channel * BANDS, -1) for channel in range(shape[0])]).astype(np.int64)
     return Frequencies(shape=shape, low=low.astype(np.int64), band=band)
-
-
-def _rings(radius: Array, among: NDArray[np.bool_], count: int) -> Int64:
-    """Ring of each coefficient: radii cut into `count` rings that hold about equally many of those `among`."""
-    if not among.any():
-        return np.zeros(len(radius), dtype=np.int64)
-    edges = np.quantile(radius[among], np.linspace(0, 1, count + 1)[1:-1])
-    return np.searchsorted(edges, radius, side="left").astype(np.int64)
 
 
 def to_frequencies(images: Float32) -> Array:
@@ -91,36 +88,34 @@ def from_frequencies(coefficients: Array, shape: tuple[int, ...]) -> Float32:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicReference:
-    """Public constants. centre: (low,); clip norms of raw vectors; band_scale: (bands,) makes typical energies 1."""
+    """Public constants. centre: (low,); axes: (low, low), principal axes in columns; energies: (low,), variances along them; spectrum:
+    (channel * pixels,), variance of each coefficient; band_scale: (bands,) makes typical energies 1; clip norms are of shaped vectors.
+    """
 
     shape: tuple[int, ...]
     low_frequencies: int
     centre: Array
+    axes: Array
+    energies: Array
+    spectrum: Array
+    band_scale: Array
     clip_low: float
     clip_residual: float
     clip_bands: float
-    band_scale: Array
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        arrays = {"centre": self.centre.tolist(), "band_scale": self.band_scale.tolist(), "shape": list(self.shape)}
-        return {**self.__dict__, **arrays}
+    def shaped(self, residuals: Array) -> Array:
+        """Rows (n, low) along the principal axes, weak ones made larger."""
+        return np.asarray(residuals @ self.axes * self.energies**-_SHAPING)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> PublicReference:
-        """Inverse of `to_json`."""
-        arrays = {
-            "centre": np.array(value["centre"]),
-            "band_scale": np.array(value["band_scale"]),
-            "shape": tuple(value["shape"]),
-        }
-        return cls(**{**value, **arrays})
+    def unshaped(self, rows: Array) -> Array:
+        """Inverse of `shaped`."""
+        return np.asarray((rows * self.energies**_SHAPING) @ self.axes.T)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
     """Class-wise moments. counts: (classes,); mean: (classes, low); covariance: (classes, low, low); variance: (classes, channel * pixels),
-    of each coefficient; of a low one only what the covariance leaves unexplained.
+    of each coefficient above the low block, 0 within it.
     """
 
     shape: tuple[int, ...]
@@ -156,25 +151,30 @@ class Moments:
 
 
 def public_reference(images: Float32, *, low_frequencies: int) -> PublicReference:
-    """Constants from public images (n, channel, *space) in [-1, 1]: centre, and norms that most public images keep to."""
+    """Constants from public images (n, channel, *space) in [-1, 1]: centre, axes, and norms that most public images keep to."""
     shape = images.shape[1:]
     layout = frequencies(shape, low_frequencies)
     coefficients = to_frequencies(images)
-    centre = coefficients[:, layout.low].mean(axis=0)
-    residual = coefficients[:, layout.low] - centre
-    norms = np.linalg.norm(residual, axis=1)
-    centred = coefficients - coefficients.mean(axis=0)
-    energies = _energies(centred, layout)
-    scale = 1 / (np.median(energies, axis=0) + 1e-3)
-    return PublicReference(
+    centre = coefficients.mean(axis=0)
+    residual = (coefficients - centre)[:, layout.low]
+    values, axes = np.linalg.eigh(residual.T @ residual / len(residual))
+    spectrum = np.maximum(coefficients.var(axis=0), _SMALLEST_VARIANCE)
+    energies = _energies(coefficients - centre, layout)
+    constants = PublicReference(
         shape=shape,
         low_frequencies=low_frequencies,
-        centre=centre,
-        clip_low=float(np.quantile(norms, 0.95)),
-        clip_residual=float(np.quantile(norms, 0.7)),
-        clip_bands=float(np.quantile(np.linalg.norm(energies * scale, axis=1), 0.8)),
-        band_scale=scale,
+        centre=centre[layout.low],
+        axes=axes,
+        energies=np.maximum(values, max(values.mean() * 1e-4, _SMALLEST_VARIANCE)),
+        spectrum=spectrum,
+        band_scale=1 / (np.median(energies, axis=0) + 1e-3),
+        clip_low=1.0,
+        clip_residual=1.0,
+        clip_bands=1.0,
     )
+    norm = float(np.quantile(np.linalg.norm(constants.shaped(residual), axis=1), 0.95))
+    bands = 2 * float(np.quantile(np.linalg.norm(energies * constants.band_scale, axis=1), 0.95))  # few numbers: a wide bound costs little
+    return replace(constants, clip_low=norm, clip_residual=norm, clip_bands=max(bands, 1e-3))
 
 
 def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
@@ -210,7 +210,7 @@ def release_moments(
     coefficients = to_frequencies(images)
     counts, mean = _release_means(coefficients[:, layout.low], release, reference)
     covariance = _release_second_moments(coefficients[:, layout.low] - mean[labels], release, counts, reference)
-    variance = _release_bands(coefficients, labels, release, counts, mean, covariance, layout, reference)
+    variance = _release_bands(coefficients, release, counts, layout, reference)
     return Moments(
         shape=reference.shape,
         low_frequencies=reference.low_frequencies,
@@ -265,42 +265,61 @@ def patient_sum(rows: Array, labels: Int64, patients: Int64, num_classes: int, c
 def _release_means(low: Array, release: _Release, reference: PublicReference) -> tuple[Array, Array]:
     weight = _COUNT_WEIGHT * reference.clip_low
     query = float(np.hypot(weight, reference.clip_low))
-    centred = low - reference.centre
-    norms = np.linalg.norm(centred, axis=1, keepdims=True)
-    clipped = centred * np.minimum(1.0, reference.clip_low / np.maximum(norms, 1e-12))
+    clipped = _clipped(reference.shaped(low - reference.centre), reference.clip_low)
     stacked = np.concatenate([np.full((len(low), 1), weight), clipped], axis=1)
     total = release.noised_sum("means", stacked, query)
     smallest = max(1.0, 2 * release.noise_stddev("means") / weight)
     counts = np.maximum(total[:, 0] / weight, smallest)
-    return counts, reference.centre + total[:, 1:] / counts[:, None]
+    return counts, reference.centre + reference.unshaped(total[:, 1:] / counts[:, None])
+
+
+def _clipped(rows: Array, norm: float) -> Array:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows * np.minimum(1.0, norm / np.maximum(norms, 1e-12)))
 
 
 def _release_second_moments(residual: Array, release: _Release, counts: Array, reference: PublicReference) -> Array:
-    """Covariance of the low block, (classes, low, low), positive semidefinite, with the bias of the noise taken off."""
+    """Covariance of the low block, (classes, low, low), positive definite."""
     width = residual.shape[1]
     rows, columns = np.triu_indices(width)
     weight = np.where(rows == columns, 1.0, np.sqrt(2.0))  # the norm of the weighted half is the norm of the matrix
-    norms = np.linalg.norm(residual, axis=1, keepdims=True)
-    clipped = residual * np.minimum(1.0, reference.clip_residual / np.maximum(norms, 1e-12))
+    clipped = _clipped(reference.shaped(residual), reference.clip_residual)
     halves = clipped[:, rows] * clipped[:, columns] * weight
     total = release.noised_sum("second_moments", halves, reference.clip_residual**2)
     matrices = np.zeros((len(counts), width, width))
     matrices[:, rows, columns] = total / weight
-    matrices = matrices + np.triu(matrices, 1).transpose(0, 2, 1) if width > 1 else matrices
     matrices[:, columns, rows] = matrices[:, rows, columns]
     stddev = release.noise_stddev("second_moments")
-    pooled = _denoised(matrices.sum(axis=0), counts.sum(), stddev * np.sqrt(len(counts)))
-    own_weight = counts / (counts + width)  # few patients: lean on all classes together
-    own = np.stack([_denoised(matrix, count, stddev) for matrix, count in zip(matrices, counts, strict=True)])
-    return np.asarray(own_weight[:, None, None] * own + (1 - own_weight[:, None, None]) * pooled)
+    public = np.diag(reference.energies ** (1 - 2 * _SHAPING))
+    pooled = _standing_out(matrices.sum(axis=0) / counts.sum(), stddev * np.sqrt(len(counts)) / counts.sum(), public)
+    own = [_standing_out(matrix / count, stddev / count, pooled) for matrix, count in zip(matrices, counts, strict=True)]
+    return np.stack([reference.unshaped(reference.unshaped(covariance).T) for covariance in own])
 
 
-def _denoised(total: Array, count: float, stddev: float) -> Array:
-    """Drop eigenvalues below the edge of pure noise (semicircle law) and take its bias off the others."""
-    values, vectors = np.linalg.eigh(total / count)
-    edge = stddev / count * np.sqrt(2 * len(values))
-    kept = np.where(values > max(edge, _SMALLEST_VARIANCE), values - edge**2 / (2 * np.maximum(values, 1e-12)), 0.0)
-    return np.asarray((vectors * np.maximum(kept, 0)) @ vectors.T)
+def _standing_out(noised: Array, stddev: float, prior: Array) -> Array:
+    """The prior covariance in the right size, plus what stands out of Wigner noise of `stddev` (that of the diagonal).
+
+    Eigenvalues of the difference that lie inside the semicircle are dropped, and the bias of the noise is taken off the others.
+    """
+    width = len(prior)
+    size = np.trace(prior)
+    scaled = prior * _ratio(np.trace(noised) / size, stddev * np.sqrt(width) / size)
+    values, vectors = np.linalg.eigh(noised - scaled)
+    edge = stddev * np.sqrt(2 * width)
+    outside = np.sqrt(np.maximum(values**2 - edge**2, 0))
+    largest = edge * (1 + width ** (-2 / 3))  # of noise alone in 99 of 100 cases (Tracy-Widom law)
+    kept = np.where(np.abs(values) > largest, np.sign(values) * (np.abs(values) + outside) / 2, 0.0)
+    root = np.linalg.cholesky(scaled)
+    relative = np.linalg.solve(root, np.linalg.solve(root, scaled + (vectors * kept) @ vectors.T).T)
+    values, vectors = np.linalg.eigh((relative + relative.T) / 2)
+    half = root @ vectors
+    return np.asarray((half * np.maximum(values, _SMALLEST_RATIO)) @ half.T)
+
+
+def _ratio(noised: Array | float, stddev: Array | float) -> Array:
+    """Ratios of energies that were released with noise of `stddev`, drawn towards 1 by how much of their spread is noise."""
+    weight = _TYPICAL_RATIO**2 / (_TYPICAL_RATIO**2 + np.square(stddev))
+    return np.asarray(np.maximum(1 + weight * (np.asarray(noised) - 1), _SMALLEST_RATIO))
 
 
 def _energies(rest: Array, layout: Frequencies) -> Array:
@@ -309,28 +328,17 @@ def _energies(rest: Array, layout: Frequencies) -> Array:
     return np.stack([squared[:, layout.band == band].sum(axis=1) for band in range(layout.num_bands)], axis=1)
 
 
-def _release_bands(
-    coefficients: Array,
-    labels: Int64,
-    release: _Release,
-    counts: Array,
-    mean: Array,
-    covariance: Array,
-    layout: Frequencies,
-    reference: PublicReference,
-) -> Array:
-    centred = coefficients.copy()
-    centred[:, layout.low] -= mean[labels]
-    energies = _energies(centred, layout)
-    total = release.noised_sum("bands", energies * reference.band_scale, reference.clip_bands)
-    per_band = np.maximum(total, 0) / counts[:, None] / reference.band_scale
-    per_band = np.maximum(per_band, 0.02 / reference.band_scale)  # a band that drowned in noise keeps a little of the public energy
-    explained = np.zeros_like(per_band)
-    for label in range(release.num_classes):
-        np.add.at(explained[label], layout.band[layout.low], np.diag(covariance[label]))
-    sizes = np.maximum(np.bincount(layout.band, minlength=layout.num_bands), 1)
-    variance = np.maximum(per_band - explained, 0) / sizes
-    return np.asarray(np.maximum(variance[:, layout.band], _SMALLEST_VARIANCE))
+def _release_bands(coefficients: Array, release: _Release, counts: Array, layout: Frequencies, reference: PublicReference) -> Array:
+    """Variance above the low block: the public spectrum times the ratio of the ring's energy, (classes, channel * pixels)."""
+    energies = _energies(coefficients, layout) * reference.band_scale
+    total = release.noised_sum("bands", energies, reference.clip_bands)
+    public = np.bincount(layout.band + 1, weights=reference.spectrum, minlength=layout.num_bands + 1)[1:] * reference.band_scale
+    public = np.maximum(public, _SMALLEST_VARIANCE)
+    stddev = release.noise_stddev("bands") / counts[:, None] / public
+    ratio = _ratio(total / counts[:, None] / public, stddev)
+    variance = np.maximum(ratio[:, layout.band] * reference.spectrum, _SMALLEST_VARIANCE)
+    variance[:, layout.low] = 0
+    return np.asarray(variance)
 
 
 def sample_moment_images(moments: Moments, labels: Int64, seeds: NDArray[np.uint64], *, texture: bool) -> Float32:
@@ -345,12 +353,6 @@ def sample_moment_images(moments: Moments, labels: Int64, seeds: NDArray[np.uint
             coefficients[index] = np.sqrt(moments.variance[label]) * rng.normal(size=layout.band.size)
         coefficients[index, layout.low] += moments.mean[label] + roots[label] @ normal
     return np.clip(from_frequencies(coefficients, moments.shape), -1, 1)
-
-
-def low_covariance(moments: Moments, label: int) -> Array:
-    """Full covariance of the low block, (low, low): the released one plus the diagonal that it leaves unexplained."""
-    layout = frequencies(moments.shape, moments.low_frequencies)
-    return np.asarray(moments.covariance[label] + np.diag(moments.variance[label, layout.low]))
 
 
 def _root(covariance: Array) -> Array:

@@ -7,7 +7,7 @@ import torch
 from scipy.fft import dct
 from torch import Tensor, nn
 
-from dpsynth.model.moments import Moments, frequencies, low_covariance
+from dpsynth.model.moments import Moments, frequencies
 
 
 class WienerFilter(nn.Module):
@@ -20,7 +20,7 @@ class WienerFilter(nn.Module):
         super().__init__()
         layout = frequencies(moments.shape, moments.low_frequencies)
         self.shape = moments.shape
-        pairs = [np.linalg.eigh(low_covariance(moments, label)) for label in range(moments.num_classes)]
+        pairs = [np.linalg.eigh(covariance) for covariance in moments.covariance]
         self._constant("low", torch.from_numpy(layout.low))
         self._constant("mean", _tensor(moments.mean))
         self._constant("values", _tensor(np.maximum(np.stack([values for values, _ in pairs]), 1e-6)))

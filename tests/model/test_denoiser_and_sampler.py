@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpsynth.config import GenerateConfig
+from dpsynth.config import GenerateConfig, packing
 from dpsynth.errors import ArtifactError
 from dpsynth.generate import draw, image_seeds, mixed_labels
 from dpsynth.model.denoiser import Denoiser, depth_to_space, space_to_depth
@@ -40,7 +40,7 @@ def dense(known: Moments, label: int) -> tuple[np.ndarray, np.ndarray]:
     size = int(np.prod(known.shape))
     layout = frequencies(known.shape, known.low_frequencies)
     covariance = np.diag(known.variance[label])
-    covariance[np.ix_(layout.low, layout.low)] += known.covariance[label]
+    covariance[np.ix_(layout.low, layout.low)] = known.covariance[label]
     mean = np.zeros(size)
     mean[layout.low] = known.mean[label]
     basis = from_frequencies(np.eye(size), known.shape).reshape(size, size).T.astype(np.float64)
@@ -63,15 +63,25 @@ def test_the_filter_is_the_posterior_of_a_gaussian(shape: tuple[int, ...], sigma
         assert float(error[row]) == pytest.approx(np.sqrt(np.trace(left) / len(mean)), rel=1e-3)
 
 
+@pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("shape", [(1, 8, 12), (3, 4, 4), (2, 4, 8, 12)])
-def test_packing_loses_nothing_and_keeps_neighbours_together(shape: tuple[int, ...]) -> None:
+def test_packing_loses_nothing_and_keeps_neighbours_together(shape: tuple[int, ...], factor: int) -> None:
     x = torch.randn(2, *shape)
-    packed = space_to_depth(x)
-    assert packed.shape == (2, shape[0] * 2 ** (len(shape) - 1), *(side // 2 for side in shape[1:]))
-    assert torch.equal(depth_to_space(packed), x)
-    corner = x[(0, 0, *(slice(0, 2) for _ in shape[1:]))].flatten().sort().values
-    packed_corner = packed[(0, slice(0, 2 ** (len(shape) - 1)), *(0 for _ in shape[1:]))].sort().values
+    packed = space_to_depth(x, factor)
+    assert packed.shape == (2, shape[0] * factor ** (len(shape) - 1), *(side // factor for side in shape[1:]))
+    assert torch.equal(depth_to_space(packed, factor), x)
+    corner = x[(0, 0, *(slice(0, factor) for _ in shape[1:]))].flatten().sort().values
+    packed_corner = packed[(0, slice(0, factor ** (len(shape) - 1)), *(0 for _ in shape[1:]))].sort().values
     assert torch.equal(corner, packed_corner)
+
+
+@pytest.mark.parametrize(
+    ("space", "factor"),
+    [((8, 8), 2), ((28, 28), 2), ((32, 32), 2), ((36, 36), 2), ((40, 40), 4), ((64, 64), 4), ((28, 28, 28), 2), ((64, 28), 2)],
+)
+def test_every_size_is_packed_to_positions_that_the_net_can_halve(space: tuple[int, ...], factor: int) -> None:
+    assert packing(space) == factor
+    assert all(side % (2 * factor) == 0 for side in space)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 8, 8, 8)])
