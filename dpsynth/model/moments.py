@@ -5,6 +5,7 @@ one before: count and sum of the low frequencies; second moments of their residu
 A patient's contribution to a query is the mean over their images of class-indexed vectors that were clipped to the query's clip
 norm, so by convexity it is never longer than the clip norm, whatever and however many the images are.
 All constants (centre, clip norms, band scales) are computed on public images, never on private ones.
+With attributes the classes are cells, and small ones lean on their label (`pooling`); the bound does not depend on what a class is.
 Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al. 2022 for one-shot moments as generators.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
 
+from dpsynth.model.pooling import Variances, consistent_counts, joined_sum, pooled_covariances, pooled_means
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
 from dpsynth.privacy.noise import NoiseStream
 
@@ -198,19 +200,28 @@ def release_moments(
     reference: PublicReference,
     stream: NoiseStream | None,
     record: Record | None = None,
+    labels_of_cells: Int64 | None = None,
 ) -> Moments:
     """Noised moments of images (n, channel, *space) of patients (n,). Without a mechanism they are exact, for public images only.
 
+    With attributes `labels` are cells, and `labels_of_cells` (classes,) holds the label that each of them leans on.
     `record` is told each query's name, its exact sums and its noised sums, (classes, width) each, so that a monitor can compare.
     """
     if (mechanism is None) != (stream is None):
         raise ValueError("Expected a mechanism and a noise stream, or neither.")
     layout = frequencies(reference.shape, reference.low_frequencies)
-    release = _Release(labels, patients, num_classes, mechanism, stream, record)
+    release = _Release(labels, patients, num_classes, mechanism, stream, record, labels_of_cells)
     coefficients = to_frequencies(images)
-    counts, mean = _release_means(coefficients[:, layout.low], release, reference)
+    means = _release_means(coefficients[:, layout.low], release, reference)
+    if labels_of_cells is None:
+        counts, mean = means.counts, reference.centre + means.sums / means.counts[:, None]
+    else:
+        counts, mean = means.patients, reference.centre + _pooled(means, means.sums, labels_of_cells, shape=_falloff(layout))
     covariance = _release_second_moments(coefficients[:, layout.low] - mean[labels], release, counts, reference)
-    variance = _release_bands(coefficients, labels, release, counts, mean, covariance, layout, reference)
+    if labels_of_cells is not None:  # once more, now that the scatter within cells is known
+        scatter = np.diagonal(covariance, axis1=1, axis2=2).mean(axis=0)
+        mean = reference.centre + _pooled(means, means.sums, labels_of_cells, shape=_falloff(layout), scatter=scatter)
+    variance = _release_bands(coefficients, labels, release, means, mean, covariance, layout, reference)
     return Moments(
         shape=reference.shape,
         low_frequencies=reference.low_frequencies,
@@ -231,6 +242,7 @@ class _Release:
     mechanism: MomentRelease | None
     stream: NoiseStream | None
     record: Record | None = None
+    labels_of_cells: Int64 | None = None
 
     def noised_sum(self, name: str, rows: Array, clip_norm: float) -> Array:
         """Sum over patients of the mean over their rows of class-indexed, clipped vectors: (classes, width). rows: (n, width)."""
@@ -262,7 +274,23 @@ def patient_sum(rows: Array, labels: Int64, patients: Int64, num_classes: int, c
     return total
 
 
-def _release_means(low: Array, release: _Release, reference: PublicReference) -> tuple[Array, Array]:
+@dataclass(frozen=True, kw_only=True)
+class _Means:
+    """Noised sums of the low block around the centre, (classes, low), and counts (classes,), raised above the noise or made consistent."""
+
+    sums: Array
+    counts: Array
+    patients: Array
+    stddev: float  # of the noise on each number
+    count_stddev: float
+
+
+def count_stddev(mechanism: MomentRelease, reference: PublicReference) -> float:
+    """Standard deviation of the noise on the count of each class, in patients."""
+    return mechanism.noise_stddev("means") / (_COUNT_WEIGHT * reference.clip_low)
+
+
+def _release_means(low: Array, release: _Release, reference: PublicReference) -> _Means:
     weight = _COUNT_WEIGHT * reference.clip_low
     query = float(np.hypot(weight, reference.clip_low))
     centred = low - reference.centre
@@ -270,9 +298,35 @@ def _release_means(low: Array, release: _Release, reference: PublicReference) ->
     clipped = centred * np.minimum(1.0, reference.clip_low / np.maximum(norms, 1e-12))
     stacked = np.concatenate([np.full((len(low), 1), weight), clipped], axis=1)
     total = release.noised_sum("means", stacked, query)
-    smallest = max(1.0, 2 * release.noise_stddev("means") / weight)
-    counts = np.maximum(total[:, 0] / weight, smallest)
-    return counts, reference.centre + total[:, 1:] / counts[:, None]
+    stddev = release.noise_stddev("means")
+    smallest = max(1.0, 2 * stddev / weight)
+    return _Means(
+        sums=total[:, 1:],
+        counts=np.maximum(total[:, 0] / weight, smallest),
+        patients=consistent_counts(total[:, 0] / weight, smallest),
+        stddev=stddev,
+        count_stddev=stddev / weight,
+    )
+
+
+def _falloff(layout: Frequencies) -> Array:
+    """How cells are thought to differ by frequency, (low,): as the power of images does, which falls with its square (Field 1987)."""
+    pixels = np.unravel_index(layout.low % int(np.prod(layout.shape[1:])), layout.shape[1:])
+    return np.asarray(1 / (1 + sum(axis.astype(np.float64) ** 2 for axis in pixels)))
+
+
+def _pooled(
+    means: _Means, sums: Array, labels_of_cells: Int64, *, shape: Array, stddev: float | None = None, scatter: Array | None = None
+) -> Array:
+    """Means of cells (cells, width) from noised sums, by default of the means' noise, with that of the counts."""
+    total, count = joined_sum(sums, means.patients)
+    uncertain_count = (means.count_stddev * total / max(count, 1e-12)) ** 2
+    variances = Variances(
+        noise=(means.stddev if stddev is None else stddev) ** 2 + uncertain_count,
+        scatter=np.zeros(sums.shape[1]) if scatter is None else scatter,
+        shape=shape,
+    )
+    return pooled_means(sums, means.patients, labels_of_cells, variances)
 
 
 def _release_second_moments(residual: Array, release: _Release, counts: Array, reference: PublicReference) -> Array:
@@ -289,6 +343,8 @@ def _release_second_moments(residual: Array, release: _Release, counts: Array, r
     matrices = matrices + np.triu(matrices, 1).transpose(0, 2, 1) if width > 1 else matrices
     matrices[:, columns, rows] = matrices[:, rows, columns]
     stddev = release.noise_stddev("second_moments")
+    if release.labels_of_cells is not None:
+        return pooled_covariances(matrices, counts, release.labels_of_cells, stddev=stddev)
     pooled = _denoised(matrices.sum(axis=0), counts.sum(), stddev * np.sqrt(len(counts)))
     own_weight = counts / (counts + width)  # few patients: lean on all classes together
     own = np.stack([_denoised(matrix, count, stddev) for matrix, count in zip(matrices, counts, strict=True)])
@@ -313,7 +369,7 @@ def _release_bands(
     coefficients: Array,
     labels: Int64,
     release: _Release,
-    counts: Array,
+    means: _Means,
     mean: Array,
     covariance: Array,
     layout: Frequencies,
@@ -323,7 +379,11 @@ def _release_bands(
     centred[:, layout.low] -= mean[labels]
     energies = _energies(centred, layout)
     total = release.noised_sum("bands", energies * reference.band_scale, reference.clip_bands)
-    per_band = np.maximum(total, 0) / counts[:, None] / reference.band_scale
+    if release.labels_of_cells is None:
+        energy = np.maximum(total, 0) / means.counts[:, None]
+    else:
+        energy = _pooled(means, total, release.labels_of_cells, shape=np.ones(total.shape[1]), stddev=release.noise_stddev("bands"))
+    per_band = energy / reference.band_scale
     per_band = np.maximum(per_band, 0.02 / reference.band_scale)  # a band that drowned in noise keeps a little of the public energy
     explained = np.zeros_like(per_band)
     for label in range(release.num_classes):
