@@ -103,13 +103,23 @@ def train(
 
 
 @app.command()
-def generate(run: RunArgument) -> None:
-    """Draw the candidates: as many images as the configuration says, one seed each."""
+def generate(
+    run: RunArgument,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", metavar="NAME=VALUE:SHARE,...", help="Wanted shares of an attribute or of label, as in sex=F:0.5,M:0.5; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Draw the candidates: as many images as the configuration says, one seed each, in the wanted mix."""
     from dpsynth.generate import generate as draw
 
     with _progress() as progress:
-        count = draw(run, progress=progress)
-    print(f"{count} candidates in {run / 'generate'}. Next: dpsynth check {run}")
+        drawn = draw(run, progress=progress, target=_target(target or []))
+    for warning in drawn.warnings:
+        print(f"Warning: {warning}.")
+    print(f"{drawn.count} candidates in {run / 'generate'}. Next: dpsynth check {run}")
 
 
 @app.command()
@@ -257,6 +267,19 @@ def _reviews(accepted: list[str]) -> dict[str, str]:
             raise UsageError(f"Expected --accept CHECK=WHO: WHY, found {item!r}.")
         reviews[check_name.strip()] = text.strip()
     return reviews
+
+
+def _target(given: list[str]) -> dict[str, dict[str, float]]:
+    """Parse `NAME=VALUE:SHARE,...`. Raises UsageError."""
+    target: dict[str, dict[str, float]] = {}
+    for item in given:
+        name, _, text = item.partition("=")
+        pairs = [part.rpartition(":") for part in text.split(",")]
+        try:
+            target[name.strip()] = {value.strip(): float(share) for value, _, share in pairs}
+        except ValueError as error:
+            raise UsageError(f"Expected --target NAME=VALUE:SHARE,VALUE:SHARE, found {item!r}.") from error
+    return target
 
 
 @contextmanager

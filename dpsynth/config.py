@@ -6,6 +6,7 @@ All values here are public constants: they are chosen without looking at the pri
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dpsynth.cells import LABEL, UNKNOWN, Cells, target_problem
 from dpsynth.errors import ConfigError
 from dpsynth.privacy.unit import PrivacyUnit
 
@@ -45,6 +47,42 @@ class PhantomConfig(_Settings):
     seed: int = Field(0, ge=0, description="The same seed gives the same cohort, bit by bit.")
 
 
+_LARGEST_NUMBER_OF_CELLS = 64  # each has a covariance of its own, and a patient is in few of them
+_TAKEN = (LABEL, "index", "synthetic", "file", "patient_id", "images", "labels", "png", "nifti", "dicom")
+
+
+class AttributeConfig(_Settings):
+    """One attribute as a public list of values, of bands of numbers, or of both. A list alone stands for `values`."""
+
+    column: str | None = Field(None, min_length=1, description="Column of table.csv, or DICOM keyword; none: the attribute's name.")
+    values: tuple[Annotated[str, Field(min_length=1, max_length=40)], ...] = Field(
+        (), description=f"Values as they are stored. Images without one are refused, or belong to `{UNKNOWN}` when it is listed."
+    )
+    bands: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = Field(
+        (), description="Rising edges of bands of numbers. The lower edge belongs to a band, the upper to the next; the last has both."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: object) -> object:
+        return {"values": value} if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AttributeConfig:
+        if len(self.bands) == 1 or any(low >= high for low, high in itertools.pairwise(self.bands)):
+            raise ValueError("bands must be two or more rising numbers")
+        if len(self.names) < 2 or len(set(self.names)) != len(self.names):
+            raise ValueError("an attribute needs at least two values or bands, none of them twice")
+        if any(not name.isprintable() or name != name.strip() for name in self.names):
+            raise ValueError("values must be printable and neither begin nor end with a space")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All values: the bands as "18-65", then the listed ones."""
+        return (*(f"{low:g}-{high:g}" for low, high in itertools.pairwise(self.bands)), *self.values)
+
+
 class DataConfig(_Settings):
     """Where the private images are and what is publicly known about them."""
 
@@ -60,6 +98,12 @@ class DataConfig(_Settings):
         ("normal", "lesion"), min_length=1, description="All labels, a public list; a label outside it is an error."
     )
     label_column: str = Field("label", description="Column of table.csv, or DICOM keyword, that holds the label.")
+    attributes: dict[Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,39}$")], AttributeConfig] = Field(
+        {},
+        description="Conditions beside the label, public lists: `sex: [F, M]` for the values of a column, or "
+        "`age: {column: age_years, bands: [0, 18, 65, 120]}` for bands of numbers. Images without a value are refused unless the list has "
+        "`unknown`. DICOM: any keyword, or sex, age_years, site. Each combination with a label is a cell; at most 64.",
+    )
     declared_patients: Count = Field(
         500, description="Public, rounded number of patients (or images when unit is image). Batch size and delta use it."
     )
@@ -98,7 +142,23 @@ class DataConfig(_Settings):
             raise ValueError("classes must not repeat")
         if any(side % 4 for side in self.spatial_shape) or min(self.spatial_shape) < 8:
             raise ValueError("each side of spatial_shape must be a multiple of 4 and at least 8")
+        self._require_attributes()
         return self
+
+    def _require_attributes(self) -> None:
+        if self.attributes and self.format == "medmnist":
+            raise ValueError("a MedMNIST file holds no attributes: leave data.attributes out, or use another format")
+        if taken := [name for name in self.attributes if name in _TAKEN]:
+            raise ValueError(f"an attribute cannot be called {taken[0]}: choose another name and set its column")
+        if self.attributes and len(self.cells) > _LARGEST_NUMBER_OF_CELLS:
+            raise ValueError(
+                f"classes and attributes make {len(self.cells)} cells, at most {_LARGEST_NUMBER_OF_CELLS} can be: merge values or bands"
+            )
+
+    @property
+    def cells(self) -> Cells:
+        """The layout of label and attributes."""
+        return Cells(classes=self.classes, attributes=tuple((name, attribute.names) for name, attribute in self.attributes.items()))
 
 
 class PrivacyConfig(_Settings):
@@ -164,7 +224,13 @@ class GenerateConfig(_Settings):
 
     count: Count = Field(500, description="Images to draw.")
     label_mix: Literal["balanced", "noisy_prior"] = Field(
-        "noisy_prior", description="Equal numbers per class, or the class frequencies as released with noise."
+        "noisy_prior",
+        description="Equal numbers per class, or the class frequencies as released with noise. Attributes within a class as released.",
+    )
+    target: dict[str, dict[str, float]] = Field(
+        {},
+        description="Wanted shares, as in `{sex: {F: 0.5, M: 0.5}}`, of attributes and `label`; for all values, above 0, sum 1. What "
+        "is not named follows the noisy frequencies (iterative proportional fitting). `dpsynth generate --target` stands above it.",
     )
     seed: int = Field(0, ge=0, description="Image i has its own seed made from this one and i.")
     steps: Count = Field(14, description="Sampler steps.")
@@ -225,6 +291,8 @@ class Config(_Settings):
             raise ValueError("release.formats: volumes cannot be written as png; use nifti or dicom")
         if self.generate.sigma_min >= self.generate.sigma_max:
             raise ValueError("generate.sigma_min must be smaller than generate.sigma_max")
+        if problem := target_problem(self.data.cells, self.generate.target):
+            raise ValueError(f"generate.target.{problem}")
         return self
 
 

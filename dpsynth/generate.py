@@ -1,4 +1,4 @@
-"""From a trained generator to candidates: 8-bit images with labels, each with a seed of its own.
+"""From a trained generator to candidates: 8-bit images with labels and attributes, each with a seed of its own.
 
 Drawing reads no private data, so it costs no privacy. What is checked and released are the 8-bit candidates written here.
 """
@@ -6,48 +6,107 @@ Drawing reads no private data, so it costs no privacy. What is checked and relea
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.artifacts import RunFolder
+from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, target_problem
 from dpsynth.config import GenerateConfig, parse_config
-from dpsynth.data.candidates import Candidates, save_candidates, to_8_bit
+from dpsynth.data.candidates import Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit
+from dpsynth.errors import UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.progress import Progress
 
+Target = Mapping[str, Mapping[str, float]]
 
-def generate(run_path: Path, *, progress: Progress) -> int:
-    """Draw the candidates of the run at `run_path`; a second call draws the same ones. Returns their number."""
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """How many candidates there are, and what should be known about them, a line each."""
+
+    count: int
+    warnings: tuple[str, ...]
+
+
+def generate(run_path: Path, *, progress: Progress, target: Target | None = None) -> Drawn:
+    """Draw the candidates of the run at `run_path`; a second call draws the same ones. `target` stands above that of the configuration.
+
+    Raises UsageError for a target that cannot be drawn.
+    """
     run = RunFolder.open(run_path)
     run.require("train")
     config = parse_config(run.config_text, base=run.path)
+    settings = _with_target(config.generate, target, config.data.cells)
+    generator = Generator.load(run.folder("train"))
     run.reset("generate")
-    candidates = draw(Generator.load(run.folder("train")), config.generate, progress=progress)
+    candidates = draw(generator, settings, progress=progress)
     save_candidates(run, candidates)
-    run.complete("generate", needs=("train",), facts={"count": len(candidates.images)})
-    return len(candidates.images)
+    rows = cell_rows(generator, candidates)
+    if generator.attributes:
+        save_cell_rows(run, rows)
+    facts = {"count": len(candidates.images), **({"target": settings.target} if settings.target else {})}
+    run.complete("generate", needs=("train",), facts=facts)
+    return Drawn(count=len(candidates.images), warnings=small_cells(rows) if generator.attributes else ())
+
+
+def _with_target(settings: GenerateConfig, target: Target | None, cells: Cells) -> GenerateConfig:
+    if not target:
+        return settings
+    if problem := target_problem(cells, target):
+        raise UsageError(f"--target {problem}.")
+    return settings.model_copy(update={"target": {**settings.target, **{name: dict(shares) for name, shares in target.items()}}})
 
 
 def draw(generator: Generator, settings: GenerateConfig, *, progress: Progress) -> Candidates:
     """Draw `settings.count` images; equal settings give equal images."""
-    labels = mixed_labels(settings, generator.label_probabilities)
-    seeds = image_seeds(settings.seed, len(labels))
-    images = generator.sample(labels, seeds, settings, progress=progress)
-    return Candidates(images=to_8_bit(images), labels=labels, seeds=seeds)
+    layout = generator.cells
+    cells = mixed_cells(settings, generator.cell_probabilities, layout)
+    seeds = image_seeds(settings.seed, len(cells))
+    images = generator.sample(cells, seeds, settings, progress=progress)
+    return Candidates(images=to_8_bit(images), labels=layout.labels(cells), seeds=seeds, attributes=layout.values(cells))
 
 
-def mixed_labels(settings: GenerateConfig, probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Labels in the wanted mix: (count,), every class with probability above zero at least once where count allows."""
-    classes = len(probabilities)
-    shares = np.full(classes, 1 / classes) if settings.label_mix == "balanced" else np.asarray(probabilities, dtype=np.float64)
+def mixed_cells(settings: GenerateConfig, probabilities: NDArray[np.float64], cells: Cells) -> NDArray[np.int64]:
+    """Cells in the wanted mix: (count,), in random order, each share met to within one image. probabilities: (cells,), as released."""
+    shares = _wanted_shares(settings, probabilities, cells)
     exact = shares / shares.sum() * settings.count
     counts = np.floor(exact).astype(np.int64)
     largest_remainders = np.argsort(-(exact - counts), kind="stable")[: settings.count - int(counts.sum())]
     counts[largest_remainders] += 1
-    labels = np.repeat(np.arange(classes, dtype=np.int64), counts)
-    return np.random.default_rng(settings.seed).permutation(labels)
+    drawn = np.repeat(np.arange(len(cells), dtype=np.int64), counts)
+    return np.random.default_rng(settings.seed).permutation(drawn)
+
+
+def _wanted_shares(settings: GenerateConfig, probabilities: NDArray[np.float64], cells: Cells) -> NDArray[np.float64]:
+    equal = {name: 1 / len(cells.classes) for name in cells.classes}
+    target = {LABEL: equal, **settings.target} if settings.label_mix == "balanced" else settings.target
+    if not cells.attributes and not settings.target:
+        return np.array(list(equal.values())) if target else np.asarray(probabilities, dtype=np.float64)
+    return fit_shares(cells, np.asarray(probabilities, dtype=np.float64), target)
+
+
+def cell_rows(generator: Generator, candidates: Candidates) -> tuple[CellRow, ...]:
+    """One row for each cell: how many patients it has as released with noise, and how many images were drawn."""
+    layout = generator.cells
+    drawn = np.bincount(layout.index(candidates.labels, candidates.conditions()), minlength=len(layout))
+    return tuple(
+        CellRow(name=layout.name(cell), noisy_patients=round(float(count), 1), stddev=round(generator.count_stddev, 1), images=int(number))
+        for cell, (count, number) in enumerate(zip(generator.moments.counts, drawn, strict=True))
+    )
+
+
+def small_cells(rows: tuple[CellRow, ...]) -> tuple[str, ...]:
+    """A line for each drawn cell whose noisy count is below FEWEST_PATIENTS: its images mostly show what its label looks like."""
+    return tuple(
+        f"{row.name}: {row.images} images from {row.noisy_patients:.0f} patients (released, noise ± {row.stddev:.0f}); "
+        f"below {FEWEST_PATIENTS} they mostly show their label"
+        for row in rows
+        if row.images and row.noisy_patients < FEWEST_PATIENTS
+    )
 
 
 def image_seeds(seed: int, count: int) -> NDArray[np.uint64]:

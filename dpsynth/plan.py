@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dpsynth.cells import FEWEST_PATIENTS
 from dpsynth.config import Config, packing
 from dpsynth.privacy.accountant import COARSE, epsilon_pld, epsilon_rdp, tpr_at_fpr
 from dpsynth.privacy.calibrate import plan_mechanisms, resolve_delta
@@ -36,6 +37,9 @@ class Plan:
     steps: int
     expected_batch: float
     expected_control: float
+    attributes: tuple[str, ...]
+    cells: int
+    patients_per_cell: float  # of training, on average
     seconds: float
     memory_bytes: float
 
@@ -63,6 +67,9 @@ def plan(config: Config) -> Plan:
         steps=sgd.steps if sgd else 0,
         expected_batch=sgd.expected_batch_size if sgd else 0.0,
         expected_control=config.data.declared_patients * config.data.control_fraction,
+        attributes=tuple(config.data.attributes),
+        cells=len(config.data.cells),
+        patients_per_cell=config.data.declared_patients * (1 - config.data.control_fraction) / len(config.data.cells),
         seconds=_seconds(config, sgd),
         memory_bytes=_memory(config),
     )
@@ -109,6 +116,12 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
         )
     if plan_.expected_control < FEWEST_CONTROL:
         text = f"about {plan_.expected_control:.0f} control patients; below {FEWEST_CONTROL} the checks cannot tell and nothing is released"
+        rows.append(("warning", text))
+    if plan_.attributes:
+        names = ", ".join(("label", *plan_.attributes))
+        rows.append(("cells", f"{plan_.cells} of {names}; on average {plan_.patients_per_cell:.0f} training patients each"))
+    if plan_.attributes and plan_.patients_per_cell < FEWEST_PATIENTS:
+        text = f"cells of fewer than {FEWEST_PATIENTS} patients mostly show what their label has in common; merge values, bands or classes"
         rows.append(("warning", text))
     rows.append(("time", f"about {plan_.seconds / 60:.1f} minutes on 2 cores (estimate)"))
     rows.append(("memory", f"about {plan_.memory_bytes / 2**30:.1f} GiB (estimate)"))

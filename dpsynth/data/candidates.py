@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.artifacts import RunFolder, sha256_file, write_bytes
+from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
 from dpsynth.errors import ArtifactError
 
-FILE = "candidates.npz"
+FILE, CELLS = "candidates.npz", "cells.json"
+_ATTRIBUTE = "attribute_"  # begins the name of an attribute's array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """images: (n, channel, *space) uint8; labels, seeds: (n,)."""
+    """images: (n, channel, *space) uint8; labels, seeds: (n,); attributes: by name the value of each image, (n,)."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     seeds: NDArray[np.uint64]
+    attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+
+    def conditions(self) -> list[dict[str, str]]:
+        """The attributes of each image."""
+        return [{name: str(values[row]) for name, values in self.attributes.items()} for row in range(len(self.images))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRow:
+    """A cell in a report: patients as released with noise of `stddev`, and images drawn. All of it may leave."""
+
+    name: str
+    noisy_patients: float
+    stddev: float
+    images: int
 
 
 def to_8_bit(images: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -38,7 +55,8 @@ def load_candidates(run: RunFolder) -> Candidates:
     run.require("generate")
     try:
         with np.load(run.folder("generate") / FILE, allow_pickle=False) as arrays:
-            return Candidates(images=arrays["images"], labels=arrays["labels"], seeds=arrays["seeds"])
+            attributes = {name.removeprefix(_ATTRIBUTE): arrays[name] for name in arrays.files if name.startswith(_ATTRIBUTE)}
+            return Candidates(images=arrays["images"], labels=arrays["labels"], seeds=arrays["seeds"], attributes=attributes)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"Expected readable candidates in {FILE}: {error}. Run `dpsynth generate` again.") from error
 
@@ -46,8 +64,26 @@ def load_candidates(run: RunFolder) -> Candidates:
 def save_candidates(run: RunFolder, candidates: Candidates) -> None:
     """Write the candidates into the run; equal candidates give equal bytes."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=candidates.images, labels=candidates.labels, seeds=candidates.seeds)
+    arrays: dict[str, NDArray[np.generic]] = {"images": candidates.images, "labels": candidates.labels, "seeds": candidates.seeds}
+    arrays |= {_ATTRIBUTE + name: values for name, values in candidates.attributes.items()}
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(run.folder("generate") / FILE, buffer.getvalue())
+
+
+def save_cell_rows(run: RunFolder, rows: tuple[CellRow, ...]) -> None:
+    """Write how the cells were drawn."""
+    write_json(run.folder("generate") / CELLS, [asdict(row) for row in rows])
+
+
+def load_cell_rows(run: RunFolder) -> tuple[CellRow, ...]:
+    """How the cells were drawn; empty when the generator has no attributes. Raises ArtifactError."""
+    path = run.folder("generate") / CELLS
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(CellRow(**row) for row in read_json(path))
+    except TypeError as error:
+        raise ArtifactError(f"Expected rows of cells in {CELLS}. Run `dpsynth generate` again.") from error
 
 
 def candidates_digest(run: RunFolder) -> str:

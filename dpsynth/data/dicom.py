@@ -2,7 +2,7 @@
 
 Which label counts: when the folder holds a table.csv, its labels (by column `file`, else by `patient_id`) and nothing from
 the headers; without a table, the attribute whose DICOM keyword is data.label_column. A table with `file` and `patient_id`
-also names the patients, for exports whose PatientID was wiped.
+also names the patients, for exports whose PatientID was wiped. So for data.attributes: a column of the table counts, else the keyword.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.datadict import tag_for_keyword
 from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
 from dpsynth.data.cohort import Cohort, Float32, Image, Record
@@ -41,19 +42,30 @@ class _Header:
     instance: str
     frames: int
     attributes: Mapping[str, str]
+    conditions: tuple[str, ...]  # the values of the declared attributes
 
 
-def read_dicom(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, dimensions: int) -> Cohort:
+def read_dicom(
+    folder: Path,
+    *,
+    name: str,
+    unit: PrivacyUnit,
+    classes: tuple[str, ...],
+    label_column: str,
+    dimensions: int,
+    attribute_columns: tuple[str, ...] = (),
+) -> Cohort:
     """Every DICOM file below `folder`. With 2 `dimensions` each file is an image, with 3 each series is a volume.
 
+    `attribute_columns` are read beside sex, age_years and site: columns of the table, else DICOM keywords.
     A copy of an image (equal SOPInstanceUID, patient, label and pixels) is left out. Raises DataError for a file that is no
     DICOM, or has no patient, no label, an unknown label, or the SOPInstanceUID of something else.
     """
     if not folder.is_dir():
         raise DataError(f"Expected a folder at {folder.name}, found none. Check data.path.")
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (TABLE, "DICOMDIR") and not p.name.startswith("."))
-    table = _Labels(folder / TABLE, label_column) if (folder / TABLE).exists() else None
-    headers = [_header(path, folder, table=table, label_column=label_column) for path in paths]
+    table = _Labels(folder / TABLE, label_column, attribute_columns) if (folder / TABLE).exists() else None
+    headers = [_header(path, folder, table=table, label_column=label_column, attribute_columns=attribute_columns) for path in paths]
     if table is not None:
         table.require_used()
     distinct = _distinct(headers)
@@ -77,7 +89,7 @@ def read_dicom(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str
 class _Labels:
     """The table.csv of a DICOM folder: labels by file or by patient."""
 
-    def __init__(self, path: Path, label_column: str) -> None:
+    def __init__(self, path: Path, label_column: str, attribute_columns: tuple[str, ...]) -> None:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file, strict=True)
@@ -89,6 +101,7 @@ class _Labels:
         if self._key not in columns or label_column not in columns:
             raise DataError(f"{TABLE}: expected the columns file or patient_id, and {label_column}. Add them or remove the table.")
         self._rows: dict[str, tuple[str, str]] = {}
+        self._attributes: dict[str, dict[str, str]] = {}
         self._used: set[str] = set()
         for number, row in enumerate(rows, 2):
             key, label = (row[self._key] or "").strip(), (row[label_column] or "").strip()
@@ -98,6 +111,7 @@ class _Labels:
                 raise DataError(f"{TABLE} line {number}: {key} appears twice. Keep one row for each {self._key}.")
             patient = (row.get("patient_id") or "").strip() if self._key == "file" else ""
             self._rows[key] = (label, patient)
+            self._attributes[key] = {column: (row[column] or "").strip() for column in attribute_columns if column in columns}
 
     def of(self, *, file: str, patient_id: str) -> tuple[str, str]:
         """Label and patient id of a file."""
@@ -107,6 +121,10 @@ class _Labels:
         self._used.add(key)
         label, patient = self._rows[key]
         return label, patient or patient_id
+
+    def attributes_of(self, *, file: str, patient_id: str) -> dict[str, str]:
+        """Those attributes of a file that have a column, empty where the row has no value."""
+        return self._attributes[file if self._key == "file" else patient_id]
 
     def require_used(self) -> None:
         """Raise DataError when a row belongs to no file."""
@@ -134,11 +152,14 @@ def _value(dataset: Any, keyword: str, name: str) -> str:
         raise DataError(f"{name}: {keyword} is not readable. Correct the file or remove it.") from error
 
 
-def _header(path: Path, folder: Path, *, table: _Labels | None, label_column: str) -> _Header:
+def _header(path: Path, folder: Path, *, table: _Labels | None, label_column: str, attribute_columns: tuple[str, ...] = ()) -> _Header:
     file, dataset = path.relative_to(folder).as_posix(), _open(path, pixels=False)
     patient_id = _value(dataset, "PatientID", file)
+    attributes = _attributes(dataset, file, attribute_columns)
     if table is not None:
-        label, patient_id = table.of(file=file, patient_id=patient_id)
+        label, named = table.of(file=file, patient_id=patient_id)
+        attributes |= table.attributes_of(file=file, patient_id=patient_id)
+        patient_id = named
     else:
         label = _value(dataset, label_column, file)
     if not patient_id:
@@ -156,16 +177,18 @@ def _header(path: Path, folder: Path, *, table: _Labels | None, label_column: st
         series=_value(dataset, "SeriesInstanceUID", file),
         instance=_value(dataset, "SOPInstanceUID", file),
         frames=int(frames),
-        attributes=_attributes(dataset, file),
+        attributes={key: value for key, value in attributes.items() if value},
+        conditions=tuple(attributes.get(column, "") for column in attribute_columns),
     )
 
 
-def _attributes(dataset: Any, name: str) -> dict[str, str]:
-    found = {"sex": _value(dataset, "PatientSex", name), "site": _value(dataset, "InstitutionName", name)}
+def _attributes(dataset: Any, name: str, columns: tuple[str, ...]) -> dict[str, str]:
+    found = {column: _value(dataset, column, name) for column in columns if tag_for_keyword(column) is not None}
+    found |= {"sex": _value(dataset, "PatientSex", name), "site": _value(dataset, "InstitutionName", name)}
     age = _value(dataset, "PatientAge", name)
     if len(age) == 4 and age[:3].isascii() and age[:3].isdigit() and age[3] in _AGE_UNITS:
         found["age_years"] = str(int(int(age[:3]) * _AGE_UNITS[age[3]]))
-    return {key: value for key, value in found.items() if value}
+    return found
 
 
 def _distinct(headers: list[_Header]) -> list[_Header]:
@@ -176,9 +199,10 @@ def _distinct(headers: list[_Header]) -> list[_Header]:
         if first is header:
             continue
         pixels = [_open(path, pixels=True).get("PixelData") for path in (first.path, header.path)]
-        same = (header.patient_id, header.label, pixels[0]) == (first.patient_id, first.label, pixels[1])
+        facts = [(h.patient_id, h.label, h.conditions) for h in (first, header)]
+        same = facts[0] == facts[1] and pixels[0] == pixels[1]
         if not same:
-            found = "but another patient, label or picture"
+            found = "but another patient, label, attribute or picture"
             raise DataError(f"{header.file}: the SOPInstanceUID of {first.file} {found}. Remove or correct one of them.")
     return list(seen.values())
 
@@ -191,8 +215,10 @@ def _series(headers: list[_Header]) -> list[list[_Header]]:
         key = header.file if header.frames > 1 else header.series
         groups[key].append(header)
         first = groups[key][0]
-        if (header.patient_id, header.label) != (first.patient_id, first.label):
-            raise DataError(f"{header.file}: another patient or label than {first.file} of the same series. Correct one of them.")
+        if (header.patient_id, header.label, header.conditions) != (first.patient_id, first.label, first.conditions):
+            raise DataError(
+                f"{header.file}: another patient or label, or other attributes, than {first.file} of the same series. Correct one of them."
+            )
     return list(groups.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpsynth.config import DataConfig
+from dpsynth.data.attributes import columns, with_declared_values
 from dpsynth.data.cohort import Cohort
 from dpsynth.data.dicom import read_dicom
 from dpsynth.data.medmnist import read_medmnist
@@ -13,7 +14,11 @@ from dpsynth.errors import DataError
 
 
 def read_cohort(config: DataConfig) -> Cohort:
-    """List the images of `config` without decoding them. Raises DataError."""
+    """List the images of `config` without decoding them, each declared attribute with a public value. Raises DataError."""
+    return with_declared_values(_listed(config), config)
+
+
+def _listed(config: DataConfig) -> Cohort:
     if config.format == "phantom":
         return phantom_cohort(
             anatomy=config.phantom.anatomy,
@@ -48,5 +53,6 @@ def read_cohort(config: DataConfig) -> Cohort:
             classes=config.classes,
             label_column=config.label_column,
             dimensions=dimensions,
+            attribute_columns=columns(config),
         )
     return read_nifti(path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column)

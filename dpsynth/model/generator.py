@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from dpsynth.artifacts import read_json, write_bytes, write_json
+from dpsynth.cells import Cells
 from dpsynth.config import GenerateConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
@@ -25,31 +27,46 @@ SETTINGS, WEIGHTS = "generator.json", "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """Draws images. `denoiser` is None for the method of moments; `net_channels` are its U-Net's channels."""
+    """Draws images. `denoiser` is None for the method of moments; `net_channels` are its U-Net's channels.
+
+    With `attributes` the moments' classes are cells; `count_stddev` is that of the noise on their counts, in patients.
+    """
 
     classes: tuple[str, ...]
     moments: Moments
     denoiser: Denoiser | None
     net_channels: tuple[int, ...]
     texture: bool
+    attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    count_stddev: float = 0.0
+
+    @property
+    def cells(self) -> Cells:
+        """The layout of label and attributes."""
+        return Cells(classes=self.classes, attributes=self.attributes)
+
+    @property
+    def cell_probabilities(self) -> NDArray[np.float64]:
+        """Frequencies of the cells as released with noise, (cells,), positive, sum 1."""
+        return self.moments.probabilities
 
     @property
     def label_probabilities(self) -> NDArray[np.float64]:
         """Class frequencies as released with noise, (classes,), sum 1."""
-        return self.moments.probabilities
+        return self.cells.marginal(self.cell_probabilities, 0)
 
     def sample(
-        self, labels: NDArray[np.int64], seeds: NDArray[np.uint64], settings: GenerateConfig, *, progress: Progress
+        self, cells: NDArray[np.int64], seeds: NDArray[np.uint64], settings: GenerateConfig, *, progress: Progress
     ) -> NDArray[np.float32]:
-        """Images (n, channel, *space) in [-1, 1], image i from label i and seed i."""
+        """Images (n, channel, *space) in [-1, 1], image i from cell i (without attributes: label i) and seed i."""
         if self.denoiser is None:
-            images = sample_moment_images(self.moments, labels, seeds, texture=self.texture)
-            progress("draw images", len(labels), len(labels))
+            images = sample_moment_images(self.moments, cells, seeds, texture=self.texture)
+            progress("draw images", len(cells), len(cells))
             return images
         self.denoiser.eval()
         return sample(
             self.denoiser,
-            labels,
+            cells,
             seeds,
             shape=self.moments.shape,
             steps=settings.steps,
@@ -64,7 +81,7 @@ class Generator:
         if self.denoiser is not None:
             tensors |= {f"net.{name}": tensor.contiguous() for name, tensor in self.denoiser.net.state_dict().items()}
         write_bytes(folder / WEIGHTS, save(tensors))
-        settings = {
+        settings: dict[str, Any] = {
             "schema": SCHEMA,
             "classes": list(self.classes),
             "shape": list(self.moments.shape),
@@ -72,6 +89,8 @@ class Generator:
             "net_channels": list(self.net_channels) if self.denoiser is not None else None,
             "texture": self.texture,
         }
+        if self.attributes:
+            settings |= {"attributes": [[name, list(values)] for name, values in self.attributes], "count_stddev": self.count_stddev}
         write_json(folder / SETTINGS, settings)
 
     @classmethod
@@ -95,6 +114,8 @@ class Generator:
                 denoiser=denoiser,
                 net_channels=tuple(channels or ()),
                 texture=bool(settings["texture"]),
+                attributes=tuple((name, tuple(values)) for name, values in settings.get("attributes", ())),
+                count_stddev=float(settings.get("count_stddev", 0.0)),
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise ArtifactError(f"The generator in {folder.name} cannot be read ({type(error).__name__}). Train again.") from error

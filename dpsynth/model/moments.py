@@ -7,10 +7,9 @@ norm, so by convexity it is never longer than the clip norm, whatever and howeve
 
 All constants (centre, axes, clip norms, band scales) are computed on public images, never on private ones. Public images serve twice.
 The low frequencies are released along their principal axes, each divided by the fourth root of its public variance: noise is equal on all
-axes, so this puts less of it on the many weak ones. And what the noise hides is taken from them: a class keeps the covariance of all
-classes, and these the public one, but for what stands out of the noise.
-Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al. 2022 for one-shot moments as generators; Benaych-Georges
-& Nadakuditi 2011 (theorem 2.1) for eigenvalues under Wigner noise.
+axes, so this puts less of it on the many weak ones. And what the noise hides is taken from them (`pooling`). With attributes the classes
+are cells, and small ones lean on their label; the bound does not depend on what a class is.
+Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al. 2022 for one-shot moments as generators.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
 
+from dpsynth.model.pooling import Variances, consistent_counts, joined_sum, pooled_covariances, pooled_means, towards_one
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
 from dpsynth.privacy.noise import NoiseStream
 
@@ -37,8 +37,6 @@ _COUNT_WEIGHT = 0.3
 _SHARES = {"means": 0.3, "second_moments": 0.6, "bands": 0.1}
 _SMALLEST_VARIANCE = 1e-6
 _SHAPING = 0.25  # power of the public variance that an axis is divided by: 0 is none, 0.5 makes all axes equal
-_TYPICAL_RATIO = 0.5  # how far energies of two hospitals usually differ, as a part: the spread of the prior around the public ones
-_SMALLEST_RATIO = 0.05  # of private to public energy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +105,11 @@ class PublicReference:
         """Rows (n, low) along the principal axes, weak ones made larger."""
         return np.asarray(residuals @ self.axes * self.energies**-_SHAPING)
 
+    @property
+    def shaped_energies(self) -> Array:
+        """Public variances of shaped vectors, (low,)."""
+        return np.asarray(self.energies ** (1 - 2 * _SHAPING))
+
     def unshaped(self, rows: Array) -> Array:
         """Inverse of `shaped`."""
         return np.asarray((rows * self.energies**_SHAPING) @ self.axes.T)
@@ -174,7 +177,8 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     )
     norm = float(np.quantile(np.linalg.norm(constants.shaped(residual), axis=1), 0.95))
     bands = 2 * float(np.quantile(np.linalg.norm(energies * constants.band_scale, axis=1), 0.95))  # few numbers: a wide bound costs little
-    return replace(constants, clip_low=norm, clip_residual=norm, clip_bands=max(bands, 1e-3))
+    # Another hospital's images may be brighter than all of these: means get room for it, residuals are taken around the means.
+    return replace(constants, clip_low=1.5 * norm, clip_residual=norm, clip_bands=max(bands, 1e-3))
 
 
 def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
@@ -198,15 +202,18 @@ def release_moments(
     reference: PublicReference,
     stream: NoiseStream | None,
     record: Record | None = None,
+    labels_of_cells: Int64 | None = None,
 ) -> Moments:
-    """Noised moments of images (n, channel, *space) of patients (n,). Without a mechanism they are exact, for public images only.
+    """Noised moments of images (n, channel, *space) of patients (n,). Without a mechanism there is no noise, for public images only.
 
+    With attributes `labels` are cells, and `labels_of_cells` (classes,) holds the label that each of them leans on.
     `record` is told each query's name, its exact sums and its noised sums, (classes, width) each, so that a monitor can compare.
     """
     if (mechanism is None) != (stream is None):
         raise ValueError("Expected a mechanism and a noise stream, or neither.")
     layout = frequencies(reference.shape, reference.low_frequencies)
-    release = _Release(labels, patients, num_classes, mechanism, stream, record)
+    groups = np.arange(num_classes) if labels_of_cells is None else labels_of_cells
+    release = _Release(labels, patients, num_classes, mechanism, stream, groups, record)
     coefficients = to_frequencies(images)
     counts, mean = _release_means(coefficients[:, layout.low], release, reference)
     covariance = _release_second_moments(coefficients[:, layout.low] - mean[labels], release, counts, reference)
@@ -230,6 +237,7 @@ class _Release:
     num_classes: int
     mechanism: MomentRelease | None
     stream: NoiseStream | None
+    labels_of_cells: Int64
     record: Record | None = None
 
     def noised_sum(self, name: str, rows: Array, clip_norm: float) -> Array:
@@ -262,15 +270,25 @@ def patient_sum(rows: Array, labels: Int64, patients: Int64, num_classes: int, c
     return total
 
 
+def count_stddev(mechanism: MomentRelease, reference: PublicReference) -> float:
+    """Standard deviation of the noise on the count of each class, in patients."""
+    return mechanism.noise_stddev("means") / (_COUNT_WEIGHT * reference.clip_low)
+
+
 def _release_means(low: Array, release: _Release, reference: PublicReference) -> tuple[Array, Array]:
     weight = _COUNT_WEIGHT * reference.clip_low
     query = float(np.hypot(weight, reference.clip_low))
     clipped = _clipped(reference.shaped(low - reference.centre), reference.clip_low)
     stacked = np.concatenate([np.full((len(low), 1), weight), clipped], axis=1)
     total = release.noised_sum("means", stacked, query)
-    smallest = max(1.0, 2 * release.noise_stddev("means") / weight)
-    counts = np.maximum(total[:, 0] / weight, smallest)
-    return counts, reference.centre + reference.unshaped(total[:, 1:] / counts[:, None])
+    stddev = release.noise_stddev("means")
+    counts = consistent_counts(total[:, 0] / weight, max(1.0, 2 * stddev / weight))
+    joined, count = joined_sum(total[:, 1:], counts)
+    uncertain_count = (stddev / weight * joined / max(count, 1e-12)) ** 2
+    energies = reference.shaped_energies  # patients scatter, and classes are thought to differ, as public images do
+    variances = Variances(noise=stddev**2 + uncertain_count, scatter=energies if stddev else 0 * energies, shape=energies)
+    mean = pooled_means(total[:, 1:], counts, release.labels_of_cells, variances)
+    return counts, reference.centre + reference.unshaped(mean)
 
 
 def _clipped(rows: Array, norm: float) -> Array:
@@ -289,37 +307,14 @@ def _release_second_moments(residual: Array, release: _Release, counts: Array, r
     matrices = np.zeros((len(counts), width, width))
     matrices[:, rows, columns] = total / weight
     matrices[:, columns, rows] = matrices[:, rows, columns]
-    stddev = release.noise_stddev("second_moments")
-    public = np.diag(reference.energies ** (1 - 2 * _SHAPING))
-    pooled = _standing_out(matrices.sum(axis=0) / counts.sum(), stddev * np.sqrt(len(counts)) / counts.sum(), public)
-    own = [_standing_out(matrix / count, stddev / count, pooled) for matrix, count in zip(matrices, counts, strict=True)]
-    return np.stack([reference.unshaped(reference.unshaped(covariance).T) for covariance in own])
-
-
-def _standing_out(noised: Array, stddev: float, prior: Array) -> Array:
-    """The prior covariance in the right size, plus what stands out of Wigner noise of `stddev` (that of the diagonal).
-
-    Eigenvalues of the difference that lie inside the semicircle are dropped, and the bias of the noise is taken off the others.
-    """
-    width = len(prior)
-    size = np.trace(prior)
-    scaled = prior * _ratio(np.trace(noised) / size, stddev * np.sqrt(width) / size)
-    values, vectors = np.linalg.eigh(noised - scaled)
-    edge = stddev * np.sqrt(2 * width)
-    outside = np.sqrt(np.maximum(values**2 - edge**2, 0))
-    largest = edge * (1 + width ** (-2 / 3))  # of noise alone in 99 of 100 cases (Tracy-Widom law)
-    kept = np.where(np.abs(values) > largest, np.sign(values) * (np.abs(values) + outside) / 2, 0.0)
-    root = np.linalg.cholesky(scaled)
-    relative = np.linalg.solve(root, np.linalg.solve(root, scaled + (vectors * kept) @ vectors.T).T)
-    values, vectors = np.linalg.eigh((relative + relative.T) / 2)
-    half = root @ vectors
-    return np.asarray((half * np.maximum(values, _SMALLEST_RATIO)) @ half.T)
-
-
-def _ratio(noised: Array | float, stddev: Array | float) -> Array:
-    """Ratios of energies that were released with noise of `stddev`, drawn towards 1 by how much of their spread is noise."""
-    weight = _TYPICAL_RATIO**2 / (_TYPICAL_RATIO**2 + np.square(stddev))
-    return np.asarray(np.maximum(1 + weight * (np.asarray(noised) - 1), _SMALLEST_RATIO))
+    covariances = pooled_covariances(
+        matrices,
+        counts,
+        release.labels_of_cells,
+        stddev=release.noise_stddev("second_moments"),
+        prior=np.diag(reference.shaped_energies),
+    )
+    return np.stack([reference.unshaped(reference.unshaped(covariance).T) for covariance in covariances])
 
 
 def _energies(rest: Array, layout: Frequencies) -> Array:
@@ -334,8 +329,10 @@ def _release_bands(coefficients: Array, release: _Release, counts: Array, layout
     total = release.noised_sum("bands", energies, reference.clip_bands)
     public = np.bincount(layout.band + 1, weights=reference.spectrum, minlength=layout.num_bands + 1)[1:] * reference.band_scale
     public = np.maximum(public, _SMALLEST_VARIANCE)
-    stddev = release.noise_stddev("bands") / counts[:, None] / public
-    ratio = _ratio(total / counts[:, None] / public, stddev)
+    stddev, ones = release.noise_stddev("bands"), np.ones(layout.num_bands)
+    variances = Variances(noise=(stddev / public) ** 2, scatter=0 * ones, shape=ones)
+    own = pooled_means(total / public, counts, release.labels_of_cells, variances)
+    ratio = towards_one(own, stddev / max(float(np.linalg.norm(counts)), 1e-12) / public)
     variance = np.maximum(ratio[:, layout.band] * reference.spectrum, _SMALLEST_VARIANCE)
     variance[:, layout.low] = 0
     return np.asarray(variance)

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from dpsynth.signing import STATEMENT_TYPE, sign_statement
 MANIFEST, SIGNATURE, ARCHIVE = "manifest.json", "manifest.dsse.json", "synthetic.npz"
 PREDICATE_TYPE = "urn:dpsynth:release:v1"
 SCHEMA = 1
+_DICOM_SEXES = ("F", "M", "O")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +89,14 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
     extra: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
         "synthetic": np.array(1, dtype=np.uint8),
         "provenance": np.frombuffer(provenance, dtype=np.uint8),
+        **{f"train_{name}": values for name, values in candidates.attributes.items()},
     }
     write_npz(folder / ARCHIVE, images=candidates.images, labels=candidates.labels, extra=extra)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["index", "label", "synthetic", *release.settings.formats])
-    for index, label in enumerate(candidates.labels.tolist()):
-        writer.writerow([index, names[label], 1, *files[index]])
+    writer.writerow(["index", "label", *candidates.attributes, "synthetic", *release.settings.formats])
+    for index, (label, condition) in enumerate(zip(candidates.labels.tolist(), candidates.conditions(), strict=True)):
+        writer.writerow([index, names[label], *condition.values(), 1, *files[index]])
     write_bytes(folder / "labels.csv", table.getvalue().encode())
     write_json(folder / "guarantee.json", release.guarantee.to_json())
     outcomes = [verdict.to_public_json() for verdict in release.verdicts]
@@ -108,6 +111,7 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
         contact=release.settings.contact,
         classes=names,
         counts=counts,
+        attributes={name: Counter(values.tolist()) for name, values in candidates.attributes.items()},
         guarantee=release.guarantee,
         method=release.method,
     )
@@ -117,17 +121,18 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
 def _write_images(release: Release, folder: Path, progress: Progress) -> list[list[str]]:
     """Every image in every wanted format; returns the file names of each."""
     total, written = len(release.candidates.images), []
+    conditions = release.candidates.conditions()
     for index in range(total):
         image = to_unit_range(release.candidates.images[index])
         label = release.classes[int(release.candidates.labels[index])]
-        written.append([_write_image(release, folder, image, label, index, kind) for kind in release.settings.formats])
+        written.append([_write_image(release, folder, image, label, conditions[index], index, kind) for kind in release.settings.formats])
         if index % 50 == 49 or index + 1 == total:
             progress("write images", index + 1, total)
     return written
 
 
-def _write_image(release: Release, folder: Path, image: Float32, label: str, index: int, kind: str) -> str:
-    marks = marking(release_id=release.release_id, index=index, label=label, guarantee=release.guarantee)
+def _write_image(release: Release, folder: Path, image: Float32, label: str, condition: dict[str, str], index: int, kind: str) -> str:
+    marks = marking(release_id=release.release_id, index=index, label=label, attributes=condition, guarantee=release.guarantee)
     if kind == "png":
         name = f"images/synthetic-{index:06d}.png"
         write_png(folder / name, image, text=marks)
@@ -136,7 +141,8 @@ def _write_image(release: Release, folder: Path, image: Float32, label: str, ind
         write_nifti(folder / name, image, spacing_mm=None, marking=marks)
     else:
         name = f"images/synthetic-{index:06d}.dcm"
-        subject = SyntheticSubject(run_id=release.release_id, sample_id=f"{index:06d}", label=label)
+        sex = condition.get("sex", "")
+        subject = SyntheticSubject(run_id=release.release_id, sample_id=f"{index:06d}", label=label, sex=sex if sex in _DICOM_SEXES else "")
         write_dicom(folder / name, image, subject=subject, marking=marks)
     return name
 

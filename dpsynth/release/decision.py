@@ -10,7 +10,7 @@ from typing import Any
 from dpsynth.artifacts import RunFolder, read_json, sha256_file
 from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
-from dpsynth.data.candidates import Candidates, candidates_digest, load_candidates
+from dpsynth.data.candidates import Candidates, CellRow, candidates_digest, load_candidates, load_cell_rows
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
@@ -27,6 +27,7 @@ class Case:
     config: Config
     ledger: Ledger
     candidates: Candidates
+    cells: tuple[CellRow, ...]
     question: Question
 
 
@@ -67,4 +68,4 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         candidates_sha256=candidates_digest(run),
         reviews=reviews,
     )
-    return Case(run=run, config=config, ledger=ledger, candidates=load_candidates(run), question=question)
+    return Case(run=run, config=config, ledger=ledger, candidates=load_candidates(run), cells=load_cell_rows(run), question=question)

@@ -14,7 +14,7 @@ own format; the marks can be lost when a file is converted, so keep this notice 
 """
 
 
-def marking(*, release_id: str, index: int, label: str, guarantee: Guarantee) -> dict[str, str]:
+def marking(*, release_id: str, index: int, label: str, attributes: Mapping[str, str], guarantee: Guarantee) -> dict[str, str]:
     """Text that goes into an image file."""
     return {
         "Synthetic": "YES",
@@ -23,6 +23,7 @@ def marking(*, release_id: str, index: int, label: str, guarantee: Guarantee) ->
         "Release": release_id,
         "Sample": f"{index:06d}",
         "Label": label,
+        **({"Attributes": ", ".join(f"{name} {value}" for name, value in attributes.items())} if attributes else {}),
         "Privacy": f"epsilon {guarantee.epsilon:.3f}, delta {guarantee.delta:.3g}, per {guarantee.unit.value}",
     }
 
@@ -34,10 +35,17 @@ def data_card(
     contact: str,
     classes: Sequence[str],
     counts: Mapping[str, int],
+    attributes: Mapping[str, Mapping[str, int]],
     guarantee: Guarantee,
     method: str,
 ) -> str:
-    """README.md of a release."""
+    """README.md of a release. counts: images by class; attributes: by name images by value."""
+    tables = "".join(
+        f"\n| {name} | images |\n|---|---|\n" + "".join(f"| {value} | {number} |\n" for value, number in sorted(numbers.items()))
+        for name, numbers in attributes.items()
+    )
+    arrays = "".join(f", `train_{name}`" for name in attributes)
+    files = "labels and attributes" if attributes else "labels"
     rows = "\n".join(f"| {name} | {counts[name]} |" for name in classes)
     relation = guarantee.neighboring_relation.lower().replace("_", " ")
     return f"""\
@@ -59,9 +67,9 @@ Method: {method}.
 | class | images |
 |---|---|
 {rows}
-
-`synthetic.npz` has the layout of MedMNIST: `train_images`, `train_labels` (the other splits are empty). `images/` holds the same
-images as files, `labels.csv` their labels.
+{tables}
+`synthetic.npz` has the layout of MedMNIST: `train_images`, `train_labels`{arrays} (the other splits are empty). `images/` holds the same
+images as files, `labels.csv` their {files}.
 
 ```python
 import numpy as np

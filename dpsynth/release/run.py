@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from dpsynth.artifacts import write_bytes, write_json
@@ -78,6 +79,7 @@ def _view(case: Case, answer: Allowed | Refused, *, site: bool) -> dict[str, obj
         title=case.config.release.title,
         count=len(case.candidates.images),
         site=site,
+        cells=[asdict(row) for row in case.cells],
         provenance={"candidates (SHA-256)": case.question.candidates_sha256, "ledger head": f"line {lines}, {head}"},
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpsynth import __version__
+from dpsynth.cells import FEWEST_PATIENTS
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.privacy.accountant import delta_curve, epsilon_pld, tpr_at_fpr
 from dpsynth.privacy.guarantee import Guarantee, round_up
@@ -46,11 +47,13 @@ def epsilon_report(
     count: int,
     site: bool,
     provenance: Mapping[str, str],
+    cells: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The view model. `site=False` makes the public card, in which non-public verdicts keep only their outcome.
 
     required: names of the checks without which the policy releases nothing. decision: {"allowed": bool, "reasons": [...]}.
     budget: the ledger's {"epsilon", "delta", "spent", "left", "gate_attempts", "max_gate_attempts"}.
+    cells: of a generator with attributes, rows of {"name", "noisy_patients", "stddev", "images"}.
     """
     private = math.isfinite(guarantee.epsilon)
     return {
@@ -82,6 +85,8 @@ def epsilon_report(
         "unprotected": list(guarantee.unprotected),
         "not_claimed": list(_NOT_CLAIMED),
         "verdicts": [{**_verdict(verdict, site=site), "required": verdict.check in required} for verdict in verdicts],
+        "cells": [{**row, "small": row["noisy_patients"] < FEWEST_PATIENTS} for row in cells],
+        "fewest_patients": FEWEST_PATIENTS,
         "decision": dict(decision),
         "provenance": dict(provenance),
     }

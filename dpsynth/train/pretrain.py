@@ -43,7 +43,7 @@ def pretrained_weights(config: Config, images: Float32, reference: PublicReferen
 def _digest(config: Config, images: Float32) -> str:
     """Everything the weights depend on. The images are public, so their hash may be a file name."""
     settings = config.pretrain.model_dump(mode="json", exclude={"cache", "path"})
-    facts = [5, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.classes)]
+    facts = [5, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.cells)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(images.tobytes())
     return digest.hexdigest()[:32]
@@ -52,7 +52,7 @@ def _digest(config: Config, images: Float32) -> str:
 def _train(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:
     settings, rng = config.pretrain, np.random.default_rng(config.pretrain.seed)
     noise = torch.Generator().manual_seed(settings.seed)
-    world = _World(images, reference, num_classes=len(config.data.classes), rng=rng)
+    world = _World(images, reference, num_classes=len(config.data.cells), rng=rng)
     with torch.random.fork_rng():  # the layers' initial weights are public; the global generator is left as it was
         torch.manual_seed(settings.seed)
         denoiser = Denoiser(world.moments, channels=config.diffusion.channels)
@@ -60,7 +60,7 @@ def _train(config: Config, images: Float32, reference: PublicReference, *, progr
     optimizer = torch.optim.Adam(denoiser.net.parameters(), settings.learning_rate)
     for step in range(settings.steps):
         if step % _REFRESH == 0:
-            world = _World(images, reference, num_classes=len(config.data.classes), rng=rng)
+            world = _World(images, reference, num_classes=len(config.data.cells), rng=rng)
             denoiser.transplant(world.moments)
         clean, labels = world.batch(settings.batch_size, rng)
         sigma = noise_levels(torch.randn(len(clean), generator=noise), smallest=0.02)

@@ -18,6 +18,7 @@ import torch
 
 from dpsynth.artifacts import RunFolder, write_bytes, write_json
 from dpsynth.config import Config, dump_config
+from dpsynth.data.attributes import by_cell, conditions_digest
 from dpsynth.data.cohort import Float32, ImageSet
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
@@ -26,7 +27,7 @@ from dpsynth.data.split import Split, split_patients
 from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import Moments, PublicReference, moment_queries, public_reference, release_moments
+from dpsynth.model.moments import Moments, PublicReference, count_stddev, moment_queries, public_reference, release_moments
 from dpsynth.plan import planned_mechanisms
 from dpsynth.privacy.accountant import FINE, account, epsilon_pld
 from dpsynth.privacy.calibrate import delta_limit, resolve_delta
@@ -69,7 +70,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         charge, stream, split = _reserve(run, ledger, mechanisms, config, images)
         mechanisms = charge.mechanisms  # from here on, what the ledger booked and nothing else
         write_json(site / "split.json", split.record(), private=True)
-        moments, noise = _moments(split, reference, mechanisms, stream)
+        moments, noise = _moments(config, split, reference, mechanisms, stream)
         findings |= noise
         findings |= _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
         write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
@@ -80,6 +81,8 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
             denoiser=denoiser,
             net_channels=config.diffusion.channels,
             texture=config.moments.texture,
+            attributes=config.data.cells.attributes,
+            count_stddev=_count_stddev(mechanisms, reference),
         )
         generator.save(run.folder("train"))
         write_json(run.folder("train") / CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
@@ -117,7 +120,7 @@ def _private_images(config: Config, ledger: Ledger, progress: Progress) -> Image
         )
     cohort = read_cohort(config.data)
     require_data(cohort, config.data, ledger, progress=progress)
-    return prepare(cohort, config.data, progress=progress)
+    return by_cell(prepare(cohort, config.data, progress=progress), config.data)
 
 
 def _delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
@@ -153,7 +156,7 @@ def _pretrained(config: Config, images: Float32, reference: PublicReference, pro
 
 def _standard_moments(config: Config, reference: PublicReference) -> Moments:
     """Moments from public constants alone, to build a net before any private ones exist."""
-    classes, low = len(config.data.classes), len(reference.centre)
+    classes, low = len(config.data.cells), len(reference.centre)
     pixels = int(np.prod(reference.shape))
     return Moments(
         shape=reference.shape,
@@ -175,7 +178,7 @@ def _self_check(
     denoiser.set_trainable(config.diffusion.trainable)
 
     def losses(net: torch.nn.Module, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        labels = (levels * 10).long() % len(config.data.classes)
+        labels = (levels * 10).long() % len(config.data.cells)
         noise = x.flip(-1)  # any fixed noise that depends on the row alone
         return denoiser.with_net(net).row_losses(x, labels, sigma=levels, noise=noise)
 
@@ -206,7 +209,8 @@ def _reserve(
         stream = NoiseStream(key=(site / _KEY).read_bytes())
         return stream, split_patients(images, control_fraction=config.data.control_fraction, key=_split_key(stream))
 
-    site, digest = run.folder("train/site"), hashlib.sha256(run.config_text.encode()).hexdigest()
+    conditions = conditions_digest(images, config.data, salt=bytes.fromhex(ledger.genesis["digest_salt"]))
+    site, digest = run.folder("train/site"), hashlib.sha256((run.config_text + conditions).encode()).hexdigest()
     if is_booked(run):
         booking(run, ledger)  # raises when it is booked elsewhere
     run_id = (site / _RUN_ID).read_text() if (site / _RUN_ID).is_file() else ""
@@ -243,11 +247,11 @@ def _require_live(findings: dict[str, selfcheck.Finding], site: Path) -> None:
 
 
 def _moments(
-    split: Split, reference: PublicReference, mechanisms: tuple[Mechanism, ...], stream: NoiseStream
+    config: Config, split: Split, reference: PublicReference, mechanisms: tuple[Mechanism, ...], stream: NoiseStream
 ) -> tuple[Moments, dict[str, selfcheck.Finding]]:
     """The noised moments of the training patients, and whether the noise on them is what was booked."""
     release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
-    training = split.training
+    training, cells = split.training, config.data.cells
     monitor = None if release is None else MomentMonitor(mechanism=release)
     moments = release_moments(
         training.images,
@@ -258,8 +262,13 @@ def _moments(
         reference=reference,
         stream=stream if release is not None else None,
         record=None if monitor is None else monitor.record,
+        labels_of_cells=cells.labels(np.arange(len(cells))) if cells.attributes else None,
     )
     return moments, {} if monitor is None else monitor.findings()
+
+
+def _count_stddev(mechanisms: tuple[Mechanism, ...], reference: PublicReference) -> float:
+    return sum(count_stddev(mechanism, reference) for mechanism in mechanisms if isinstance(mechanism, MomentRelease))
 
 
 def _fit(
@@ -323,6 +332,7 @@ def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, de
         unprotected=(
             f"the declared number of patients, {config.data.declared_patients}",
             f"the list of classes, {json.dumps(list(config.data.classes))}",
+            *(f"the values of {name}, {json.dumps(list(values))}" for name, values in config.data.cells.attributes),
             f"image size {list(config.data.spatial_shape)}, {config.data.channels} channels, "
             f"intensity range {json.dumps(config.data.intensity_range)}",
             f"constants and pre-training from {pretraining}",

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from dpsynth.cells import Cells
 from dpsynth.config import GenerateConfig, packing
 from dpsynth.errors import ArtifactError
-from dpsynth.generate import draw, image_seeds, mixed_labels
+from dpsynth.generate import draw, image_seeds, mixed_cells
 from dpsynth.model.denoiser import Denoiser, depth_to_space, space_to_depth
 from dpsynth.model.generator import SETTINGS, WEIGHTS, Generator
 from dpsynth.model.moments import Moments, frequencies, from_frequencies
@@ -198,7 +199,7 @@ def test_a_broken_generator_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("mix", ["balanced", "noisy_prior"])
 @pytest.mark.parametrize("count", [1, 7, 100])
 def test_labels_are_mixed_as_asked(mix: str, count: int) -> None:
-    labels = mixed_labels(GenerateConfig(count=count, label_mix=mix), np.array([0.7, 0.2, 0.1]))
+    labels = mixed_cells(GenerateConfig(count=count, label_mix=mix), np.array([0.7, 0.2, 0.1]), Cells(classes=("a", "b", "c")))
     assert len(labels) == count
     shares = np.bincount(labels, minlength=3) / count
     expected = [1 / 3] * 3 if mix == "balanced" else [0.7, 0.2, 0.1]

@@ -100,13 +100,20 @@ class _Sums:
 
 
 def sums(
-    images: np.ndarray, labels: np.ndarray, owners: np.ndarray, answers: dict[str, np.ndarray] | None
+    images: np.ndarray,
+    labels: np.ndarray,
+    owners: np.ndarray,
+    answers: dict[str, np.ndarray] | None,
+    labels_of_cells: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], Moments]:
     recorder = _Sums(answers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module._Release, "noised_sum", lambda self, name, rows, clip: recorder(self, name, rows, clip))
-        patch.setattr(module._Release, "noise_stddev", lambda self, name: 0.0)
-        made = release_moments(images, labels, owners, num_classes=2, mechanism=None, reference=REFERENCE, stream=None)
+        patch.setattr(module._Release, "noise_stddev", lambda self, name: 0.0 if labels_of_cells is None else 0.5)
+        made = release_moments(
+            images, labels, owners, num_classes=2 if labels_of_cells is None else len(labels_of_cells), mechanism=None,
+            reference=REFERENCE, stream=None, labels_of_cells=labels_of_cells,
+        )  # fmt: skip
     return recorder.seen, made
 
 
@@ -128,12 +135,49 @@ def test_one_patient_changes_each_sum_by_at_most_the_booked_clip_norm(one: list[
         assert change <= query.clip_norm * (1 + 1e-9), query.name
 
 
+LABELS_OF_CELLS = np.array([0, 0, 0, 1, 1, 1])
+in_cells = st.lists(
+    st.tuples(st.integers(0, 5), st.sampled_from(["plain", "black", "white", "checks", "huge", "nan"])), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(in_cells)
+def test_a_patient_with_images_in_many_cells_changes_each_sum_by_no_more(one: list[tuple[int, str]]) -> None:
+    """Cells share the bound of one patient; they do not have one each."""
+    others = smooth_images(30, (1, 8, 8), 5)
+    extra = np.stack([picture(kind, index) for index, (_, kind) in enumerate(one)])
+    images, labels = np.concatenate([others, extra]), np.concatenate([np.arange(30) % 6, [cell for cell, _ in one]]).astype(np.int64)
+    owners = np.concatenate([np.arange(30), np.full(len(one), 30)])
+    with np.errstate(all="ignore"):
+        answers, _ = sums(others, labels[:30], owners[:30], None, LABELS_OF_CELLS)
+        with_patient, first = sums(images, labels, owners, answers, LABELS_OF_CELLS)
+        without, second = sums(others, labels[:30], owners[:30], answers, LABELS_OF_CELLS)
+    assert all(np.array_equal(first.to_arrays()[name], array) for name, array in second.to_arrays().items())
+    for query in moment_queries(REFERENCE):
+        change = np.linalg.norm(with_patient[query.name] - without[query.name])
+        assert change <= query.clip_norm * (1 + 1e-9), query.name
+
+
+def test_that_oracle_sees_a_bound_for_each_cell_instead_of_each_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = patient_sum
+
+    def per_cell(rows: np.ndarray, labels: np.ndarray, patients: np.ndarray, classes: int, clip_norm: float) -> np.ndarray:
+        return bounded(rows, labels, patients * classes + labels, classes, clip_norm)
+
+    monkeypatch.setitem(globals(), "patient_sum", per_cell)
+    monkeypatch.setattr(module, "patient_sum", per_cell)
+    with pytest.raises(AssertionError, match="means"):
+        test_a_patient_with_images_in_many_cells_changes_each_sum_by_no_more.hypothesis.inner_test([(0, "white"), (1, "white")])
+
+
 def noise_p(noise_multiplier: float, claimed: MomentRelease) -> float:
     """Smallest two-sided p-value, times their number, that each class of each query has noise of the booked scale."""
     classes, labels = 4, np.arange(50) % 4
     rows, draws = np.ones((50, 40)) * 0.01, []
     for key in range(60):
-        release = module._Release(labels, np.arange(50), classes, booked(noise_multiplier), NoiseStream(key=bytes([key]) * 32))
+        stream = NoiseStream(key=bytes([key]) * 32)
+        release = module._Release(labels, np.arange(50), classes, booked(noise_multiplier), stream, np.arange(classes))
         for query in moment_queries(REFERENCE):
             exact = patient_sum(rows, labels, np.arange(50), classes, query.clip_norm)
             draws.append((release.noised_sum(query.name, rows, query.clip_norm) - exact) / claimed.noise_stddev(query.name))
@@ -235,9 +279,9 @@ def test_noise_costs_little_because_public_images_fill_what_it_hides(monkeypatch
         return excess(found, images, labels)
 
     assert released(1.0) < 1.02
-    assert released(30.0) < 1.3
-    monkeypatch.setattr(module, "_standing_out", lambda noised, stddev, prior: noised)  # what comes without a prior
-    assert released(30.0) > 1.5
+    assert released(30.0) < 1.15
+    monkeypatch.setattr(module, "pooled_covariances", lambda totals, counts, *_, **__: totals / counts[:, None, None])  # no prior
+    assert released(30.0) > 1.3
 
 
 def test_what_drowns_in_noise_is_the_public_covariance() -> None:
