@@ -181,6 +181,12 @@ class MomentsConfig(_Settings):
     texture: bool = Field(False, description="method moments: add Gaussian texture above the low block instead of smooth images.")
 
 
+class VotesConfig(_Settings):
+    """Stage 4: patients vote for the candidates nearest to their images (method diffusion)."""
+
+    share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Part of mu^2 that the votes spend; 0: no votes.")
+
+
 class DiffusionConfig(_Settings):
     """Stage 3: DP-SGD on the denoiser."""
 
@@ -236,6 +242,7 @@ class GenerateConfig(_Settings):
     steps: Count = Field(14, description="Sampler steps.")
     sigma_min: Positive = Field(0.08, description="Last noise level of the sampler.")
     sigma_max: Positive = Field(20.0, description="First noise level of the sampler.")
+    variation: Positive = Field(0.5, description="Noise level from which an image is drawn around the candidate that patients voted for.")
 
 
 class GateConfig(_Settings):
@@ -275,6 +282,7 @@ class Config(_Settings):
     data: DataConfig = DataConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     moments: MomentsConfig = MomentsConfig()
+    votes: VotesConfig = VotesConfig()
     pretrain: PretrainConfig = PretrainConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     generate: GenerateConfig = GenerateConfig()
@@ -289,8 +297,10 @@ class Config(_Settings):
             raise ValueError(f"pretrain.source {self.pretrain.source} needs pretrain.path and pretrain.classes")
         if len(self.data.spatial_shape) == 3 and "png" in self.release.formats:
             raise ValueError("release.formats: volumes cannot be written as png; use nifti or dicom")
-        if self.generate.sigma_min >= self.generate.sigma_max:
-            raise ValueError("generate.sigma_min must be smaller than generate.sigma_max")
+        if not self.generate.sigma_min < self.generate.variation < self.generate.sigma_max:
+            raise ValueError("generate.sigma_min must be smaller than generate.variation, and this smaller than generate.sigma_max")
+        if self.method == "diffusion" and self.moments.share + self.votes.share >= 1:
+            raise ValueError("moments.share and votes.share must leave a part for DP-SGD: their sum must be below 1")
         if problem := target_problem(self.data.cells, self.generate.target):
             raise ValueError(f"generate.target.{problem}")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpsynth.cells import FEWEST_PATIENTS
@@ -85,12 +85,16 @@ def planned_mechanisms(
     """The mechanisms of a run of `config`; `interval` is the grid on which the accountant has the last word."""
     if config.privacy.unsafe_non_private:
         return (NonPrivate(reason="privacy.unsafe_non_private is set"),)
-    diffusion = config.diffusion
+    diffusion, share = config.diffusion, config.moments.share
+    if config.method == "diffusion" and config.votes.share > 0:
+        share += config.votes.share
+        moments = tuple(replace(query, share=query.share * config.moments.share / share) for query in queries)
+        queries = (*moments, GaussianQuery(name="votes", share=config.votes.share / share, clip_norm=1.0))
     return plan_mechanisms(
         epsilon=config.privacy.epsilon,
         delta=delta,
         method=config.method,
-        moments_share=config.moments.share,
+        moments_share=share,
         queries=queries,
         clip_norm=diffusion.clip_norm,
         sampling_probability=diffusion.sampling_probability,

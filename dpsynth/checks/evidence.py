@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.checks.features import encode, mirrored, thumbnails
+from dpsynth.checks.features import encode, mirrored
 from dpsynth.data.cohort import Float32, ImageSet, Int64
+from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]

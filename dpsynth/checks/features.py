@@ -61,17 +61,6 @@ def _as_picture(images: Tensor) -> Tensor:
     return grown.expand(-1, 3, -1, -1) if grown.shape[1] == 1 else grown
 
 
-def thumbnails(images: Float32, *, side: int = 14) -> Array:
-    """Rows (n, pixels) of mean 0 and norm 1, averaged down to at most `side` per axis (8 in volumes), which forgives small shifts."""
-    tensor = torch.from_numpy(images).mean(1, keepdim=True)
-    space = tensor.shape[2:]
-    target = [min(extent, side if len(space) == 2 else 8) for extent in space]
-    pooled = F.adaptive_avg_pool2d(tensor, target) if len(space) == 2 else F.adaptive_avg_pool3d(tensor, target)  # type: ignore[arg-type]
-    rows = pooled.flatten(1).double().numpy()
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9))
-
-
 def mirrored(images: Float32) -> Float32:
     """The images flipped left to right (the second spatial axis)."""
     return np.ascontiguousarray(np.flip(images, axis=3))

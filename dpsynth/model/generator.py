@@ -18,7 +18,8 @@ from dpsynth.config import GenerateConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.moments import Moments, sample_moment_images
-from dpsynth.model.sampler import sample
+from dpsynth.model.sampler import lower_part, sample, schedule
+from dpsynth.model.votes import Parents
 from dpsynth.progress import Progress
 
 SCHEMA = 1
@@ -30,6 +31,7 @@ class Generator:
     """Draws images. `denoiser` is None for the method of moments; `net_channels` are its U-Net's channels.
 
     With `attributes` the moments' classes are cells; `count_stddev` is that of the noise on their counts, in patients.
+    With `parents` images are drawn around these.
     """
 
     classes: tuple[str, ...]
@@ -39,6 +41,7 @@ class Generator:
     texture: bool
     attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()
     count_stddev: float = 0.0
+    parents: Parents | None = None
 
     @property
     def cells(self) -> Cells:
@@ -63,23 +66,34 @@ class Generator:
             images = sample_moment_images(self.moments, cells, seeds, texture=self.texture)
             progress("draw images", len(cells), len(cells))
             return images
+        images = np.empty((len(cells), *self.moments.shape), dtype=np.float32)
+        chosen = self.parents.choose(cells, seeds) if self.parents is not None else np.full(len(cells), -1)
+        levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
+        for rows, part in ((chosen < 0, levels), (chosen >= 0, lower_part(levels, settings.variation))):
+            around = self.parents.images[chosen[rows]] if self.parents is not None and (chosen[rows] >= 0).all() else None
+            if rows.any():
+                images[rows] = self._drawn(cells[rows], seeds[rows], part, around, progress)
+        return images
+
+    def _drawn(
+        self,
+        cells: NDArray[np.int64],
+        seeds: NDArray[np.uint64],
+        levels: torch.Tensor,
+        around: NDArray[np.float32] | None,
+        progress: Progress,
+    ) -> NDArray[np.float32]:
+        assert self.denoiser is not None
         self.denoiser.eval()
-        return sample(
-            self.denoiser,
-            cells,
-            seeds,
-            shape=self.moments.shape,
-            steps=settings.steps,
-            sigma_min=settings.sigma_min,
-            sigma_max=settings.sigma_max,
-            progress=progress,
-        )
+        return sample(self.denoiser, cells, seeds, around=around, shape=self.moments.shape, levels=levels, progress=progress)
 
     def save(self, folder: Path) -> None:
         """Write generator.json and weights.safetensors."""
         tensors = {f"moments.{name}": torch.from_numpy(array) for name, array in self.moments.to_arrays().items()}
         if self.denoiser is not None:
             tensors |= {f"net.{name}": tensor.contiguous() for name, tensor in self.denoiser.net.state_dict().items()}
+        if self.parents is not None:
+            tensors |= {f"parents.{name}": torch.from_numpy(array) for name, array in self.parents.__dict__.items()}
         write_bytes(folder / WEIGHTS, save(tensors))
         settings: dict[str, Any] = {
             "schema": SCHEMA,
@@ -108,6 +122,7 @@ class Generator:
             if channels is not None:
                 denoiser = Denoiser(moments, channels=tuple(channels))
                 denoiser.net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
+            parents = {name.removeprefix("parents."): t.numpy() for name, t in tensors.items() if name.startswith("parents.")}
             return cls(
                 classes=tuple(settings["classes"]),
                 moments=moments,
@@ -116,6 +131,7 @@ class Generator:
                 texture=bool(settings["texture"]),
                 attributes=tuple((name, tuple(values)) for name, values in settings.get("attributes", ())),
                 count_stddev=float(settings.get("count_stddev", 0.0)),
+                parents=Parents(**parents) if parents else None,
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise ArtifactError(f"The generator in {folder.name} cannot be read ({type(error).__name__}). Train again.") from error

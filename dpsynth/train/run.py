@@ -11,6 +11,7 @@ import json
 import math
 import secrets
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigEr
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
 from dpsynth.model.moments import Moments, PublicReference, count_stddev, moment_queries, public_reference, release_moments
+from dpsynth.model.votes import VOTES, num_candidates, release_votes
 from dpsynth.plan import planned_mechanisms
 from dpsynth.privacy.accountant import FINE, account, epsilon_pld
 from dpsynth.privacy.calibrate import delta_limit, resolve_delta
@@ -70,11 +72,10 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         charge, stream, split = _reserve(run, ledger, mechanisms, config, images)
         mechanisms = charge.mechanisms  # from here on, what the ledger booked and nothing else
         write_json(site / "split.json", split.record(), private=True)
-        moments, noise = _moments(config, split, reference, mechanisms, stream)
-        findings |= noise
+        release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
+        monitor = None if release is None else MomentMonitor(mechanism=release)
+        moments = _moments(config, split, reference, monitor, stream)
         findings |= _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
-        write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
-        _require_live(findings, site)
         generator = Generator(
             classes=config.data.classes,
             moments=moments,
@@ -82,8 +83,13 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
             net_channels=config.diffusion.channels,
             texture=config.moments.texture,
             attributes=config.data.cells.attributes,
-            count_stddev=_count_stddev(mechanisms, reference),
+            count_stddev=0.0 if release is None else count_stddev(release, reference),
         )
+        if monitor is not None:
+            generator = _voted(config, generator, split, monitor, stream, progress)
+            findings |= monitor.findings()
+        write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
+        _require_live(findings, site)
         generator.save(run.folder("train"))
         write_json(run.folder("train") / CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
         return _finish(run, ledger)
@@ -246,29 +252,38 @@ def _require_live(findings: dict[str, selfcheck.Finding], site: Path) -> None:
     selfcheck.require(findings, consequence="the charge stays and the run cannot be used")
 
 
-def _moments(
-    config: Config, split: Split, reference: PublicReference, mechanisms: tuple[Mechanism, ...], stream: NoiseStream
-) -> tuple[Moments, dict[str, selfcheck.Finding]]:
-    """The noised moments of the training patients, and whether the noise on them is what was booked."""
-    release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
+def _moments(config: Config, split: Split, reference: PublicReference, monitor: MomentMonitor | None, stream: NoiseStream) -> Moments:
+    """The noised moments of the training patients; the monitor sees the noise."""
     training, cells = split.training, config.data.cells
-    monitor = None if release is None else MomentMonitor(mechanism=release)
-    moments = release_moments(
+    return release_moments(
         training.images,
         training.labels,
         training.patients,
         num_classes=len(training.classes),
-        mechanism=release,
+        mechanism=None if monitor is None else monitor.mechanism,
         reference=reference,
-        stream=stream if release is not None else None,
+        stream=None if monitor is None else stream,
         record=None if monitor is None else monitor.record,
         labels_of_cells=cells.labels(np.arange(len(cells))) if cells.attributes else None,
     )
-    return moments, {} if monitor is None else monitor.findings()
 
 
-def _count_stddev(mechanisms: tuple[Mechanism, ...], reference: PublicReference) -> float:
-    return sum(count_stddev(mechanism, reference) for mechanism in mechanisms if isinstance(mechanism, MomentRelease))
+def _voted(
+    config: Config, generator: Generator, split: Split, monitor: MomentMonitor, stream: NoiseStream, progress: Progress
+) -> Generator:
+    """The generator with the candidates that the training patients voted for; as it is when no votes were booked."""
+    release, training = monitor.mechanism, split.training
+    if all(query.name != VOTES for query in release.queries):
+        return generator
+    shares = generator.cell_probabilities
+    wanted = num_candidates(release, declared_patients=config.data.declared_patients, num_cells=len(shares))
+    cells = np.repeat(np.arange(len(shares)), np.maximum(np.round(shares * wanted), 1).astype(np.int64))
+    seeds = np.arange(len(cells), dtype=np.uint64)  # public, like all that candidates depend on
+    candidates = generator.sample(cells, seeds, config.generate, progress=progress)
+    parents = release_votes(
+        candidates, cells, training.images, training.labels, training.patients, mechanism=release, stream=stream, record=monitor.record
+    )
+    return replace(generator, parents=parents)
 
 
 def _fit(

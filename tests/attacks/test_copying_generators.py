@@ -14,7 +14,7 @@ from cases import GOOD
 
 from dpsynth.checks.copying import copying
 from dpsynth.checks.evidence import Evidence, Features, compute_features
-from dpsynth.checks.features import mirrored, thumbnails
+from dpsynth.checks.features import mirrored
 from dpsynth.checks.membership import membership
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import DataConfig, GateConfig, PhantomConfig
@@ -22,6 +22,7 @@ from dpsynth.data.cohort import Float32
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, split_patients
+from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import silent
 from dpsynth.release.gate import Refused, decide
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from dpsynth.generate import draw, image_seeds, mixed_cells
 from dpsynth.model.denoiser import Denoiser, depth_to_space, space_to_depth
 from dpsynth.model.generator import SETTINGS, WEIGHTS, Generator
 from dpsynth.model.moments import Moments, frequencies, from_frequencies
-from dpsynth.model.sampler import heun, schedule, starting_noise
+from dpsynth.model.sampler import heun, lower_part, schedule, starting_noise
+from dpsynth.model.votes import Parents
 from dpsynth.model.wiener import WienerFilter
 from dpsynth.progress import silent
 
@@ -134,12 +136,11 @@ def test_the_sampler_solves_the_flow_of_a_gaussian() -> None:
         variance = sigma.view(-1, 1, 1, 1) ** 2
         return (x * s**2 + mean * variance) / (s**2 + variance)
 
-    noise = torch.randn(3, 1, 4, 4)
-    start = noise * 20.0
+    start = torch.randn(3, 1, 4, 4) * 20.0
     expected = mean + (start - mean) * s / np.sqrt(s**2 + 20.0**2)
     error = {}
     for steps in (20, 40, 80):
-        found = heun(denoise, noise, torch.zeros(3, dtype=torch.int64), schedule(steps, sigma_min=0.002, sigma_max=20.0))
+        found = heun(denoise, start, torch.zeros(3, dtype=torch.int64), schedule(steps, sigma_min=0.002, sigma_max=20.0))
         error[steps] = float((found - expected).abs().max())
     assert error[80] < 3e-3
     assert error[80] < error[40] / 3.3 < error[20] / 11  # second order: half the step, about a quarter of the error
@@ -151,6 +152,15 @@ def test_the_schedule_goes_down_from_end_to_end() -> None:
     assert float(levels[-2]) == pytest.approx(0.06)
     assert float(levels[-1]) == 0
     assert bool((levels.diff() < 0).all())
+
+
+def test_the_lower_part_of_a_schedule_starts_where_it_is_told() -> None:
+    levels = schedule(9, sigma_min=0.06, sigma_max=20.0)
+    part = lower_part(levels, 0.5)
+    assert float(part[0]) == 0.5
+    assert float(part[-1]) == 0
+    assert bool((part.diff() < 0).all())
+    assert set(part[1:].tolist()) == {level for level in levels.tolist() if level < 0.45}
 
 
 def generator(shape: tuple[int, ...] = (1, 8, 8)) -> Generator:
@@ -174,9 +184,32 @@ def test_an_image_depends_on_its_seed_and_label_and_on_no_other_image() -> None:
     assert torch.equal(starting_noise(seeds, (1, 4, 4))[2], starting_noise(seeds[2:], (1, 4, 4))[0])
 
 
+PARENTS = Parents(
+    images=np.stack([np.full((1, 8, 8), level, dtype=np.float32) for level in (-0.9, 0.0, 0.9)]),
+    cells=np.array([0, 0, 1]),
+    weights=np.array([1.0, 3.0, 2.0]),
+)
+
+
+def test_images_are_drawn_around_the_parent_of_their_own_cell() -> None:
+    made, cells, seeds = generator(), np.array([0, 1] * 20), image_seeds(0, 40)
+    settings = DRAW.model_copy(update={"variation": 0.1})
+    images = replace(made, parents=PARENTS).sample(cells, seeds, settings, progress=silent)
+    chosen = PARENTS.choose(cells, seeds)
+    distances = np.stack([np.abs(images - parent).mean((1, 2, 3)) for parent in PARENTS.images])
+    assert (distances[:, cells == 1].argmin(0) == 2).all()
+    assert (distances.argmin(0) == chosen).mean() > 0.95
+    alone = replace(made, parents=PARENTS).sample(cells[7:8], seeds[7:8], settings, progress=silent)
+    assert np.allclose(images[7], alone[0], atol=1e-5)
+    orphan = replace(PARENTS, images=PARENTS.images[:2], cells=PARENTS.cells[:2], weights=PARENTS.weights[:2])
+    mixed = replace(made, parents=orphan).sample(cells, seeds, settings, progress=silent)
+    assert np.allclose(mixed[cells == 0], images[cells == 0], atol=1e-5)
+    assert np.allclose(mixed[cells == 1], made.sample(cells, seeds, settings, progress=silent)[cells == 1], atol=1e-5)
+
+
 @pytest.mark.parametrize("diffusion", [True, False])
 def test_a_saved_generator_draws_the_same_images(tmp_path: Path, diffusion: bool) -> None:
-    made = generator()
+    made = replace(generator(), parents=PARENTS)
     if not diffusion:
         made = Generator(classes=made.classes, moments=made.moments, denoiser=None, net_channels=(), texture=True)
     made.save(tmp_path)

@@ -139,6 +139,7 @@ def test_no_random_number_of_a_run_is_used_twice(train: Callable[..., object], m
         "batch",
         "rows",
         "gradient",
+        "votes",
     }
     assert len(set(used)) == len(used)
 
