@@ -87,7 +87,7 @@ ROWS = {
         },
         declared_patients=4700,
         epsilons=(1, 10),
-        steps={"dp-merf": 700, "dpdm": 90, "dpdm-long": 270, "dp-feta": 60, "dp-cgan": 1000, "tutorial": 225, "ceiling": 480},
+        steps={"dp-merf": 850, "dpdm": 90, "dpdm-long": 270, "dp-feta": 60, "dp-cgan": 1500, "tutorial": 225, "ceiling": 480},
     ),
     "kermany": Row(
         data={
@@ -96,7 +96,7 @@ ROWS = {
         },
         declared_patients=2500,
         epsilons=(1, 3, 10),
-        steps={"dp-merf": 300, "dpdm": 80, "dpdm-long": 240, "dp-feta": 50, "dp-cgan": 200, "tutorial": 200, "ceiling": 400},
+        steps={"dp-merf": 170, "dpdm": 55, "dpdm-long": 165, "dp-feta": 40, "dp-cgan": 440, "tutorial": 210, "ceiling": 300},
     ),
 }  # fmt: skip
 

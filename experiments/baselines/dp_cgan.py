@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from dp_merf import CODE, Generator, draw
 from edm import balanced
-from private import COUNT, Clock, Made, Task, booked_sgd, private_steps
+from private import COUNT, Clock, Losses, Made, Task, booked_sgd, private_steps
 from torch import Tensor, nn
 
 from dpsynth.data.cohort import Int64
 
 CLIP_NORM, LEARNING_RATE, BETAS = 0.1, 5e-4, (0.5, 0.9)
-STEPS_TO_ONE = 10  # discriminator steps to one of the generator
+STEPS_TO_ONE = 5  # discriminator steps to one of the generator
 BATCH = 128  # of the generator
 
 
@@ -27,7 +27,7 @@ class Discriminator(nn.Module):
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
         self.classes = classes
-        widths = (shape[0] + classes, 32, 64, 64)
+        widths = (shape[0] + classes, 16, 32, 64)
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths))
         self.head = nn.Linear(64 * (shape[1] // 8) * (shape[2] // 8), 1)
 
@@ -60,7 +60,7 @@ def dp_cgan(task: Task) -> Made:
     return Made(images=images, labels=labels, mechanisms=(mechanism,), seconds=clock.seconds)
 
 
-def pair_losses(generator: nn.Module, discriminator: nn.Module, task: Task) -> Callable[[Int64, torch.Generator], Callable[[], Tensor]]:
+def pair_losses(generator: nn.Module, discriminator: nn.Module, task: Task) -> Losses:
     """Losses of a patient's two rows: one real image, and in place of the second a generated one of a random class.
 
     Both are clipped as one gradient, so a patient who leaves takes one clipped vector along.
@@ -79,7 +79,7 @@ def pair_losses(generator: nn.Module, discriminator: nn.Module, task: Task) -> C
 
 
 def generator_step(generator: nn.Module, discriminator: nn.Module, task: Task) -> Callable[[int], None]:
-    """What follows each step of the discriminator: every tenth time one of the generator, which is post-processing."""
+    """What follows each step of the discriminator: every fifth time one of the generator, which is post-processing."""
     noise = torch.Generator().manual_seed(task.seed)
     optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, betas=BETAS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ from dpsynth.model.moments import patient_sum
 Array = NDArray[np.float64]
 FEATURES = 2000  # cosines and sines together
 COUNT_WEIGHT = 0.3
-CODE, BATCH, LEARNING_RATE = 32, 100, 1e-3  # batch: images of each class in a step
+CODE, BATCH, LEARNING_RATE = 32, 100, 3e-3  # batch: images of each class in a step
 
 
 class Embedding:
@@ -48,20 +49,20 @@ def query_norm() -> float:
 
 
 class Generator(nn.Module):
-    """Code and class to an image by two steps of upsampling."""
+    """Code and class to an image: 7 or 8 positions a side, then doublings, each followed by a convolution to half the channels."""
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
-        self.classes, self.start = classes, (64, shape[1] // 4, shape[2] // 4)
+        doublings = 1
+        while shape[1] >> doublings > 8:
+            doublings += 1
+        self.classes, self.start = classes, (64, shape[1] >> doublings, shape[2] >> doublings)
         self.dense = nn.Sequential(nn.Linear(CODE + classes, 128), nn.ReLU(), nn.Linear(128, math.prod(self.start)), nn.ReLU())
-        self.convolutions = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bilinear"),
-            nn.Conv2d(64, 32, 5, padding=2),
-            nn.ReLU(),
-            nn.Upsample(scale_factor=2, mode="bilinear"),
-            nn.Conv2d(32, shape[0], 5, padding=2),
-            nn.Tanh(),
-        )
+        widths = [64 >> level for level in range(doublings)] + [shape[0]]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers[:-1], nn.Tanh())
 
     def forward(self, code: Tensor, labels: Tensor) -> Tensor:
         """code (n, CODE), labels (n,) to images (n, *shape)."""

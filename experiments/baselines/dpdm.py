@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from edm import EdmDenoiser, balanced, fit_public
-from private import COUNT, Clock, Made, Task, booked_sgd, ema_for, labels_like, private_steps
+from private import COUNT, Clock, Losses, Made, Task, booked_sgd, ema_for, labels_like, private_steps
 from torch import Tensor
 
 from dpsynth.data.cohort import Int64
@@ -37,15 +37,19 @@ def sampling_probability(task: Task) -> float:
 
 def fit(denoiser: EdmDenoiser, task: Task, mechanism: PoissonDpSgd) -> None:
     """DP-SGD in place; afterwards the denoiser holds the averaged weights."""
+    net = denoiser.net
+    optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE)
+    private_steps(net, task, mechanism, row_losses(denoiser, task), rows=DRAWS, optimizer=optimizer, ema=ema_for(net, mechanism.steps))
+
+
+def row_losses(denoiser: EdmDenoiser, task: Task) -> Losses:
+    """The denoiser's loss on each row."""
     images, labels = torch.from_numpy(task.training.images), torch.from_numpy(task.training.labels)
 
     def losses(index: Int64, generator: torch.Generator) -> Callable[[], Tensor]:
         return lambda: denoiser.row_losses(images[index], labels[index], generator)
 
-    optimizer = torch.optim.Adam(denoiser.net.parameters(), LEARNING_RATE)
-    private_steps(
-        denoiser.net, task, mechanism, losses, rows=DRAWS, optimizer=optimizer, ema=ema_for(denoiser.net, mechanism.steps)
-    )  # fmt: skip
+    return losses
 
 
 def ceiling(task: Task) -> Made:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from edm import balanced, unet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from opacus import GradSampleModule
-from private import COUNT, Clock, Made, Task, booked_sgd, private_steps
+from private import COUNT, Clock, Gradients, Losses, Made, Task, booked_sgd, private_steps
 from torch import Tensor, nn
 
 from dpsynth.data.cohort import Float32, Int64
@@ -39,7 +39,7 @@ def tutorial_loop(task: Task) -> Made:
     return Made(images=images, labels=labels, mechanisms=(mechanism,), seconds=clock.seconds)
 
 
-def per_row(hooked: GradSampleModule) -> Callable[[Callable[[], Tensor]], list[Tensor]]:
+def per_row(hooked: GradSampleModule) -> Gradients:
     """Opacus' gradients of each row, [(rows, *shape)]."""
 
     def gradients(losses: Callable[[], Tensor]) -> list[Tensor]:
@@ -50,7 +50,7 @@ def per_row(hooked: GradSampleModule) -> Callable[[Callable[[], Tensor]], list[T
     return gradients
 
 
-def row_losses(hooked: nn.Module, packing: int, task: Task) -> Callable[[Int64, torch.Generator], Callable[[], Tensor]]:
+def row_losses(hooked: nn.Module, packing: int, task: Task) -> Losses:
     """Mean squared error of the predicted noise at a random level (Ho et al. 2020, equation 14)."""
     scheduler = DDPMScheduler(num_train_timesteps=LEVELS)
     images, labels = torch.from_numpy(task.training.images), torch.from_numpy(task.training.labels)
