@@ -13,7 +13,8 @@ from torch import Tensor
 from dpsynth.data.cohort import Int64
 from dpsynth.privacy.mechanism import NonPrivate, PoissonDpSgd
 
-DRAWS, CLIP_NORM, LEARNING_RATE = 4, 0.01, 2e-3  # so small a clip norm that every patient is clipped
+PATIENTS_A_STEP, DRAWS = 50, 2  # minutes allow few rows: many steps of few draws, at an epsilon for which that costs little noise
+CLIP_NORM, LEARNING_RATE = 0.01, 2e-3  # so small a clip norm that every patient is clipped
 
 
 def dpdm(task: Task) -> Made:
@@ -31,8 +32,8 @@ def dpdm(task: Task) -> Made:
 
 
 def sampling_probability(task: Task) -> float:
-    """About 100 patients a step, from the public size of the set."""
-    return 100 / task.declared_patients
+    """From the public size of the set."""
+    return PATIENTS_A_STEP / task.declared_patients
 
 
 def fit(denoiser: EdmDenoiser, task: Task, mechanism: PoissonDpSgd) -> None:
