@@ -53,7 +53,8 @@ from measure import data_folder, measured, test_images  # noqa: E402 (an experim
 DELTA = 1e-5
 OWN = {"moments": "moments", "ours": "diffusion"}  # the methods of the command line
 BASELINES: dict[str, Callable[[Task], Made]] = {
-    "dp-merf": dp_merf, "dpdm": dpdm, "dpdm-long": dpdm, "dp-feta": dp_feta, "dp-cgan": dp_cgan, "tutorial": tutorial_loop, "ceiling": ceiling,
+    "dp-merf": dp_merf, "dpdm": dpdm, "dpdm-long": dpdm, "dp-feta": dp_feta, "dp-cgan": dp_cgan, "tutorial": tutorial_loop,
+    "ceiling": ceiling,
 }  # fmt: skip
 WITHOUT_EPSILON = ("real", "ceiling")
 METHODS = ("real", "ceiling", *OWN, *(name for name in BASELINES if name != "ceiling"))
