@@ -187,6 +187,14 @@ def test_frechet_distance_is_the_closed_form_of_gaussians() -> None:
     assert frechet_distance(first, second) == pytest.approx(1 + 4 + (1 - 3) ** 2 + 0.5**2, abs=1e-6)
 
 
+def test_frechet_distance_knows_covariances_that_lie_askew() -> None:
+    first = exact(np.zeros(2), np.array([3.0, 0.5]))
+    second = first @ np.array([[0.6, 0.8], [-0.8, 0.6]])
+    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    root = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))  # trace of the root of a 2x2 matrix with eigenvalues >= 0
+    assert frechet_distance(first, second) == pytest.approx(np.trace(a + b) - 2 * root, rel=1e-6)
+
+
 def test_frechet_distance_of_a_set_with_itself_is_zero_even_with_fewer_rows_than_columns() -> None:
     x = np.random.default_rng(2).normal(size=(40, 100))
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-4)  # of a trace of 200
