@@ -81,7 +81,7 @@ ROWS = {
         },
         declared_patients=4700,
         epsilons=(1, 10),
-        steps={"dp-merf": 850, "dpdm": 320, "dpdm-long": 960, "dp-feta": 230, "dp-cgan": 1500, "tutorial": 225, "ceiling": 480},
+        steps={"dp-merf": 850, "dpdm": 90, "dpdm-long": 270, "dp-feta": 60, "dp-cgan": 1500, "tutorial": 225, "ceiling": 480},
     ),
     "kermany": Row(
         data={
@@ -90,7 +90,7 @@ ROWS = {
         },
         declared_patients=2500,
         epsilons=(1, 3, 10),
-        steps={"dp-merf": 170, "dpdm": 200, "dpdm-long": 600, "dp-feta": 150, "dp-cgan": 440, "tutorial": 210, "ceiling": 300},
+        steps={"dp-merf": 170, "dpdm": 55, "dpdm-long": 165, "dp-feta": 40, "dp-cgan": 440, "tutorial": 210, "ceiling": 300},
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ TYPICAL_PIXEL = 0.5  # root mean square of a pixel in [-1, 1] from which images 
 COUNT_WEIGHT = 0.3  # of the clip norm, for the count beside each sum
 LARGEST_NOISE = 0.2  # wanted on a pixel of a central image; decides how many groups there are
 FEWEST = 8  # groups of fewer patients by the noisy count are dropped
-WARM_UP = 0.5  # steps on central images to one of DP-SGD
+WARM_UP = 2  # steps on central images to one of DP-SGD
 
 
 def dp_feta(task: Task) -> Made:
@@ -37,7 +37,7 @@ def dp_feta(task: Task) -> Made:
     with clock.stage("training"):
         images, labels, frequencies = central_images(task, release)
         denoiser = EdmDenoiser(task.shape, task.classes, seed=task.seed)
-        fit_public(denoiser, images, labels, steps=round(WARM_UP * task.steps), seed=task.seed, augment=True)
+        fit_public(denoiser, images, labels, steps=WARM_UP * task.steps, seed=task.seed, augment=True)
         fit(denoiser, task, mechanism)
     with clock.stage("rest"):
         wanted = labels_like(frequencies)

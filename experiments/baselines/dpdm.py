@@ -13,7 +13,7 @@ from torch import Tensor
 from dpsynth.data.cohort import Int64
 from dpsynth.privacy.mechanism import NonPrivate, PoissonDpSgd
 
-PATIENTS_A_STEP, DRAWS = 50, 2  # minutes allow few rows: many steps of few draws, at an epsilon for which that costs little noise
+PATIENTS_A_STEP, DRAWS = 100, 4
 CLIP_NORM, LEARNING_RATE = 0.01, 2e-3  # so small a clip norm that every patient is clipped
 
 
