@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,32 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpsynth.artifacts import RunFolder, read_json, write_json
-from dpsynth.checks.classifier import auc, balanced_accuracy, train_and_predict
-from dpsynth.checks.features import encode
-from dpsynth.checks.statistics import kid, neighbourhoods
-from dpsynth.config import Config, load_config
+from dpsynth.config import load_config
 from dpsynth.data.candidates import load_candidates, to_unit_range
-from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import restore_split
 from dpsynth.progress import silent
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from measure import data_folder, measured, test_images  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+
 ROWS = {"pneumonia-1": 1, "pneumonia-10": 10, "kermany-10": 10}
 METHODS = ("moments", "diffusion", "moments-texture")
-SAMPLE = 1500  # images a side of every fidelity figure
-
-
-def data_folder() -> Path:
-    """Where the real data sets lie; ends with one clear line when they do not."""
-    folder = Path(os.environ.get("DPSYNTH_DATA", HERE.parent.parent.parent / "shared" / "data")).resolve()
-    if not (folder / "pneumoniamnist.npz").is_file():
-        sys.exit("Set DPSYNTH_DATA to a folder with pneumoniamnist.npz, kermany_cxr/ and nih1000/ (sources: experiments/README.md).")
-    return folder
 
 
 def dpsynth(work: Path, *arguments: str) -> tuple[str, float]:
@@ -83,15 +72,6 @@ def one_run(row: str, method: str, seed: int, work: Path) -> dict[str, Any]:
     return {**figures(work, seed), "seconds": read_json(work / "seconds.json")}
 
 
-def test_images(config: Config, control: ImageSet) -> tuple[Float32, Int64]:
-    """Patients that no run trained on: the official test split where there is one, else the control patients."""
-    if config.data.format != "medmnist":
-        return control.images, control.labels
-    data = config.data.model_copy(update={"medmnist_split": "test"})
-    images = prepare(read_cohort(data), data, progress=silent)
-    return images.images, images.labels
-
-
 def figures(work: Path, seed: int) -> dict[str, Any]:
     """All figures of one finished run."""
     run = RunFolder.open(work / "run")
@@ -110,37 +90,6 @@ def figures(work: Path, seed: int) -> dict[str, Any]:
         "synthetic": measured(synthetic, candidates.labels, split.training, test, rng, seed),
         "real": measured(split.training.images, split.training.labels, split.training, test, rng, seed, real=True),
     }
-
-
-def measured(
-    images: Float32,
-    labels: Int64,
-    training: ImageSet,
-    test: tuple[Float32, Int64],
-    rng: np.random.Generator,
-    seed: int,
-    *,
-    real: bool = False,
-) -> dict[str, float]:
-    """Utility on test patients, and fidelity against one half of the training images (real: the other half against it)."""
-    classes = len(training.classes)
-    probabilities = train_and_predict(images, labels, test[0], classes=classes, seed=seed, task="", progress=silent)
-    order = rng.permutation(len(training.images))
-    size = min(SAMPLE, len(order) // 2)
-    against = features(training.images[order[:size]])
-    other = images[order[size : 2 * size]] if real else images[rng.permutation(len(images))[:size]]
-    theirs = features(other)
-    return {
-        "auc": auc(probabilities, test[1]),
-        "balanced_accuracy": balanced_accuracy(probabilities, test[1]),
-        "kid": kid(against[: len(theirs)], theirs),
-        **neighbourhoods(against, theirs).__dict__,
-    }
-
-
-def features(images: Float32) -> NDArray[np.float64]:
-    """Encoder features."""
-    return encode(images, task="", progress=silent)
 
 
 COLUMNS = ("auc", "balanced_accuracy", "kid", "precision", "recall", "density", "coverage")

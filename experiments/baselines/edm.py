@@ -1,0 +1,121 @@
+"""A class-conditional denoiser in the preconditioning of Karras et al. 2022 (section 5, table 1) around MONAI's U-Net.
+
+The net has the shape of ours (channels 32 and 64, attention at the lower level), so that a comparison is about the method.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import DiffusionModelUNet
+from private import ema_for
+from torch import Tensor, nn
+
+from dpsynth.config import GenerateConfig
+from dpsynth.data.cohort import Float32, Int64
+from dpsynth.generate import image_seeds
+from dpsynth.model.sampler import sample
+from dpsynth.progress import silent
+
+SIGMA_DATA = math.sqrt(1 / 3)  # of a uniform pixel in [-1, 1]; public
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2
+
+
+def unet(shape: tuple[int, ...], classes: int, seed: int) -> tuple[DiffusionModelUNet, int]:
+    """The U-Net for images of `shape`, and the factor by which they are packed: the net sees 14 to 16 positions a side."""
+    packing = 2 if shape[1] <= 32 else 4
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = DiffusionModelUNet(
+            spatial_dims=2,
+            in_channels=shape[0] * packing**2,
+            out_channels=shape[0] * packing**2,
+            num_res_blocks=1,
+            channels=(32, 64),
+            attention_levels=(False, True),
+            norm_num_groups=16,
+            num_head_channels=32,
+            num_class_embeds=classes,
+        )
+    return net, packing
+
+
+class EdmDenoiser(nn.Module):
+    """D(x; sigma, c) = c_skip x + c_out F(c_in x; c_noise, c)."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, *, seed: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.net, self.packing = unet(shape, classes, seed)
+
+    def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        """noisy (n, channel, height, width), sigma (n,), labels (n,) to the denoised images."""
+        level = sigma.view(-1, 1, 1, 1)
+        return self._skip(level) * noisy + self._out(level) * self._raw(noisy, sigma, labels)
+
+    def row_losses(self, clean: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Weighted squared error of each row at a random noise level, (n,); the weight makes all levels count alike at the start."""
+        sigma = (LOG_SIGMA_MEAN + LOG_SIGMA_STD * torch.randn(len(clean), generator=generator)).exp()
+        level = sigma.view(-1, 1, 1, 1)
+        noisy = clean + level * torch.randn(clean.shape, generator=generator)
+        target = (clean - self._skip(level) * noisy) / self._out(level)
+        return (self._raw(noisy, sigma, labels) - target).square().flatten(1).mean(1)
+
+    def _raw(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        scaled = noisy / (sigma.view(-1, 1, 1, 1).square() + SIGMA_DATA**2).sqrt()
+        packed = F.pixel_unshuffle(scaled, self.packing)
+        return F.pixel_shuffle(self.net(packed, sigma.log() * 250 + 1000, class_labels=labels), self.packing)
+
+    def _skip(self, level: Tensor) -> Tensor:
+        return SIGMA_DATA**2 / (level.square() + SIGMA_DATA**2)
+
+    def _out(self, level: Tensor) -> Tensor:
+        return level * SIGMA_DATA / (level.square() + SIGMA_DATA**2).sqrt()
+
+    def draw(self, labels: Int64, seed: int) -> Float32:
+        """Images (n, *shape) in [-1, 1] by the deterministic sampler at the noise levels that are our defaults."""
+        self.eval()
+        settings, seeds = GenerateConfig(), image_seeds(seed, len(labels))
+        return sample(
+            self, labels, seeds, shape=self.shape,
+            steps=settings.steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max, progress=silent,
+        )  # fmt: skip
+
+
+def fit_public(denoiser: EdmDenoiser, images: Float32, labels: Int64, *, steps: int, seed: int, augment: bool) -> None:
+    """Train in place without noise on images that need no protection (n, *shape), or for a ceiling. Batches of 96, Adam 1e-3, EMA."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer, ema = torch.optim.Adam(denoiser.net.parameters(), 1e-3), ema_for(denoiser.net, steps)
+    clean, wanted = torch.from_numpy(images), torch.from_numpy(labels)
+    for _ in range(steps):
+        rows = torch.randint(len(clean), (96,), generator=generator)
+        batch = _augmented(clean[rows], generator) if augment else clean[rows]
+        loss = denoiser.row_losses(batch, wanted[rows], generator).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        ema.update(denoiser.net)
+    ema.copy_to(denoiser.net)
+
+
+def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Small shifts, scales, contrast and brightness, each image its own: what one central image can stand for."""
+    n = len(images)
+    draw = torch.randn((n, 5), generator=generator)
+    matrix = torch.zeros(n, 2, 3)
+    matrix[:, 0, 0], matrix[:, 1, 1] = 1 + 0.06 * draw[:, 0], 1 + 0.06 * draw[:, 1]
+    matrix[:, :, 2] = 0.06 * draw[:, 2:4]
+    moved = F.grid_sample(
+        images, F.affine_grid(matrix, list(images.shape), align_corners=False), padding_mode="border", align_corners=False
+    )
+    gain = (0.15 * draw[:, 4]).exp().view(-1, 1, 1, 1)
+    shift = 0.1 * torch.randn((n, 1, 1, 1), generator=generator)
+    return (moved * gain + shift).clamp(-1, 1)
+
+
+def balanced(classes: int, count: int) -> Int64:
+    """Labels (count,), every class equally often."""
+    return np.arange(count, dtype=np.int64) % classes
