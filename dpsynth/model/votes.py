@@ -80,15 +80,22 @@ def release_votes(
     stream: NoiseStream,
     record: Record,
 ) -> Parents:
-    """The candidates whose noised votes stand out by one standard deviation of the noise, and all of a cell that has none."""
+    """The candidates with the votes that they are thought to have; all of a cell in which none is thought to have any."""
     stddev = mechanism.noise_stddev(VOTES)
     exact = count_votes(candidates, candidate_cells, images, cells, patients)
     noised = exact + stddev * stream.normal(VOTES, 0, len(exact))
     record(VOTES, exact[None], noised[None])
-    weights = np.maximum(noised - stddev, 0.0)
+    weights = _expected_votes(noised, stddev)
     for cell in np.unique(candidate_cells):
         members = candidate_cells == cell
         if not weights[members].any():
             weights[members] = 1.0
     kept = weights > 0
     return Parents(images=candidates[kept], cells=candidate_cells[kept], weights=weights[kept])
+
+
+def _expected_votes(noised: Array, stddev: float) -> Array:
+    """Posterior mean of votes, at least 0, when they scatter normally around their mean by what the noise does not explain."""
+    mean = float(noised.mean())
+    scatter = max(float(noised.var()) - stddev**2, 0.0)
+    return np.maximum(mean + scatter / max(scatter + stddev**2, 1e-12) * (noised - mean), 0.0)

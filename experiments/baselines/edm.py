@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dpsynth.config import GenerateConfig
 from dpsynth.data.cohort import Float32, Int64
 from dpsynth.generate import image_seeds
-from dpsynth.model.sampler import sample
+from dpsynth.model.sampler import sample, schedule
 from dpsynth.progress import silent
 
 SIGMA_DATA = math.sqrt(1 / 3)  # of a uniform pixel in [-1, 1]; public
@@ -79,10 +79,8 @@ class EdmDenoiser(nn.Module):
         """Images (n, *shape) in [-1, 1] by the deterministic sampler at the noise levels that are our defaults."""
         self.eval()
         settings, seeds = GenerateConfig(), image_seeds(seed, len(labels))
-        return sample(
-            self, labels, seeds, shape=self.shape,
-            steps=settings.steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max, progress=silent,
-        )  # fmt: skip
+        levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
+        return sample(self, labels, seeds, around=None, shape=self.shape, levels=levels, progress=silent)
 
 
 def fit_public(denoiser: EdmDenoiser, images: Float32, labels: Int64, *, steps: int, seed: int, augment: bool) -> None:
