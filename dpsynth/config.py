@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpsynth.cells import LABEL, UNKNOWN, Cells, target_problem
 from dpsynth.errors import ConfigError
+from dpsynth.privacy.calibrate import resolve_delta
 from dpsynth.privacy.unit import PrivacyUnit
+from dpsynth.recipe import recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -191,13 +193,15 @@ class DiffusionConfig(_Settings):
     """Stage 3: DP-SGD on the denoiser."""
 
     channels: tuple[Count, ...] = Field((32, 64), min_length=1, description="Channels of the U-Net, level by level.")
-    steps: Count = Field(40, description="DP-SGD steps.")
+    steps: int = Field(40, ge=0, description="DP-SGD steps.")
     sampling_probability: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Probability of each patient in each step.")
     draws: Count = Field(2, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
     clip_norm: Positive = Field(0.05, description="Largest L2 norm of one patient's gradient.")
     learning_rate: Positive = Field(3e-4, description="Of Adam.")
-    trainable: Literal["all", "small"] = Field(
-        "small", description="all weights, or small: biases, norms, class embedding and output convolution."
+    trainable: Literal["auto", "all", "small", "none"] = Field(
+        "auto",
+        description="all weights; small: biases, norms, class embedding and output convolution; none: no DP-SGD. auto: one of them by the "
+        "number of patients and epsilon, with steps, learning_rate and moments.share that go with it where they are not given.",
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of the average of the weights, in steps.")
     patients_per_chunk: Count = Field(32, description="Patients per forward pass; changes memory, not the result.")
@@ -299,7 +303,7 @@ class Config(_Settings):
             raise ValueError("release.formats: volumes cannot be written as png; use nifti or dicom")
         if not self.generate.sigma_min < self.generate.variation < self.generate.sigma_max:
             raise ValueError("generate.sigma_min must be smaller than generate.variation, and this smaller than generate.sigma_max")
-        if self.method == "diffusion" and self.moments.share + self.votes.share >= 1:
+        if self.method == "diffusion" and self.diffusion.trainable in ("all", "small") and self.moments.share + self.votes.share >= 1:
             raise ValueError("moments.share and votes.share must leave a part for DP-SGD: their sum must be below 1")
         if problem := target_problem(self.data.cells, self.generate.target):
             raise ValueError(f"generate.target.{problem}")
@@ -333,7 +337,30 @@ def parse_config(text: str, *, base: Path) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
-    return _with_absolute_paths(config, base)
+    return resolved(_with_absolute_paths(config, base))
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with `diffusion.trainable: auto` replaced by what the recipe says for its public numbers. What is given stays."""
+    if config.diffusion.trainable != "auto":
+        return config
+    data, diffusion = config.data, config.diffusion
+    chosen = recipe(
+        patients=data.declared_patients * (1 - data.control_fraction),
+        epsilon=config.privacy.epsilon,
+        delta=resolve_delta(config.privacy.delta, data.declared_patients),
+        channels=diffusion.channels,
+        dimensions=len(data.spatial_shape),
+        votes_share=config.votes.share,
+    )
+    proposed = {"trainable": chosen.trainable, "steps": chosen.steps, "learning_rate": chosen.learning_rate}
+    given = diffusion.model_fields_set - {"trainable"}
+    update: dict[str, Any] = {
+        "diffusion": diffusion.model_copy(update={name: value for name, value in proposed.items() if name not in given})
+    }
+    if "share" not in config.moments.model_fields_set:
+        update["moments"] = config.moments.model_copy(update={"share": chosen.moments_share})
+    return config.model_copy(update=update)
 
 
 def load_config(path: Path) -> Config:

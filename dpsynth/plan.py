@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpsynth.cells import FEWEST_PATIENTS
-from dpsynth.config import Config, packing
+from dpsynth.config import Config, packing, resolved
 from dpsynth.privacy.accountant import COARSE, epsilon_pld, epsilon_rdp, tpr_at_fpr
 from dpsynth.privacy.calibrate import plan_mechanisms, resolve_delta
 from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, to_json
@@ -35,6 +35,7 @@ class Plan:
     epsilon_rdp: float
     attack_rates: tuple[tuple[float, float], ...]  # (false positive rate, greatest true positive rate)
     steps: int
+    trainable: str  # what DP-SGD trains
     expected_batch: float
     expected_control: float
     attributes: tuple[str, ...]
@@ -51,6 +52,7 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """Calibrate the mechanisms of `config` and estimate time and memory. Raises ConfigError when the budget cannot be met."""
+    config = resolved(config)
     delta = resolve_delta(config.privacy.delta, config.data.declared_patients)
     mechanisms = planned_mechanisms(config, delta=delta)
     fprs = (0.001, 0.01, 0.1)
@@ -65,6 +67,7 @@ def plan(config: Config) -> Plan:
         epsilon_rdp=epsilon_rdp(mechanisms, delta),
         attack_rates=tuple((fpr, float(tpr)) for fpr, tpr in zip(fprs, rates, strict=True)),
         steps=sgd.steps if sgd else 0,
+        trainable=config.diffusion.trainable if sgd else "none",
         expected_batch=sgd.expected_batch_size if sgd else 0.0,
         expected_control=config.data.declared_patients * config.data.control_fraction,
         attributes=tuple(config.data.attributes),
@@ -83,6 +86,7 @@ def planned_mechanisms(
     config: Config, *, delta: float, queries: tuple[GaussianQuery, ...] = _UNIT_QUERIES, interval: float = COARSE
 ) -> tuple[Mechanism, ...]:
     """The mechanisms of a run of `config`; `interval` is the grid on which the accountant has the last word."""
+    config = resolved(config)
     if config.privacy.unsafe_non_private:
         return (NonPrivate(reason="privacy.unsafe_non_private is set"),)
     diffusion, share = config.diffusion, config.moments.share
@@ -98,7 +102,7 @@ def planned_mechanisms(
         queries=queries,
         clip_norm=diffusion.clip_norm,
         sampling_probability=diffusion.sampling_probability,
-        steps=diffusion.steps,
+        steps=0 if diffusion.trainable == "none" else diffusion.steps,
         declared_patients=config.data.declared_patients,
         interval=interval,
     )
@@ -111,6 +115,8 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
         ("accountants", f"PLD {plan_.epsilon_pld:.3f} (claimed), RDP {plan_.epsilon_rdp:.3f} (upper bound)"),
     ]
     rows += [_describe_mechanism(mechanism) for mechanism in plan_.mechanisms]
+    if plan_.steps:
+        rows.append(("trained with privacy", {"all": "all weights", "small": "biases, norms, class embedding and output"}[plan_.trainable]))
     for fpr, tpr in plan_.attack_rates:
         rows.append(
             (

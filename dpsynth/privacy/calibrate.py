@@ -99,12 +99,12 @@ def plan_mechanisms(
     declared_patients: int,
     interval: float = FINE,
 ) -> tuple[Mechanism, ...]:
-    """The mechanisms of one run within (epsilon, delta): the moments alone, or the moments and then DP-SGD.
+    """The mechanisms of one run within (epsilon, delta): one Gaussian release, and then DP-SGD if it has steps.
 
     `moments_share` is the part of mu^2 that the moments get when DP-SGD follows.
     """
     total = gaussian_noise_multiplier(epsilon, delta)
-    if method == "moments":
+    if method == "moments" or steps == 0:
         noise = calibrate_moments(total, queries, epsilon=epsilon, delta=delta)
         return (MomentRelease(noise_multiplier=noise, queries=queries),)
     moments = MomentRelease(noise_multiplier=total / math.sqrt(moments_share), queries=queries)

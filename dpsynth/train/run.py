@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dpsynth.artifacts import RunFolder, write_bytes, write_json
-from dpsynth.config import Config, dump_config
+from dpsynth.config import Config, dump_config, resolved
 from dpsynth.data.attributes import by_cell, conditions_digest
 from dpsynth.data.cohort import Float32, ImageSet
 from dpsynth.data.fingerprint import require_data
@@ -35,7 +35,7 @@ from dpsynth.privacy.accountant import FINE, account, epsilon_pld
 from dpsynth.privacy.calibrate import delta_limit, resolve_delta
 from dpsynth.privacy.guarantee import Guarantee, claim
 from dpsynth.privacy.ledger import Charge, Ledger
-from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, from_json, to_json
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, from_json, to_json
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from dpsynth.progress import Progress
 from dpsynth.train import selfcheck
@@ -53,6 +53,7 @@ _EPSILON_NOTES = 12  # how many points of the running epsilon are computed in ad
 
 def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progress) -> Guarantee:
     """Train, or go on with, the run at `run_path`. Raises BudgetExceeded, SelfCheckFailed, ClaimRefused, DataError and others."""
+    config = resolved(config)
     ledger = Ledger.load(ledger_path)
     require_public(config)
     run = _existing(run_path, config)
@@ -302,8 +303,10 @@ def _fit(
         return {}
     denoiser.transplant(moments)
     sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
-    if sgd is None:
+    if any(isinstance(m, NonPrivate) for m in mechanisms):
         fit_non_private(denoiser, split.training, config.diffusion, stream=stream, progress=progress)
+        return {}
+    if sgd is None:  # everything is spent on moments and votes
         return {}
     notes = _running_epsilon(mechanisms, sgd, resolve_delta(config.privacy.delta, config.data.declared_patients))
 

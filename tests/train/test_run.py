@@ -15,7 +15,7 @@ from scipy import stats
 
 import dpsynth.train.run as module
 from dpsynth.artifacts import RunFolder
-from dpsynth.config import Config, parse_config
+from dpsynth.config import Config, DiffusionConfig, parse_config
 from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError, SelfCheckFailed
 from dpsynth.model.moments import _COUNT_WEIGHT
@@ -424,3 +424,11 @@ def test_what_cannot_end_well_is_refused_before_it_is_charged(
         module.train(settings, run_path=tmp_path / "run", ledger_path=ledger.path, progress=silent)
     assert ledger.charges() == ()
     assert not (tmp_path / "run").exists()
+
+
+def test_without_dp_sgd_no_training_touches_the_images(train: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing DP-SGD mechanism means no training, never training without privacy."""
+    for name in ("fit", "fit_non_private"):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("trained"))
+    diffusion = DiffusionConfig(channels=(8, 16), trainable="none")
+    train(diffusion=diffusion)
