@@ -1,0 +1,213 @@
+"""What do a public prior, votes and DP-SGD each add? On procedural images alone, so that no choice of the recipe touches private data.
+
+    python experiments/004-public-prior/public_prior.py [--variants ...] [--seeds 0]      # needs no data; `--table` prints results.json
+
+4,700 procedural people are the private set; 1,000 others, seen by another hospital (turned, zoomed, darker, softer), are the public one.
+Each variant goes the way of a user: ledger, train, generate. "moments without a prior" takes the noised sums as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dpsynth.artifacts import RunFolder, read_json, write_json
+from dpsynth.config import Config, parse_config
+from dpsynth.data.candidates import load_candidates, to_unit_range
+from dpsynth.data.cohort import Float32, ImageSet
+from dpsynth.data.fingerprint import open_ledger
+from dpsynth.data.phantom import phantom_cohort
+from dpsynth.data.preprocess import prepare
+from dpsynth.data.raster import write_png
+from dpsynth.data.source import read_cohort
+from dpsynth.generate import generate
+from dpsynth.model.moments import from_frequencies, to_frequencies
+from dpsynth.progress import silent
+from dpsynth.train.run import train
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from measure import measured  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+
+PATIENTS, PUBLIC, TEST, COUNT = 4700, 1000, 500, 1500
+NOTHING: dict[str, Any] = {}
+ALL, SMALL, NONE = ({"trainable": which} for which in ("all", "small", "none"))
+VARIANTS: dict[str, dict[str, Any]] = {  # settings that differ from the recipe's
+    "recipe": NOTHING,
+    "recipe without votes": {"votes": {"share": 0}},
+    "moments and votes": {"diffusion": NONE},
+    "moments alone, with the net": {"diffusion": NONE, "votes": {"share": 0}},
+    "the same without a prior": {"diffusion": NONE, "votes": {"share": 0}, "prior": False},
+    "moments alone, no net": {"method": "moments"},
+    "few weights": {"diffusion": SMALL, "moments": {"share": 0.8}},
+    "all weights": {"diffusion": ALL, "moments": {"share": 0.55}},
+    "all weights, twice the steps and rate": {"diffusion": {**ALL, "steps": 80, "learning_rate": 6e-4}, "moments": {"share": 0.4}},
+}
+
+
+def other_hospital(images: Float32) -> Float32:
+    """The images (n, 1, h, w) turned by 3 degrees, moved, 8 % larger, darker and softer."""
+    turn = 0.92 * torch.tensor([[np.cos(0.06), -np.sin(0.06), 0.03], [np.sin(0.06), np.cos(0.06), -0.05]])
+    grid = F.affine_grid(turn.float().expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    moved = F.grid_sample(torch.from_numpy(images), grid, padding_mode="border", align_corners=False).numpy()
+    darker = 0.9 * (2 * np.clip((moved + 1) / 2, 0, 1) ** 1.25 - 1) + 0.05
+    radius = np.hypot(*np.meshgrid(*(np.arange(side) / side for side in images.shape[2:]), indexing="ij"))
+    return from_frequencies(to_frequencies(darker.astype(np.float32)) * ((1 + 8 * radius) ** -0.15).ravel(), images.shape[1:])
+
+
+def people(count: int, seed: int) -> tuple[Float32, list[str]]:
+    """One image each of so many procedural people, and their labels."""
+    cohort = phantom_cohort(
+        anatomy="chest", num_patients=count, max_images=1, spatial_shape=(28, 28), channels=1, classes=("normal", "finding"),
+        seed=seed, name="people",
+    )  # fmt: skip
+    images = np.stack([record.read().voxels for record in cohort.records]).astype(np.float32) / np.float32(127.5) - 1
+    return images, [cohort.classes[record.label] for record in cohort.records]
+
+
+def public_folder(work: Path) -> Path:
+    """The other hospital's images as a folder that a user would have."""
+    folder = work / "public"
+    if not (folder / "table.csv").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        images, labels = people(PUBLIC, 5)
+        rows = ["file,patient_id,label"]
+        for index, (image, label) in enumerate(zip(other_hospital(images), labels, strict=True)):
+            write_png(folder / f"{index}.png", np.clip(image, -1, 1), text={})
+            rows.append(f"{index}.png,{index},{label}")
+        (folder / "table.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def configuration(variant: str, epsilon: float, work: Path) -> Config:
+    """What a user would write, with the variant's settings."""
+    settings = {name: value for name, value in VARIANTS[variant].items() if name != "prior"}
+    text = {
+        "method": "diffusion",
+        "data": {
+            "format": "phantom", "name": "people", "unit": "image", "classes": ["normal", "finding"], "declared_patients": PATIENTS,
+            "spatial_shape": [28, 28], "control_fraction": 0.02,
+            "phantom": {"anatomy": "chest", "num_patients": PATIENTS, "max_images": 1, "seed": 77},
+        },
+        "privacy": {"epsilon": epsilon, "delta": 1e-5},
+        "pretrain": {
+            "source": "raster", "path": str(public_folder(work)), "classes": ["normal", "finding"], "steps": 700, "cache": str(work / "cache"),
+        },
+        "generate": {"count": COUNT, "sigma_min": 0.04},
+        **settings,
+    }  # fmt: skip
+    return parse_config(json.dumps(text), base=work)  # JSON is YAML
+
+
+@contextmanager
+def as_released() -> Iterator[None]:
+    """Moments that are the noised sums divided by the noised counts, and nothing else."""
+
+    def means(sums: Any, counts: Any, *_: Any) -> Any:
+        return sums / np.maximum(counts, 1)[:, None]
+
+    def covariances(totals: Any, counts: Any, *_: Any, **__: Any) -> Any:
+        values, vectors = np.linalg.eigh(totals / np.maximum(counts, 1)[:, None, None])
+        return (vectors * np.maximum(values, 1e-6)[:, None, :]) @ vectors.transpose(0, 2, 1)
+
+    with patch("dpsynth.model.moments.pooled_means", means), patch("dpsynth.model.moments.pooled_covariances", covariances):
+        yield
+
+
+def one_run(variant: str, epsilon: float, seed: int, work: Path) -> dict[str, Any]:
+    """Ledger, train, generate, measure. A killed run goes on."""
+    home = work / f"{variant}-{epsilon:g}-{seed}".replace(" ", "-").replace(",", "")
+    config = configuration(variant, epsilon, work)
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "ledger.jsonl").exists():
+        open_ledger(config, path=home / "ledger.jsonl", epsilon=epsilon, delta=1e-5, max_gate_attempts=1, progress=silent)
+    start = time.process_time()
+    if VARIANTS[variant].get("prior", True):
+        train(config, run_path=home / "run", ledger_path=home / "ledger.jsonl", progress=silent)
+    else:
+        with as_released():
+            train(config, run_path=home / "run", ledger_path=home / "ledger.jsonl", progress=silent)
+    trained = time.process_time() - start
+    generate(home / "run", progress=silent)
+    candidates = load_candidates(RunFolder.open(home / "run"))
+    private = prepare(read_cohort(config.data), config.data, progress=silent)
+    test, names = people(TEST, 1077)
+    labels = np.array([private.classes.index(name) for name in names])
+    return {
+        "trained": config.diffusion.trainable if config.method == "diffusion" else "",
+        "seconds": {"training": trained, "drawing": time.process_time() - start - trained},
+        "figures": measured(
+            to_unit_range(candidates.images), candidates.labels, private, (test, labels), np.random.default_rng(seed), seed
+        ),
+    }
+
+
+def real_figures(seed: int, work: Path) -> dict[str, Any]:
+    """Real against real."""
+    config = configuration("recipe", 10, work)
+    private: ImageSet = prepare(read_cohort(config.data), config.data, progress=silent)
+    test, names = people(TEST, 1077)
+    labels = np.array([private.classes.index(name) for name in names])
+    return {"figures": measured(private.images, private.labels, private, (test, labels), np.random.default_rng(seed), seed, real=True)}
+
+
+COLUMNS = ("auc", "precision", "recall", "coverage", "fd", "kid", "fd_bands", "kid_bands")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Mean and standard deviation over the seeds, in Markdown."""
+    lines = ["| variant | epsilon | DP-SGD trains | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|---|---|" + "---|" * len(COLUMNS)]
+    for group in dict.fromkeys(name.rsplit("/", 1)[0] for name in results):
+        runs = [result for name, result in results.items() if name.rsplit("/", 1)[0] == group]
+        cells = []
+        for column in COLUMNS:
+            values = [run["figures"][column] for run in runs]
+            digits = 0 if np.mean(values) >= 100 else 3
+            cells.append(f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""))
+        variant, epsilon = group.rsplit("/", 1)
+        lines.append(f"| {variant} | {epsilon} | {runs[0].get('trained', '')} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the wanted variants; results.json is written after each, and a finished one is not done again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--epsilons", nargs="+", type=float, default=[10.0, 1.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/004"))
+    parser.add_argument("--table", action="store_true", help="Print the table of results.json and do nothing else.")
+    arguments = parser.parse_args()
+    path, work = HERE / "results.json", arguments.work.resolve()
+
+    def known() -> dict[str, Any]:
+        return dict(read_json(path)) if path.exists() else {}
+
+    if not arguments.table:
+        for seed in arguments.seeds:
+            if f"real/inf/{seed}" not in known():
+                write_json(path, {**known(), f"real/inf/{seed}": real_figures(seed, work)})
+            for epsilon in arguments.epsilons:
+                for variant in arguments.variants:
+                    name = f"{variant}/{epsilon:g}/{seed}"
+                    if name not in known():
+                        result = one_run(variant, epsilon, seed, work)
+                        write_json(path, {**known(), name: result})  # read again: another process may have finished a run meanwhile
+                        print(name, json.dumps(result), flush=True)
+    print(table(known()))
+
+
+if __name__ == "__main__":
+    main()
