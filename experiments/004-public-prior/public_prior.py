@@ -103,7 +103,8 @@ def configuration(variant: str, epsilon: float, work: Path) -> Config:
         },
         "privacy": {"epsilon": epsilon, "delta": 1e-5},
         "pretrain": {
-            "source": "raster", "path": str(public_folder(work)), "classes": ["normal", "finding"], "steps": 700, "cache": str(work / "cache"),
+            "source": "raster", "path": str(public_folder(work)), "classes": ["normal", "finding"], "steps": 700,
+            "cache": str(work / "cache"),
         },
         "generate": {"count": COUNT, "sigma_min": 0.04},
         **settings,
