@@ -99,7 +99,7 @@ def _number(value: float) -> float | str:
 def _mechanism(mechanism: Mechanism, delta: float) -> dict[str, Any]:
     rows: list[tuple[str, str]] = []
     if isinstance(mechanism, MomentRelease):
-        name = "Release of class-wise moments, once"
+        name = "Sums over patients with noise, once: class-wise moments, and votes for candidate images if listed"
         rows = [("noise multiplier, all queries together", f"{mechanism.noise_multiplier:.4g}")]
         rows += [
             (f"{q.name}: noise multiplier, clip norm", f"{mechanism.query_noise_multiplier(q.name):.4g}, {q.clip_norm:.4g}")

@@ -88,6 +88,21 @@ def test_the_noise_has_the_booked_scale_and_other_scales_are_rejected() -> None:
         assert noise_p(wrong, 2.0) < 1e-4
 
 
+def test_other_candidates_get_other_noise_and_the_same_ones_the_same() -> None:
+    def noise(candidates: np.ndarray) -> np.ndarray:
+        found: list[np.ndarray] = []
+        release_votes(
+            candidates, CELLS, OTHERS, np.arange(30) % 3, np.arange(30), mechanism=booked(1.0), stream=NoiseStream(key=b"k" * 32),
+            record=lambda _, exact, noised: found.append(noised - exact),
+        )  # fmt: skip
+        return found[0][0]
+
+    nudged = CANDIDATES.copy()
+    nudged[0, 0, 0, 0] = np.nextafter(nudged[0, 0, 0, 0], np.float32(2))
+    assert np.allclose(noise(CANDIDATES), noise(CANDIDATES.copy()), atol=1e-12)
+    assert np.abs(noise(CANDIDATES) - noise(nudged)).min() > 1e-6
+
+
 def test_parents_are_made_from_noised_votes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cohorts with the same noised votes give the same parents: nothing else of the images gets through."""
     made = []
