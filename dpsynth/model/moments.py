@@ -31,6 +31,7 @@ Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Record = Callable[[str, Array, Array], None]
 
+_BLOCK = 256  # images that are transformed at once
 BANDS = 14  # rings of frequency above the low block, per channel
 LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
 _COUNT_WEIGHT = 0.3
@@ -87,7 +88,7 @@ def from_frequencies(coefficients: Array, shape: tuple[int, ...]) -> Float32:
 @dataclass(frozen=True, kw_only=True)
 class PublicReference:
     """Public constants. centre: (low,); axes: (low, low), principal axes in columns; energies: (low,), variances along them; spectrum:
-    (channel * pixels,), variance of each coefficient; band_scale: (bands,) makes typical energies 1; clip norms are of shaped vectors.
+    (channel * pixels,), mean square of each coefficient; band_scale: (bands,) makes typical energies 1; clip norms are of shaped vectors.
     """
 
     shape: tuple[int, ...]
@@ -157,19 +158,17 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     """Constants from public images (n, channel, *space) in [-1, 1]: centre, axes, and norms that most public images keep to."""
     shape = images.shape[1:]
     layout = frequencies(shape, low_frequencies)
-    coefficients = to_frequencies(images)
-    centre = coefficients.mean(axis=0)
-    residual = (coefficients - centre)[:, layout.low]
+    low, energies, spectrum = _summaries(images, layout)
+    centre = low.mean(axis=0)
+    residual = low - centre
     values, axes = np.linalg.eigh(residual.T @ residual / len(residual))
-    spectrum = np.maximum(coefficients.var(axis=0), _SMALLEST_VARIANCE)
-    energies = _energies(coefficients - centre, layout)
     constants = PublicReference(
         shape=shape,
         low_frequencies=low_frequencies,
-        centre=centre[layout.low],
+        centre=centre,
         axes=axes,
         energies=np.maximum(values, max(values.mean() * 1e-4, _SMALLEST_VARIANCE)),
-        spectrum=spectrum,
+        spectrum=np.maximum(spectrum, _SMALLEST_VARIANCE),
         band_scale=1 / (np.median(energies, axis=0) + 1e-3),
         clip_low=1.0,
         clip_residual=1.0,
@@ -214,10 +213,10 @@ def release_moments(
     layout = frequencies(reference.shape, reference.low_frequencies)
     groups = np.arange(num_classes) if labels_of_cells is None else labels_of_cells
     release = _Release(labels, patients, num_classes, mechanism, stream, groups, record)
-    coefficients = to_frequencies(images)
-    counts, mean = _release_means(coefficients[:, layout.low], release, reference)
-    covariance = _release_second_moments(coefficients[:, layout.low] - mean[labels], release, counts, reference)
-    variance = _release_bands(coefficients, release, counts, layout, reference)
+    low, energies, _ = _summaries(images, layout)
+    counts, mean = _release_means(low, release, reference)
+    covariance = _release_second_moments(low - mean[labels], release, counts, reference)
+    variance = _release_bands(energies * reference.band_scale, release, counts, layout, reference)
     return Moments(
         shape=reference.shape,
         low_frequencies=reference.low_frequencies,
@@ -317,15 +316,23 @@ def _release_second_moments(residual: Array, release: _Release, counts: Array, r
     return np.stack([reference.unshaped(reference.unshaped(covariance).T) for covariance in covariances])
 
 
-def _energies(rest: Array, layout: Frequencies) -> Array:
-    """Sum of squares by band: (n, bands)."""
-    squared = rest**2
-    return np.stack([squared[:, layout.band == band].sum(axis=1) for band in range(layout.num_bands)], axis=1)
+def _summaries(images: Float32, layout: Frequencies) -> tuple[Array, Array, Array]:
+    """Low coefficients (n, low) and energies by band (n, bands) of each image, and the mean square of each coefficient (channel * pixels,).
+
+    In blocks, so that memory stays small whatever the size of the images.
+    """
+    low, energies, total = [], [], np.zeros(layout.band.size)
+    for start in range(0, len(images), _BLOCK):
+        coefficients = to_frequencies(images[start : start + _BLOCK])
+        squared = coefficients**2
+        low.append(coefficients[:, layout.low])
+        energies.append(np.stack([squared[:, layout.band == band].sum(axis=1) for band in range(layout.num_bands)], axis=1))
+        total += squared.sum(axis=0)
+    return np.concatenate(low), np.concatenate(energies), total / len(images)
 
 
-def _release_bands(coefficients: Array, release: _Release, counts: Array, layout: Frequencies, reference: PublicReference) -> Array:
+def _release_bands(energies: Array, release: _Release, counts: Array, layout: Frequencies, reference: PublicReference) -> Array:
     """Variance above the low block: the public spectrum times the ratio of the ring's energy, (classes, channel * pixels)."""
-    energies = _energies(coefficients, layout) * reference.band_scale
     total = release.noised_sum("bands", energies, reference.clip_bands)
     public = np.bincount(layout.band + 1, weights=reference.spectrum, minlength=layout.num_bands + 1)[1:] * reference.band_scale
     public = np.maximum(public, _SMALLEST_VARIANCE)

@@ -80,7 +80,18 @@ def test_packing_loses_nothing_and_keeps_neighbours_together(shape: tuple[int, .
 
 @pytest.mark.parametrize(
     ("space", "factor"),
-    [((8, 8), 2), ((28, 28), 2), ((32, 32), 2), ((36, 36), 2), ((40, 40), 4), ((64, 64), 4), ((28, 28, 28), 2), ((64, 28), 2)],
+    [
+        ((8, 8), 2),
+        ((28, 28), 2),
+        ((32, 32), 2),
+        ((36, 36), 2),
+        ((40, 40), 4),
+        ((64, 64), 4),
+        ((128, 128), 8),
+        ((224, 224), 8),
+        ((28, 28, 28), 2),
+        ((64, 28), 2),
+    ],  # fmt: skip
 )
 def test_every_size_is_packed_to_positions_that_the_net_can_halve(space: tuple[int, ...], factor: int) -> None:
     assert packing(space) == factor
