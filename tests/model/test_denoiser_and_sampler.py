@@ -91,7 +91,7 @@ def test_packing_loses_nothing_and_keeps_neighbours_together(shape: tuple[int, .
         ((224, 224), 8),
         ((28, 28, 28), 2),
         ((64, 28), 2),
-    ],  # fmt: skip
+    ],
 )
 def test_every_size_is_packed_to_positions_that_the_net_can_halve(space: tuple[int, ...], factor: int) -> None:
     assert packing(space) == factor
