@@ -26,7 +26,7 @@ Int64 = NDArray[np.int64]
 VOTES = "votes"  # name of the query
 _BLOCK = 512
 _VOTES_PER_STDDEV = 0.5  # candidates are so many that one gets this many votes for each standard deviation of the noise, on average
-_FEWEST, _MOST = 20, 3000  # candidates: a cell, and in all
+_FEWEST, _MOST = 20, 2000  # candidates: a cell, and in all
 
 
 @dataclass(frozen=True, kw_only=True)

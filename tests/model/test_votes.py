@@ -171,4 +171,4 @@ def test_parents_are_chosen_by_weight_from_the_seed_alone() -> None:
 
 def test_the_number_of_candidates_follows_from_public_numbers() -> None:
     counts = [num_candidates(booked(stddev), declared_patients=4000, num_cells=2) for stddev in (1.0, 5.0, 50.0, 5000.0)]
-    assert counts == [3000, 1600, 160, 40]
+    assert counts == [2000, 1600, 160, 40]
