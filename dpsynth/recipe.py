@@ -30,7 +30,7 @@ class Recipe:
     moments_share: float
 
 
-FULL = Recipe(trainable="all", steps=40, learning_rate=3e-4, moments_share=0.55)
+FULL = Recipe(trainable="all", steps=80, learning_rate=6e-4, moments_share=0.4)
 PART = Recipe(trainable="small", steps=40, learning_rate=3e-4, moments_share=0.8)
 MOMENTS_AND_VOTES = Recipe(trainable="none", steps=0, learning_rate=3e-4, moments_share=0.8)
 

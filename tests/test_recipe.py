@@ -64,7 +64,9 @@ def test_a_configuration_is_filled_in_once_and_says_so() -> None:
     assert parse_config(dump_config(config), base=Path.cwd()) == config
 
 
-@pytest.mark.parametrize(("text", "steps", "share"), [("diffusion: {steps: 7}", 7, 0.55), ("moments: {share: 0.3}", 40, 0.3)])
+@pytest.mark.parametrize(
+    ("text", "steps", "share"), [("diffusion: {steps: 7}", 7, FULL.moments_share), ("moments: {share: 0.3}", FULL.steps, 0.3)]
+)
 def test_what_is_given_stands_above_the_recipe(text: str, steps: int, share: float) -> None:
     config = configuration(text)
     assert (config.diffusion.trainable, config.diffusion.steps, config.moments.share) == ("all", steps, share)

@@ -51,9 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings that differ from the recipe'
     "moments alone, with the net": {"diffusion": NONE, "votes": {"share": 0}},
     "the same without a prior": {"diffusion": NONE, "votes": {"share": 0}, "prior": False},
     "moments alone, no net": {"method": "moments"},
-    "few weights": {"diffusion": SMALL, "moments": {"share": 0.8}},
-    "all weights": {"diffusion": ALL, "moments": {"share": 0.55}},
-    "all weights, twice the steps and rate": {"diffusion": {**ALL, "steps": 80, "learning_rate": 6e-4}, "moments": {"share": 0.4}},
+    "few weights": {"diffusion": {**SMALL, "steps": 40, "learning_rate": 3e-4}, "moments": {"share": 0.8}},
+    "all weights, half the steps and rate": {"diffusion": {**ALL, "steps": 40, "learning_rate": 3e-4}, "moments": {"share": 0.55}},
 }
 
 
