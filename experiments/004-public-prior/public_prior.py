@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,15 +25,28 @@ import torch.nn.functional as F
 from dpsynth.artifacts import RunFolder, read_json, write_json
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import load_candidates, to_unit_range
-from dpsynth.data.cohort import Float32, ImageSet
+from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.fingerprint import open_ledger
 from dpsynth.data.phantom import phantom_cohort
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.raster import write_png
 from dpsynth.data.source import read_cohort
 from dpsynth.generate import generate
-from dpsynth.model.moments import from_frequencies, to_frequencies
+from dpsynth.model.moments import (
+    Array,
+    PublicReference,
+    from_frequencies,
+    moment_queries,
+    public_reference,
+    release_moments,
+    to_frequencies,
+)
+from dpsynth.model.wiener import WienerFilter
+from dpsynth.plan import planned_mechanisms
+from dpsynth.privacy.mechanism import MomentRelease
+from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent
+from dpsynth.train.public import public_images
 from dpsynth.train.run import train
 
 HERE = Path(__file__).resolve().parent
@@ -163,6 +176,57 @@ def real_figures(seed: int, work: Path) -> dict[str, Any]:
     return {"figures": measured(private.images, private.labels, private, (test, labels), np.random.default_rng(seed), seed, real=True)}
 
 
+LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+
+
+def filter_excess(epsilon: float, work: Path, *, shaping: float, prior: bool, keys: int = 3) -> list[float]:
+    """Mean squared error of the moments' linear filter by noise level, as a multiple of that with the private set's own moments."""
+    config = configuration("moments alone, no net", epsilon, work)
+    private = prepare(read_cohort(config.data), config.data, progress=silent)
+    public = public_images(config, progress=silent)
+    own = public_reference(private.images, low_frequencies=config.moments.low_frequencies)
+    floor = errors(private, own, None, None)
+    with patch("dpsynth.model.moments._SHAPING", shaping), nullcontext() if prior else as_released():
+        reference = public_reference(public, low_frequencies=config.moments.low_frequencies)
+        (release,) = planned_mechanisms(config, delta=1e-5, queries=moment_queries(reference))
+        assert isinstance(release, MomentRelease)
+        found = [errors(private, reference, release, NoiseStream(key=bytes([key]) * 32)) for key in range(keys)]
+    return [float(value) for value in np.mean(found, axis=0) / floor]
+
+
+def errors(private: ImageSet, constants: PublicReference, mechanism: MomentRelease | None, stream: NoiseStream | None) -> Array:
+    """Errors of the filter of the private set's moments, with noise or without."""
+    made = release_moments(
+        private.images, private.labels, private.patients, num_classes=2, mechanism=mechanism, reference=constants, stream=stream
+    )
+    return denoising_errors(WienerFilter(made), private.images[:1000], private.labels[:1000])
+
+
+def denoising_errors(wiener: WienerFilter, images: Float32, labels: Int64) -> Array:
+    """Mean squared error at each noise level, (levels,)."""
+    generator = torch.Generator().manual_seed(0)
+    clean, found = torch.from_numpy(images), []
+    for level in LEVELS:
+        noisy = clean + level * torch.randn(clean.shape, generator=generator)
+        estimate, _ = wiener(noisy, torch.full((len(clean),), level), torch.from_numpy(labels))
+        found.append(float((estimate - clean).square().mean()))
+    return np.array(found)
+
+
+def filter_table(work: Path) -> str:
+    """In Markdown."""
+    lines = ["| epsilon | moments | " + " | ".join(f"noise {level:g}" for level in LEVELS) + " |", "|---|---|" + "---|" * len(LEVELS)]
+    for epsilon in (10.0, 1.0):
+        for name, shaping, prior in (
+            ("equal noise", 0.0, False),
+            ("shaped noise", 0.25, False),
+            ("shaped noise, public prior", 0.25, True),
+        ):
+            cells = " | ".join(f"{value:.2f}" for value in filter_excess(epsilon, work, shaping=shaping, prior=prior))
+            lines.append(f"| {epsilon:g} | {name} | {cells} |")
+    return "\n".join(lines)
+
+
 COLUMNS = ("auc", "precision", "recall", "coverage", "fd", "kid", "fd_bands", "kid_bands")
 
 
@@ -188,9 +252,13 @@ def main() -> None:
     parser.add_argument("--epsilons", nargs="+", type=float, default=[10.0, 1.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--work", type=Path, default=Path("runs/004"))
+    parser.add_argument("--filters", action="store_true", help="Print the errors of the moments' filters (a minute) and do nothing else.")
     parser.add_argument("--table", action="store_true", help="Print the table of results.json and do nothing else.")
     arguments = parser.parse_args()
     path, work = HERE / "results.json", arguments.work.resolve()
+    if arguments.filters:
+        print(filter_table(work))
+        return
 
     def known() -> dict[str, Any]:
         return dict(read_json(path)) if path.exists() else {}
