@@ -186,7 +186,7 @@ class MomentsConfig(_Settings):
 class VotesConfig(_Settings):
     """Stage 4: patients vote for the candidates nearest to their images (method diffusion)."""
 
-    share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Part of mu^2 that the votes spend; 0: no votes.")
+    share: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Part of mu^2 that the votes spend; 0: no votes.")
 
 
 class DiffusionConfig(_Settings):

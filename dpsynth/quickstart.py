@@ -30,8 +30,8 @@ data:
 privacy: {epsilon: 10, delta: 1e-5}
 moments: {low_frequencies: 10}
 pretrain: {source: phantom, anatomies: [chest], num_phantoms: 1500, steps: 400}
-diffusion: {steps: 20, sampling_probability: 0.05}
-generate: {count: 800}
+diffusion: {trainable: small, steps: 20, sampling_probability: 0.05}
+generate: {count: 2000}
 release: {formats: [png], title: Phantom chest images}
 """
 

@@ -59,10 +59,10 @@ NOTHING: dict[str, Any] = {}
 ALL, SMALL, NONE = ({"trainable": which} for which in ("all", "small", "none"))
 VARIANTS: dict[str, dict[str, Any]] = {  # settings that differ from the recipe's
     "recipe": NOTHING,
-    "recipe without votes": {"votes": {"share": 0}},
-    "moments and votes": {"diffusion": NONE},
-    "moments alone, with the net": {"diffusion": NONE, "votes": {"share": 0}},
-    "the same without a prior": {"diffusion": NONE, "votes": {"share": 0}, "prior": False},
+    "recipe with votes": {"votes": {"share": 0.05}},
+    "moments and votes": {"diffusion": NONE, "votes": {"share": 0.05}},
+    "moments alone, with the net": {"diffusion": NONE},
+    "the same without a prior": {"diffusion": NONE, "prior": False},
     "moments alone, no net": {"method": "moments"},
     "few weights": {"diffusion": {**SMALL, "steps": 40, "learning_rate": 3e-4}, "moments": {"share": 0.8}},
     "all weights, half the steps and rate": {"diffusion": {**ALL, "steps": 40, "learning_rate": 3e-4}, "moments": {"share": 0.55}},

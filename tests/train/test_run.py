@@ -27,6 +27,7 @@ from dpsynth.train import selfcheck
 CONFIG = """\
 data: {declared_patients: 200, phantom: {num_patients: 240, max_images: 2}}
 privacy: {epsilon: 10}
+votes: {share: 0.05}
 pretrain: {num_phantoms: 150, steps: 2, cache: CACHE}
 diffusion: {steps: 3, sampling_probability: 0.05, draws: 1, channels: [8, 16]}
 """
