@@ -48,7 +48,7 @@ PATIENTS, TEST, REFERENCE, SAMPLE, LAST_LEVELS = 4700, 500, 1500, 800, (0.04, 0.
 BASE: dict[str, Any] = {"learning_rate": 1e-3, "steps": 80, "sampling_probability": 0.05}
 VARIANTS: dict[str, dict[str, Any]] = {  # settings of diffusion; share: of mu^2 for the moments; noise: whether there is any
     "transplant alone": {"steps": 1, "share": 0.999},
-    "defaults": {},
+    "defaults": {"trainable": "small", "learning_rate": 3e-4, "steps": 40, "sampling_probability": 0.1},  # of that time
     "small set, larger steps": {**BASE, "trainable": "small", "learning_rate": 3e-3, "share": 0.5},
     "small set, larger steps, without noise": {**BASE, "trainable": "small", "learning_rate": 3e-3, "share": 0.5, "noise": False},
     "all weights": {**BASE, "trainable": "all", "share": 0.5},

@@ -51,7 +51,11 @@ sys.path.insert(0, str(HERE.parent))
 from measure import data_folder, measured, test_images  # noqa: E402 (an experiment is a script; what several share lies one folder up)
 
 DELTA = 1e-5
-OWN = {"moments": "moments", "ours": "diffusion"}  # the methods of the command line
+OWN: dict[str, dict[str, Any]] = {  # what the command line's configuration says beside data, privacy and pre-training
+    "moments": {"method": "moments"},
+    "ours": {"method": "diffusion"},
+    "ours-votes": {"method": "diffusion", "votes": {"share": 0.05}},
+}
 BASELINES: dict[str, Callable[[Task], Made]] = {
     "dp-merf": dp_merf, "dpdm": dpdm, "dpdm-long": dpdm, "dp-feta": dp_feta, "dp-cgan": dp_cgan, "tutorial": tutorial_loop,
     "ceiling": ceiling,
@@ -104,12 +108,12 @@ class Split:
     public: Float32
 
 
-def settings(row: str, method: str, epsilon: float, work: Path, *, data_path: Path, scale: float) -> str:
+def settings(row: str, own: dict[str, Any], epsilon: float, work: Path, *, data_path: Path, scale: float) -> str:
     """What a user would write: data, privacy, and a public set to pre-train on; all else is default."""
     data = {**ROWS[row].data, "path": str(data_path), "declared_patients": ROWS[row].declared_patients}
     public = {"source": "raster", "path": str(data_folder() / "nih1000"), "classes": ["normal", "abnormal"]}
     text = {
-        "method": method,
+        **own,
         "data": {**data, "control_fraction": 0.02},  # of the training patients: nothing is checked here
         "privacy": {"epsilon": epsilon, "delta": DELTA},
         "pretrain": {**public, "steps": max(1, round(2500 * scale)), "cache": str(work / "pretrained")},
@@ -120,7 +124,7 @@ def settings(row: str, method: str, epsilon: float, work: Path, *, data_path: Pa
 
 def source_config(row: str, work: Path) -> Config:
     """The configuration that reads all private images of a row."""
-    return parse_config(settings(row, "moments", 1, work, data_path=source_path(row), scale=1), base=work)
+    return parse_config(settings(row, OWN["moments"], 1, work, data_path=source_path(row), scale=1), base=work)
 
 
 def source_path(row: str) -> Path:
