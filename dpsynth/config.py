@@ -19,7 +19,7 @@ from dpsynth.cells import LABEL, UNKNOWN, Cells, target_problem
 from dpsynth.errors import ConfigError
 from dpsynth.privacy.calibrate import resolve_delta
 from dpsynth.privacy.unit import PrivacyUnit
-from dpsynth.recipe import recipe
+from dpsynth.recipe import PART, recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -179,7 +179,9 @@ class MomentsConfig(_Settings):
     """Stage 1: differentially private class-wise moments."""
 
     low_frequencies: Count = Field(12, description="The low block of the cosine transform has this many frequencies per axis.")
-    share: Fraction = Field(0.8, description="Part of the squared privacy parameter mu^2 that the moments spend (diffusion only).")
+    share: Fraction = Field(
+        PART.moments_share, description="Part of the squared privacy parameter mu^2 that the moments spend (diffusion only)."
+    )
     texture: bool = Field(False, description="method moments: add Gaussian texture above the low block instead of smooth images.")
 
 
@@ -193,11 +195,11 @@ class DiffusionConfig(_Settings):
     """Stage 3: DP-SGD on the denoiser."""
 
     channels: tuple[Count, ...] = Field((32, 64), min_length=1, description="Channels of the U-Net, level by level.")
-    steps: int = Field(40, ge=0, description="DP-SGD steps.")
+    steps: int = Field(PART.steps, ge=0, description="DP-SGD steps.")
     sampling_probability: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Probability of each patient in each step.")
     draws: Count = Field(2, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
     clip_norm: Positive = Field(0.05, description="Largest L2 norm of one patient's gradient.")
-    learning_rate: Positive = Field(3e-4, description="Of Adam.")
+    learning_rate: Positive = Field(PART.learning_rate, description="Of Adam.")
     trainable: Literal["auto", "all", "small", "none"] = Field(
         "auto",
         description="all weights; small: biases, norms, class embedding and output convolution; none: no DP-SGD. auto: one of them by the "

@@ -78,6 +78,8 @@ def plan(config: Config) -> Plan:
     )
 
 
+VOTES = GaussianQuery(name="votes", share=1.0, clip_norm=1.0)  # a patient has one vote, whatever and however many their images are
+
 # Noise multipliers do not depend on clip norms, so a plan needs none of the public constants that set the real ones.
 _UNIT_QUERIES = (GaussianQuery(name="moments", share=1.0, clip_norm=1.0),)
 
@@ -93,7 +95,7 @@ def planned_mechanisms(
     if config.method == "diffusion" and config.votes.share > 0:
         share += config.votes.share
         moments = tuple(replace(query, share=query.share * config.moments.share / share) for query in queries)
-        queries = (*moments, GaussianQuery(name="votes", share=config.votes.share / share, clip_norm=1.0))
+        queries = (*moments, replace(VOTES, share=config.votes.share / share))
     return plan_mechanisms(
         epsilon=config.privacy.epsilon,
         delta=delta,

@@ -8,7 +8,7 @@ where not even these can, everything is spent on moments and votes. Chosen on pr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpsynth.privacy.calibrate import mu_of
@@ -32,7 +32,7 @@ class Recipe:
 
 FULL = Recipe(trainable="all", steps=80, learning_rate=6e-4, moments_share=0.4)
 PART = Recipe(trainable="small", steps=40, learning_rate=3e-4, moments_share=0.8)
-MOMENTS_AND_VOTES = Recipe(trainable="none", steps=0, learning_rate=3e-4, moments_share=0.8)
+MOMENTS_AND_VOTES = replace(PART, trainable="none", steps=0)
 
 
 def recipe(*, patients: float, epsilon: float, delta: float, channels: tuple[int, ...], dimensions: int, votes_share: float) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,26 +67,17 @@ class Generator:
             images = sample_moment_images(self.moments, cells, seeds, texture=self.texture)
             progress("draw images", len(cells), len(cells))
             return images
-        images = np.empty((len(cells), *self.moments.shape), dtype=np.float32)
-        chosen = self.parents.choose(cells, seeds) if self.parents is not None else np.full(len(cells), -1)
-        levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
-        for rows, part in ((chosen < 0, levels), (chosen >= 0, lower_part(levels, settings.variation))):
-            around = self.parents.images[chosen[rows]] if self.parents is not None and (chosen[rows] >= 0).all() else None
-            if rows.any():
-                images[rows] = self._drawn(cells[rows], seeds[rows], part, around, progress)
-        return images
-
-    def _drawn(
-        self,
-        cells: NDArray[np.int64],
-        seeds: NDArray[np.uint64],
-        levels: torch.Tensor,
-        around: NDArray[np.float32] | None,
-        progress: Progress,
-    ) -> NDArray[np.float32]:
-        assert self.denoiser is not None
         self.denoiser.eval()
-        return sample(self.denoiser, cells, seeds, around=around, shape=self.moments.shape, levels=levels, progress=progress)
+        draw = partial(sample, self.denoiser, shape=self.moments.shape, progress=progress)
+        levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
+        if self.parents is None:
+            return draw(cells, seeds, around=None, levels=levels)
+        chosen = self.parents.choose(cells, seeds)
+        images, own, orphan = np.empty((len(cells), *self.moments.shape), dtype=np.float32), chosen >= 0, chosen < 0
+        around, below = self.parents.images[chosen[own]], lower_part(levels, settings.variation)
+        images[own] = draw(cells[own], seeds[own], around=around, levels=below)
+        images[orphan] = draw(cells[orphan], seeds[orphan], around=None, levels=levels)
+        return images
 
     def save(self, folder: Path) -> None:
         """Write generator.json and weights.safetensors."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dpsynth.model.moments import Record
 from dpsynth.model.thumbnails import thumbnails
+from dpsynth.plan import VOTES
 from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.privacy.noise import NoiseStream
 
@@ -23,7 +24,6 @@ Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-VOTES = "votes"  # name of the query
 _BLOCK = 512
 _VOTES_PER_STDDEV = 0.5  # candidates are so many that one gets this many votes for each standard deviation of the noise, on average
 _FEWEST, _MOST = 20, 2000  # candidates: a cell, and in all
@@ -52,7 +52,7 @@ class Parents:
 
 def num_candidates(mechanism: MomentRelease, *, declared_patients: int, num_cells: int) -> int:
     """How many candidates there should be, from public numbers: fewer when the noise is large beside the number of patients."""
-    wanted = declared_patients / (_VOTES_PER_STDDEV * mechanism.noise_stddev(VOTES))
+    wanted = declared_patients / (_VOTES_PER_STDDEV * mechanism.noise_stddev(VOTES.name))
     return int(np.clip(wanted, _FEWEST * num_cells, _MOST))
 
 
@@ -82,10 +82,12 @@ def release_votes(
     record: Record,
 ) -> Parents:
     """The candidates with the votes that they are thought to have; all of a cell in which none is thought to have any."""
-    stddev = mechanism.noise_stddev(VOTES)
+    if mechanism.query(VOTES.name).clip_norm != VOTES.clip_norm:
+        raise ValueError("The clip norm of the votes is not the booked one.")
+    stddev = mechanism.noise_stddev(VOTES.name)
     exact = count_votes(candidates, candidate_cells, images, cells, patients)
-    noised = exact + stddev * stream.normal(VOTES, _address(candidates, candidate_cells), len(exact))
-    record(VOTES, exact[None], noised[None])
+    noised = exact + stddev * stream.normal(VOTES.name, _address(candidates, candidate_cells), len(exact))
+    record(VOTES.name, exact[None], noised[None])
     weights = _expected_votes(noised, stddev)
     for cell in np.unique(candidate_cells):
         members = candidate_cells == cell

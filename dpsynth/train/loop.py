@@ -107,11 +107,15 @@ def draw_rows(training: ImageSet, rows_of: list[Int64], chosen: Int64, *, draws:
     """`draws` rows for each chosen patient: their images in turn from a random first one, each with its own noise level."""
     seed = int(stream.integers("rows", step, 1)[0])
     rng = np.random.default_rng(seed)
-    index = np.concatenate(
-        [rows_of[int(p)][(rng.integers(len(rows_of[int(p)])) + np.arange(draws)) % len(rows_of[int(p)])] for p in chosen]
-    )
+    index = images_in_turn(rows_of, chosen, [int(rng.integers(len(rows_of[int(patient)]))) for patient in chosen], draws)
     clean = torch.from_numpy(training.images[index])
     generator = torch.Generator().manual_seed(seed % 2**63)
     sigma = noise_levels(torch.randn(len(clean), generator=generator), smallest=SMALLEST_SIGMA)
     noise = torch.randn(clean.shape, generator=generator)
     return Rows(clean=clean, labels=torch.from_numpy(training.labels[index]), sigma=sigma, noise=noise)
+
+
+def images_in_turn(rows_of: list[Int64], chosen: Int64, first: list[int], count: int) -> Int64:
+    """`count` image numbers for each chosen patient, next to each other: their images in turn, beginning with the `first` of each."""
+    images = [rows_of[int(patient)] for patient in chosen]
+    return np.concatenate([own[(start + np.arange(count)) % len(own)] for own, start in zip(images, first, strict=True)])

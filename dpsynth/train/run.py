@@ -29,8 +29,8 @@ from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigEr
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
 from dpsynth.model.moments import Moments, PublicReference, count_stddev, moment_queries, public_reference, release_moments
-from dpsynth.model.votes import VOTES, num_candidates, release_votes
-from dpsynth.plan import planned_mechanisms
+from dpsynth.model.votes import num_candidates, release_votes
+from dpsynth.plan import VOTES, planned_mechanisms
 from dpsynth.privacy.accountant import FINE, account, epsilon_pld
 from dpsynth.privacy.calibrate import delta_limit, resolve_delta
 from dpsynth.privacy.guarantee import Guarantee, claim
@@ -274,7 +274,7 @@ def _voted(
 ) -> Generator:
     """The generator with the candidates that the training patients voted for; as it is when no votes were booked."""
     release, training = monitor.mechanism, split.training
-    if all(query.name != VOTES for query in release.queries):
+    if all(query.name != VOTES.name for query in release.queries):
         return generator
     shares = generator.cell_probabilities
     wanted = num_candidates(release, declared_patients=config.data.declared_patients, num_cells=len(shares))

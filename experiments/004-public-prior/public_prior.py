@@ -139,6 +139,13 @@ def as_released() -> Iterator[None]:
         yield
 
 
+def private_and_test(config: Config) -> tuple[ImageSet, tuple[Float32, Int64]]:
+    """The private set, and other people with their labels."""
+    private = prepare(read_cohort(config.data), config.data, progress=silent)
+    images, names = people(TEST, 1077)
+    return private, (images, np.array([private.classes.index(name) for name in names]))
+
+
 def one_run(variant: str, epsilon: float, seed: int, work: Path) -> dict[str, Any]:
     """Ledger, train, generate, measure. A killed run goes on."""
     home = work / f"{variant}-{epsilon:g}-{seed}".replace(" ", "-").replace(",", "")
@@ -155,25 +162,19 @@ def one_run(variant: str, epsilon: float, seed: int, work: Path) -> dict[str, An
     trained = time.process_time() - start
     generate(home / "run", progress=silent)
     candidates = load_candidates(RunFolder.open(home / "run"))
-    private = prepare(read_cohort(config.data), config.data, progress=silent)
-    test, names = people(TEST, 1077)
-    labels = np.array([private.classes.index(name) for name in names])
+    private, test = private_and_test(config)
     return {
         "trained": config.diffusion.trainable if config.method == "diffusion" else "",
         "seconds": {"training": trained, "drawing": time.process_time() - start - trained},
-        "figures": measured(
-            to_unit_range(candidates.images), candidates.labels, private, (test, labels), np.random.default_rng(seed), seed
-        ),
+        "figures": measured(to_unit_range(candidates.images), candidates.labels, private, test, np.random.default_rng(seed), seed),
     }
 
 
 def real_figures(seed: int, work: Path) -> dict[str, Any]:
     """Real against real."""
     config = configuration("recipe", 10, work)
-    private: ImageSet = prepare(read_cohort(config.data), config.data, progress=silent)
-    test, names = people(TEST, 1077)
-    labels = np.array([private.classes.index(name) for name in names])
-    return {"figures": measured(private.images, private.labels, private, (test, labels), np.random.default_rng(seed), seed, real=True)}
+    private, test = private_and_test(config)
+    return {"figures": measured(private.images, private.labels, private, test, np.random.default_rng(seed), seed, real=True)}
 
 
 LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)

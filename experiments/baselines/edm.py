@@ -14,7 +14,7 @@ from monai.networks.nets import DiffusionModelUNet
 from private import ema_for
 from torch import Tensor, nn
 
-from dpsynth.config import GenerateConfig
+from dpsynth.config import GenerateConfig, packing
 from dpsynth.data.cohort import Float32, Int64
 from dpsynth.generate import image_seeds
 from dpsynth.model.sampler import sample, schedule
@@ -26,13 +26,13 @@ LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2
 
 def unet(shape: tuple[int, ...], classes: int, seed: int) -> tuple[DiffusionModelUNet, int]:
     """The U-Net for images of `shape`, and the factor by which they are packed: the net sees 14 to 16 positions a side."""
-    packing = 2 if shape[1] <= 32 else 4
+    factor = packing(shape[1:])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = DiffusionModelUNet(
             spatial_dims=2,
-            in_channels=shape[0] * packing**2,
-            out_channels=shape[0] * packing**2,
+            in_channels=shape[0] * factor**2,
+            out_channels=shape[0] * factor**2,
             num_res_blocks=1,
             channels=(32, 64),
             attention_levels=(False, True),
@@ -40,7 +40,7 @@ def unet(shape: tuple[int, ...], classes: int, seed: int) -> tuple[DiffusionMode
             num_head_channels=32,
             num_class_embeds=classes,
         )
-    return net, packing
+    return net, factor
 
 
 class EdmDenoiser(nn.Module):

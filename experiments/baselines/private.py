@@ -20,6 +20,7 @@ from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, P
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.train.dpsgd import private_mean, write_gradient
 from dpsynth.train.gradients import PatientGradients, clipped_sum
+from dpsynth.train.loop import images_in_turn
 from dpsynth.train.poisson import poisson_batch
 
 COUNT = 1500  # images that each method draws
@@ -109,14 +110,6 @@ Losses = Callable[[Int64, torch.Generator], Callable[[], Tensor]]  # numbers of 
 Gradients = Callable[[Callable[[], Tensor]], list[Tensor]]
 
 
-def rows_of_patients(rows_of: list[Int64], chosen: Int64, rows: int, generator: torch.Generator) -> Int64:
-    """`rows` image numbers for each chosen patient, next to each other: their images in turn from a random first one."""
-    starts = torch.randint(2**31, (len(chosen),), generator=generator).numpy()
-    return np.concatenate(
-        [rows_of[p][(start + np.arange(rows)) % len(rows_of[p])] for p, start in zip(chosen.tolist(), starts, strict=True)]
-    )
-
-
 def private_steps(
     net: nn.Module,
     task: Task,
@@ -143,7 +136,9 @@ def private_steps(
         generator = torch.Generator().manual_seed(int(stream.integers("rows", step, 1)[0]) % 2**63)
         total = torch.zeros(sum(parameter.numel() for parameter in parameters))
         for start in range(0, len(chosen), CHUNK // rows):
-            index = rows_of_patients(rows_of, chosen[start : start + CHUNK // rows], rows, generator)
+            patients = chosen[start : start + CHUNK // rows]
+            first = torch.randint(2**31, (len(patients),), generator=generator).tolist()
+            index = images_in_turn(rows_of, patients, first, rows)
             total += clipped_sum(per_patient(losses(index, generator)), clip_norm=mechanism.clip_norm)[0]
         write_gradient(parameters, private_mean(total, mechanism=mechanism, stream=stream, step=step))
         optimizer.step()

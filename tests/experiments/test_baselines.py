@@ -9,7 +9,6 @@ import dp_feta
 import dp_merf
 import dpdm
 import numpy as np
-import private
 import pytest
 import torch
 import tutorial_loop
@@ -24,6 +23,7 @@ from dpsynth.config import GenerateConfig
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.phantom import phantom_images
 from dpsynth.privacy.mechanism import PoissonDpSgd
+from dpsynth.train.loop import images_in_turn
 
 PATIENTS = 12
 OF_OPACUS = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -168,7 +168,7 @@ def test_labels_follow_the_frequencies() -> None:
 
 def test_the_rows_of_a_patient_are_their_own_images() -> None:
     task = task_of(images_each=3)
-    rows = private.rows_of_patients(task.training.rows_of(), np.array([2, 5]), 4, torch.Generator().manual_seed(0))
+    rows = images_in_turn(task.training.rows_of(), np.array([2, 5]), [1, 2], 4)
     assert task.training.patients[rows].tolist() == [2] * 4 + [5] * 4
     assert set(rows[:4]) == {6, 7, 8}
 

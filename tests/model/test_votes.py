@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dpsynth.config import parse_config
 from dpsynth.model import votes as module
 from dpsynth.model.thumbnails import thumbnails
-from dpsynth.model.votes import VOTES, Parents, count_votes, num_candidates, release_votes
+from dpsynth.model.votes import Parents, count_votes, num_candidates, release_votes
+from dpsynth.plan import VOTES, planned_mechanisms
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
 from dpsynth.privacy.noise import NoiseStream
 
@@ -22,7 +27,7 @@ OTHERS = RNG.uniform(-1, 1, (30, 1, 8, 8)).astype(np.float32)
 
 def booked(stddev: float) -> MomentRelease:
     """A release whose votes have noise of this standard deviation."""
-    queries = (GaussianQuery(name="means", share=0.75, clip_norm=3.0), GaussianQuery(name=VOTES, share=0.25, clip_norm=1.0))
+    queries = (GaussianQuery(name="means", share=0.75, clip_norm=3.0), replace(VOTES, share=0.25))
     return MomentRelease(noise_multiplier=stddev / 2, queries=queries)
 
 
@@ -76,7 +81,7 @@ def noise_p(stddev: float, claimed: float) -> float:
             CANDIDATES, CELLS, OTHERS, np.arange(30) % 3, np.arange(30), mechanism=booked(stddev),
             stream=NoiseStream(key=bytes([key]) * 32), record=lambda name, exact, noised: found.append((name, noised - exact)),
         )  # fmt: skip
-    assert {name for name, _ in found} == {VOTES}
+    assert {name for name, _ in found} == {VOTES.name}
     noise = np.concatenate([row for _, row in found]).ravel() / claimed
     assert len(np.unique(noise)) == len(noise)
     return float(2 * min(stats.chi2.cdf(noise @ noise, len(noise)), stats.chi2.sf(noise @ noise, len(noise))))
@@ -104,17 +109,44 @@ def test_other_candidates_get_other_noise_and_the_same_ones_the_same() -> None:
 
 
 def test_parents_are_made_from_noised_votes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cohorts with the same noised votes give the same parents: nothing else of the images gets through."""
+    """Two cohorts with other votes and the same noised votes give the same parents: nothing else of the images gets through."""
+
+    class Compensating(NoiseStream):
+        def normal(self, purpose: str, step: int, size: int) -> np.ndarray:
+            return (np.arange(size, dtype=float) - exact) / 1.5  # the noised votes are 0, 1, 2, ... whatever the exact ones are
+
     made = []
-    for images in (OTHERS, -OTHERS):
-        monkeypatch.setattr(module, "count_votes", lambda *_: np.arange(12.0))
+    for images, exact in ((OTHERS, np.zeros(12)), (-OTHERS, np.arange(12.0)[::-1])):
+        monkeypatch.setattr(module, "count_votes", lambda *_, _exact=exact: _exact)
         made.append(
             release_votes(
-                CANDIDATES, CELLS, images, np.arange(30) % 3, np.arange(30), mechanism=booked(1.0), stream=NoiseStream(key=b"v" * 32),
+                CANDIDATES, CELLS, images, np.arange(30) % 3, np.arange(30), mechanism=booked(1.5), stream=Compensating(key=b"v" * 32),
                 record=lambda *_: None,
             )
         )  # fmt: skip
     assert all(np.array_equal(made[0].__dict__[name], made[1].__dict__[name]) for name in ("images", "cells", "weights"))
+    assert np.ptp(made[0].weights) > 0
+
+
+def test_another_clip_norm_than_that_of_one_vote_is_refused() -> None:
+    release = MomentRelease(noise_multiplier=1.0, queries=(replace(VOTES, clip_norm=0.1),))
+    with pytest.raises(ValueError, match="not the booked one"):
+        release_votes(
+            CANDIDATES, CELLS, OTHERS, np.arange(30) % 3, np.arange(30), mechanism=release, stream=NoiseStream(key=b"v" * 32),
+            record=lambda *_: None,
+        )  # fmt: skip
+
+
+def test_one_vote_is_what_a_patient_has() -> None:
+    """The booked norm is the largest change that any patient makes, and no smaller."""
+    changes = [
+        count_votes(CANDIDATES, CELLS, CANDIDATES[rows], CELLS[rows], np.zeros(len(rows), dtype=int)) for rows in ([0], [0, 1], [0, 0, 5])
+    ]
+    assert max(np.linalg.norm(change) for change in changes) == pytest.approx(VOTES.clip_norm)
+    (release, _) = planned_mechanisms(parse_config("votes: {share: 0.05}\ndata: {declared_patients: 4000}", base=Path.cwd()), delta=1e-6)
+    assert isinstance(release, MomentRelease)
+    assert release.query(VOTES.name).clip_norm == VOTES.clip_norm
+    assert release.noise_stddev(VOTES.name) == pytest.approx(release.noise_multiplier / np.sqrt(release.query(VOTES.name).share))
 
 
 def test_winners_look_like_the_patients() -> None:

@@ -122,6 +122,14 @@ class Killed(Exception):
     pass
 
 
+def killed_before_training(train: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was charged and killed when DP-SGD would begin."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train()
+
+
 def test_no_random_number_of_a_run_is_used_twice(train: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     used, real = [], NoiseStream._bytes
 
@@ -157,7 +165,7 @@ def test_private_images_reach_training_only_from_the_training_side_and_the_const
 
         return call
 
-    for name, position in (("public_reference", 0), ("pretrained_weights", 1), ("release_moments", 0), ("fit", 1)):
+    for name, position in (("public_reference", 0), ("pretrained_weights", 1), ("release_moments", 0), ("fit", 1), ("release_votes", 2)):
         monkeypatch.setattr(module, name, keep(name, getattr(module, name), position))
     train()
     public = module.public_images(config, progress=silent)
@@ -165,7 +173,8 @@ def test_private_images_reach_training_only_from_the_training_side_and_the_const
     assert np.array_equal(seen["pretrained_weights"], public)
     split = json.loads((tmp_path / "run" / "train" / "site" / "split.json").read_text())
     assert list(seen["fit"].patient_ids) == split["training"]  # type: ignore[attr-defined]
-    assert np.array_equal(seen["release_moments"], seen["fit"].images)  # type: ignore[attr-defined]
+    for name in ("release_moments", "release_votes"):
+        assert np.array_equal(seen[name], seen["fit"].images), name  # type: ignore[attr-defined]
     assert set(split["training"]).isdisjoint(split["control"])
 
 
@@ -235,10 +244,7 @@ def test_a_copied_run_cannot_train_on_other_settings_under_the_same_charge(
     train: Callable[..., object], config: Config, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two trainings that share their noise and differ by a few patients would cancel it."""
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "fit", lambda *_, **__: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            train()
+    killed_before_training(train, monkeypatch)
     other = config.model_copy(update={"data": config.data.model_copy(update={"control_fraction": 0.25})})
     folder = RunFolder.create(tmp_path / "other", config_text=module.dump_config(other))
     shutil.copytree(tmp_path / "run" / "train", folder.path / "train")
@@ -335,10 +341,7 @@ def test_a_run_killed_while_closing_is_closed_once(
 def test_a_second_training_in_the_same_folder_is_told_and_charges_nothing(
     train: Callable[..., object], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "fit", lambda *_, **__: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            train()
+    killed_before_training(train, monkeypatch)
     before = ledger.path.read_bytes()
     with RunFolder.open(tmp_path / "run").alone("train/site"), pytest.raises(ArtifactError, match="Another process"):
         train()
@@ -391,10 +394,7 @@ def test_a_budget_spent_by_another_run_meanwhile_leaves_no_run_behind(
 def test_a_charged_run_whose_key_is_gone_is_not_charged_again(
     train: Callable[..., object], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "fit", lambda *_, **__: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            train()
+    killed_before_training(train, monkeypatch)
     (tmp_path / "run" / "train" / "site" / "key").unlink()
     with pytest.raises(ArtifactError, match="key is gone"):
         train()
