@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ class Denoiser(nn.Module):
         dimensions = len(moments.shape) - 1
         self.packing = packing(moments.shape[1:])
         packed = moments.shape[0] * self.packing**dimensions
+        grid = self.packing * 2 ** (len(channels) - 1)  # what the net can pack and halve
+        self.padding = [end for side in reversed(moments.shape[1:]) for end in (0, -side % grid)]
         self.wiener = WienerFilter(moments)
         self.net = DiffusionModelUNet(
             spatial_dims=dimensions,
@@ -78,9 +81,13 @@ class Denoiser(nn.Module):
             linear, error = self.wiener(noisy, sigma, labels)
             scaled = noisy / _column((sigma.square() + _PUBLIC_VARIANCE).sqrt(), noisy)
             residual = (noisy - linear) / _column(sigma, noisy)
-            packed = torch.cat([space_to_depth(scaled, self.packing), space_to_depth(residual, self.packing)], dim=1)
-        correction = self.net(packed, sigma.log() * 250 + 1000, class_labels=labels)
-        return linear, error, depth_to_space(correction, self.packing)
+            packed = torch.cat([self._pack(scaled), self._pack(residual)], dim=1)
+        correction = depth_to_space(self.net(packed, sigma.log() * 250 + 1000, class_labels=labels), self.packing)
+        return linear, error, correction[(..., *(slice(side) for side in noisy.shape[2:]))]
+
+    def _pack(self, images: Tensor) -> Tensor:
+        padded = F.pad(images, self.padding, mode="replicate") if any(self.padding) else images
+        return space_to_depth(padded, self.packing)
 
     def set_trainable(self, which: str) -> None:
         """Freeze all weights but those of the set: "all", or "small" = biases, norms, class embedding, output convolution."""
