@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.fft import dctn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
 from dpsynth.checks.classifier import auc, balanced_accuracy, train_and_predict
 from dpsynth.checks.features import encode
@@ -27,7 +27,8 @@ from dpsynth.progress import silent
 
 Array = NDArray[np.float64]
 SAMPLE = 1500  # images a side of every fidelity figure
-_BANDS, _BLOCKS, _THUMBNAIL = 12, 4, 7
+_BANDS = 12
+_PLACES = {2: (4, 7), 3: (3, 5)}  # by dimensions: blocks an axis, pixels of the thumbnail an axis
 _FLOOR = 4e-4  # energy of a coefficient at noise of 0.02, below what 8 bits and JPEG leave: no band is better known than this
 
 
@@ -58,9 +59,8 @@ def measured(
     *,
     real: bool = False,
 ) -> dict[str, float]:
-    """Utility on test patients, and fidelity against one half of the training images (real: the other half against it)."""
-    classes = len(training.classes)
-    probabilities = train_and_predict(images, labels, test[0], classes=classes, seed=seed, task="", progress=silent)
+    """Utility on test patients (where there is more than one class), and fidelity against one half of the training images (real: of
+    the other half against it)."""
     order = rng.permutation(len(training.images))
     size = min(SAMPLE, len(order) // 2)
     against = training.images[order[:size]]
@@ -68,14 +68,22 @@ def measured(
     ours, theirs = features(against), features(other)
     ours_by_band, theirs_by_band = band_features(against), band_features(other)
     return {
-        "auc": auc(probabilities, test[1]),
-        "balanced_accuracy": balanced_accuracy(probabilities, test[1]),
-        "worst_recall": worst_recall(probabilities, test[1]),
+        **(utility(images, labels, test, len(training.classes), seed) if len(training.classes) > 1 else {}),
         "kid": kid(ours[: len(theirs)], theirs),
         "fd": frechet_distance(ours, theirs),
         "kid_bands": kid(ours_by_band[: len(theirs)], theirs_by_band),
         "fd_bands": frechet_distance(ours_by_band, theirs_by_band),
         **neighbourhoods(ours, theirs).__dict__,
+    }
+
+
+def utility(images: Float32, labels: Int64, test: tuple[Float32, Int64], classes: int, seed: int) -> dict[str, float]:
+    """Of a classifier trained on the images and tested on others."""
+    probabilities = train_and_predict(images, labels, test[0], classes=classes, seed=seed, task="", progress=silent)
+    return {
+        "auc": auc(probabilities, test[1]),
+        "balanced_accuracy": balanced_accuracy(probabilities, test[1]),
+        "worst_recall": worst_recall(probabilities, test[1]),
     }
 
 
@@ -104,29 +112,34 @@ def frechet_distance(first: Array, second: Array) -> float:
 
 
 def band_features(images: Float32) -> Array:
-    """Second extractor, (n, 93) of images (n, channel, height, width) in [-1, 1]; no weights.
+    """Second extractor, (n, 93) of images (n, channel, height, width) in [-1, 1], (n, 203) of volumes; no weights.
 
-    Log-energies of 12 rings of the cosine transform; log-energies of Haar detail at two scales in 4x4 blocks, which places the detail;
-    and a 7x7 thumbnail, which places light and shade. Numbers of natural size, so that none of the three parts drowns the others.
+    Log-energies of 12 rings of the cosine transform; log-energies of Haar detail at two scales in 4 blocks an axis (volumes: 3), which
+    places the detail; and a thumbnail of 7 pixels an axis (volumes: 5), which places light and shade. Numbers of natural size, so that
+    none of the three parts drowns the others.
     """
     grey = images.mean(axis=1, dtype=np.float64)
-    coefficients = dctn(grey, axes=(1, 2), norm="ortho") ** 2
-    radius = np.hypot(*np.meshgrid(*(np.arange(side) / side for side in grey.shape[1:]), indexing="ij"))
+    axes = tuple(range(1, grey.ndim))
+    blocks, thumbnail = _PLACES[len(axes)]
+    coefficients = dctn(grey, axes=axes, norm="ortho") ** 2
+    radius = np.sqrt(sum(grid**2 for grid in np.meshgrid(*(np.arange(side) / side for side in grey.shape[1:]), indexing="ij")))
     ring = np.minimum((radius * _BANDS).astype(int), _BANDS - 1)
     rings = np.stack([coefficients[:, ring == band].mean(axis=1) for band in range(_BANDS)], axis=1)
     parts, coarse = [np.log(rings + _FLOOR) / 2], grey
     for _ in range(2):
         coarse, detail = _haar(coarse)
-        parts.append(np.log(_pooled(detail, _BLOCKS) + _FLOOR) / 2)
-    return np.concatenate([*parts, _pooled(grey, _THUMBNAIL)], axis=1)
+        parts.append(np.log(_pooled(detail, blocks) + _FLOOR) / 2)
+    return np.concatenate([*parts, _pooled(grey, thumbnail)], axis=1)
 
 
 def _haar(images: Array) -> tuple[Array, Array]:
-    """Means and mean detail energy of 2x2 cells: (n, h, w) to two of (n, h/2, w/2)."""
-    n, height, width = images.shape
-    cells = images.reshape(n, height // 2, 2, width // 2, 2)
-    return cells.mean(axis=(2, 4)), cells.var(axis=(2, 4))
+    """Means and mean detail energy of cells of 2 an axis: (n, *sides) to two of (n, *sides/2)."""
+    n, *sides = images.shape
+    cells = images.reshape(n, *(part for side in sides for part in (side // 2, 2)))
+    within = tuple(2 + 2 * axis for axis in range(len(sides)))
+    return cells.mean(axis=within), cells.var(axis=within)
 
 
 def _pooled(images: Array, side: int) -> Array:
-    return np.asarray(adaptive_avg_pool2d(torch.from_numpy(images)[:, None], side).flatten(1).numpy())
+    pool = adaptive_avg_pool2d if images.ndim == 3 else adaptive_avg_pool3d
+    return np.asarray(pool(torch.from_numpy(images)[:, None], side).flatten(1).numpy())

@@ -10,12 +10,11 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
-from dpsynth.config import packing
 from dpsynth.model.moments import Moments
+from dpsynth.model.packing import Packing
 from dpsynth.model.wiener import WienerFilter
 
 _LOG_SIGMA_MEAN, _LOG_SIGMA_STD = -1.0, 1.3  # of training noise levels for images in [-1, 1]
@@ -28,10 +27,8 @@ class Denoiser(nn.Module):
     def __init__(self, moments: Moments, *, channels: tuple[int, ...]) -> None:
         super().__init__()
         dimensions = len(moments.shape) - 1
-        self.packing = packing(moments.shape[1:])
-        packed = moments.shape[0] * self.packing**dimensions
-        grid = self.packing * 2 ** (len(channels) - 1)  # what the net can pack and halve
-        self.padding = [end for side in reversed(moments.shape[1:]) for end in (0, -side % grid)]
+        self.packing = Packing(moments.shape[1:], levels=len(channels))
+        packed = self.packing.channels(moments.shape[0])
         self.wiener = WienerFilter(moments)
         self.net = DiffusionModelUNet(
             spatial_dims=dimensions,
@@ -81,13 +78,9 @@ class Denoiser(nn.Module):
             linear, error = self.wiener(noisy, sigma, labels)
             scaled = noisy / _column((sigma.square() + _PUBLIC_VARIANCE).sqrt(), noisy)
             residual = (noisy - linear) / _column(sigma, noisy)
-            packed = torch.cat([self._pack(scaled), self._pack(residual)], dim=1)
-        correction = depth_to_space(self.net(packed, sigma.log() * 250 + 1000, class_labels=labels), self.packing)
-        return linear, error, correction[(..., *(slice(side) for side in noisy.shape[2:]))]
-
-    def _pack(self, images: Tensor) -> Tensor:
-        padded = F.pad(images, self.padding, mode="replicate") if any(self.padding) else images
-        return space_to_depth(padded, self.packing)
+            packed = torch.cat([self.packing.pack(scaled), self.packing.pack(residual)], dim=1)
+        correction = self.net(packed, sigma.log() * 250 + 1000, class_labels=labels)
+        return linear, error, self.packing.unpack(correction)
 
     def set_trainable(self, which: str) -> None:
         """Freeze all weights but those of the set: "all", or "small" = biases, norms, class embedding, output convolution."""
@@ -100,24 +93,6 @@ class Denoiser(nn.Module):
 def noise_levels(normal: Tensor, *, smallest: float) -> Tensor:
     """Training noise levels from standard normal numbers: log-normal (Karras et al. 2022, table 1), none below `smallest`."""
     return (_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * normal).exp().clamp(min=smallest)
-
-
-def space_to_depth(images: Tensor, factor: int) -> Tensor:
-    """(n, c, *space) to (n, c * factor^d, *space/factor): nothing is lost, and the net works on far fewer positions."""
-    n, c, *space = images.shape
-    split = images.reshape(n, c, *(part for side in space for part in (side // factor, factor)))
-    d = len(space)
-    order = (0, 1, *(3 + 2 * axis for axis in range(d)), *(2 + 2 * axis for axis in range(d)))
-    return split.permute(order).reshape(n, c * factor**d, *(side // factor for side in space)).contiguous()
-
-
-def depth_to_space(packed: Tensor, factor: int) -> Tensor:
-    """Inverse of `space_to_depth`."""
-    n, c, *space = packed.shape
-    d = len(space)
-    split = packed.reshape(n, c // factor**d, *(factor for _ in space), *space)
-    order = (0, 1, *(index for axis in range(d) for index in (2 + d + axis, 2 + axis)))
-    return split.permute(order).reshape(n, c // factor**d, *(factor * side for side in space)).contiguous()
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from private import COUNT, Made, Task, spent
 from tutorial_loop import tutorial_loop
 
 from dpsynth.artifacts import RunFolder, read_json, write_json
-from dpsynth.config import Config, parse_config
+from dpsynth.config import Config, PretrainConfig, parse_config
 from dpsynth.data.candidates import load_candidates, to_8_bit, to_unit_range
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.preprocess import prepare
@@ -69,12 +69,24 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One data set. declared_patients: public size of what is trained on; steps: by method, for 3 CPU minutes of training."""
+    """One data set. declared_patients: public size of what is trained on; public: what the product pre-trains on; steps: of each
+    baseline that can do it, for 3 CPU minutes of training."""
 
     data: dict[str, Any]
+    public: Callable[[], dict[str, Any]]
     declared_patients: int
     epsilons: tuple[float, ...]
     steps: dict[str, int]
+
+
+def other_x_rays() -> dict[str, Any]:
+    """1,000 X-rays of adults from other hospitals."""
+    return {"source": "raster", "path": str(data_folder() / "nih1000"), "classes": ["normal", "abnormal"], "steps": 2500}
+
+
+def procedural_volumes() -> dict[str, Any]:
+    """The default: nothing but what comes with the product."""
+    return {"source": "phantom"}
 
 
 ROWS = {
@@ -83,6 +95,7 @@ ROWS = {
             "format": "medmnist", "path": "pneumoniamnist.npz", "name": "PneumoniaMNIST", "unit": "image",
             "classes": ["normal", "pneumonia"], "spatial_shape": [28, 28],
         },
+        public=other_x_rays,
         declared_patients=4700,
         epsilons=(1, 10),
         steps={"dp-merf": 850, "dpdm": 90, "dpdm-long": 270, "dp-feta": 60, "dp-cgan": 1500, "tutorial": 225, "ceiling": 480},
@@ -92,9 +105,30 @@ ROWS = {
             "format": "raster", "path": "kermany_cxr", "name": "paediatric chest X-rays", "unit": "patient",
             "classes": ["normal", "bacteria", "virus"], "spatial_shape": [64, 64],
         },
+        public=other_x_rays,
         declared_patients=2500,
         epsilons=(1, 3, 10),
         steps={"dp-merf": 170, "dpdm": 55, "dpdm-long": 165, "dp-feta": 40, "dp-cgan": 440, "tutorial": 210, "ceiling": 300},
+    ),
+    "adrenal": Row(
+        data={
+            "format": "medmnist", "path": "adrenalmnist3d.npz", "name": "AdrenalMNIST3D", "unit": "image",
+            "classes": ["normal", "hyperplasia"], "spatial_shape": [28, 28, 28], "intensity_range": [0, 1],
+        },
+        public=procedural_volumes,
+        declared_patients=1200,
+        epsilons=(1, 10),
+        steps={"dpdm": 22, "ceiling": 120},
+    ),
+    "hippocampus": Row(
+        data={
+            "format": "nifti", "path": "hippocampus", "name": "hippocampus crops", "unit": "patient", "classes": ["hippocampus"],
+            "spatial_shape": [32, 48, 32], "mixed_sizes": True, "intensity_range": "each",
+        },
+        public=procedural_volumes,
+        declared_patients=100,
+        epsilons=(10,),
+        steps={"dpdm": 15, "ceiling": 80},
     ),
 }  # fmt: skip
 
@@ -111,25 +145,50 @@ class Split:
 def settings(row: str, own: dict[str, Any], epsilon: float, work: Path, *, data_path: Path, scale: float) -> str:
     """What a user would write: data, privacy, and a public set to pre-train on; all else is default."""
     data = {**ROWS[row].data, "path": str(data_path), "declared_patients": ROWS[row].declared_patients}
-    public = {"source": "raster", "path": str(data_folder() / "nih1000"), "classes": ["normal", "abnormal"]}
+    public = {**ROWS[row].public(), "cache": str(work / "pretrained")}
     text = {
         **own,
         "data": {**data, "control_fraction": 0.02},  # of the training patients: nothing is checked here
         "privacy": {"epsilon": epsilon, "delta": DELTA},
-        "pretrain": {**public, "steps": max(1, round(2500 * scale)), "cache": str(work / "pretrained")},
+        "pretrain": {**public, "steps": max(1, round(public.get("steps", PretrainConfig().steps) * scale))},
         "generate": {"count": COUNT},
+        "release": {"formats": []},
     }
     return json.dumps(text, indent=1)  # JSON is YAML
 
 
 def source_config(row: str, work: Path) -> Config:
     """The configuration that reads all private images of a row."""
-    return parse_config(settings(row, OWN["moments"], 1, work, data_path=source_path(row), scale=1), base=work)
+    return parse_config(settings(row, OWN["moments"], 1, work, data_path=source_path(row, work), scale=1), base=work)
 
 
-def source_path(row: str) -> Path:
-    """File or folder of a row's images."""
-    return data_folder() / str(ROWS[row].data["path"])
+def source_path(row: str, work: Path) -> Path:
+    """File or folder of a row's images; where no table says the label because there is but one, a copy by links that says it."""
+    source = data_folder() / str(ROWS[row].data["path"])
+    if source.is_file() or "label" in table_of(source)[0]:
+        return source
+    (only,) = ROWS[row].data["classes"]
+    return linked(source, [{**line, "label": only} for line in table_of(source)], work / row / "all")
+
+
+def table_of(folder: Path) -> list[dict[str, str]]:
+    """Lines of a folder's table.csv."""
+    with (folder / "table.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def linked(source: Path, lines: list[dict[str, str]], folder: Path) -> Path:
+    """A folder with links to the images of these lines of a table, and a table that has them alone."""
+    for line in lines:
+        link = folder / line["file"]
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to((source / line["file"]).resolve())
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    return folder
 
 
 @lru_cache(maxsize=1)
@@ -150,23 +209,12 @@ def split_of(row: str, seed: int, work: Path) -> Split:
 
 def training_folder(row: str, split: Split, seed: int, work: Path) -> Path:
     """Where the command line finds the training patients of the split, and nobody else."""
-    source = source_path(row)
+    source = source_path(row, work)
     if source.is_file():
         return source
-    folder = work / row / f"training-{seed}"
     wanted = set(split.training.patient_ids)
-    with (source / "table.csv").open(newline="", encoding="utf-8") as file:
-        rows = [line for line in csv.DictReader(file) if line["patient_id"] in wanted]
-    for line in rows:
-        link = folder / line["file"]
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(source / line["file"])
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder
+    lines = [line for line in table_of(source) if line["patient_id"] in wanted]
+    return linked(source, lines, work / row / f"training-{seed}")
 
 
 def by_command_line(row: str, method: str, epsilon: float, seed: int, split: Split, work: Path, scale: float) -> dict[str, Any]:
@@ -239,13 +287,15 @@ def table(results: dict[str, Any], row: str) -> str:
         for method in METHODS:
             runs = [result for name, result in results.items() if name.startswith(f"{row}-{epsilon}/{method}/")]
             if runs:
-                cells = [_cell([run["figures"][column] for run in runs]) for column in COLUMNS]
+                cells = [_cell([run["figures"].get(column, math.nan) for run in runs]) for column in COLUMNS]
                 times = [_seconds([run["seconds"].get(stage, math.nan) for run in runs]) for stage in ("training", "rest")]
                 lines.append("| " + " | ".join((method, epsilon, str(len(runs)), *cells, *times)) + " |")
     return "\n".join(lines)
 
 
 def _cell(values: list[float]) -> str:
+    if np.isnan(values).all():
+        return ""
     digits = 1 if np.mean(values) >= 10 else 3
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
@@ -256,12 +306,13 @@ def _seconds(values: list[float]) -> str:
 
 
 def wanted_runs(rows: list[str], methods: list[str], epsilons: list[float] | None, seeds: list[int]) -> list[tuple[str, str, float, int]]:
-    """(row, method, epsilon, seed) of each run; what knows no epsilon is run once."""
+    """(row, method, epsilon, seed) of each run; what knows no epsilon is run once, what cannot do a row (volumes) not there."""
     return [
         (row, method, epsilon, seed)
         for seed in seeds
         for row in rows
         for method in methods
+        if method == "real" or method in OWN or method in ROWS[row].steps
         for epsilon in ((math.inf,) if method in WITHOUT_EPSILON else epsilons or ROWS[row].epsilons)
     ]
 

@@ -1,6 +1,6 @@
 """A class-conditional denoiser in the preconditioning of Karras et al. 2022 (section 5, table 1) around MONAI's U-Net.
 
-The net has the shape of ours (channels 32 and 64, attention at the lower level), so that a comparison is about the method.
+The net has the shape of ours (attention at the lower level), so that a comparison is about the method.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from monai.networks.nets import DiffusionModelUNet
 from private import ema_for
 from torch import Tensor, nn
 
-from dpsynth.config import GenerateConfig, packing
+from dpsynth.config import GenerateConfig
 from dpsynth.data.cohort import Float32, Int64
 from dpsynth.generate import image_seeds
+from dpsynth.model.packing import Packing
 from dpsynth.model.sampler import sample, schedule
 from dpsynth.progress import silent
 
@@ -24,23 +25,26 @@ SIGMA_DATA = math.sqrt(1 / 3)  # of a uniform pixel in [-1, 1]; public
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2
 
 
-def unet(shape: tuple[int, ...], classes: int, seed: int) -> tuple[DiffusionModelUNet, int]:
-    """The U-Net for images of `shape`, and the factor by which they are packed: the net sees 14 to 16 positions a side."""
-    factor = packing(shape[1:])
+CHANNELS = (32, 64)
+
+
+def unet(shape: tuple[int, ...], classes: int, seed: int) -> tuple[DiffusionModelUNet, Packing]:
+    """The U-Net for images of `shape` (channel, *space), and how they are packed for it."""
+    packing = Packing(shape[1:], levels=len(CHANNELS))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = DiffusionModelUNet(
-            spatial_dims=2,
-            in_channels=shape[0] * factor**2,
-            out_channels=shape[0] * factor**2,
+            spatial_dims=len(shape) - 1,
+            in_channels=packing.channels(shape[0]),
+            out_channels=packing.channels(shape[0]),
             num_res_blocks=1,
-            channels=(32, 64),
+            channels=CHANNELS,
             attention_levels=(False, True),
             norm_num_groups=16,
             num_head_channels=32,
             num_class_embeds=classes,
         )
-    return net, factor
+    return net, packing
 
 
 class EdmDenoiser(nn.Module):
@@ -52,22 +56,24 @@ class EdmDenoiser(nn.Module):
         self.net, self.packing = unet(shape, classes, seed)
 
     def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        """noisy (n, channel, height, width), sigma (n,), labels (n,) to the denoised images."""
-        level = sigma.view(-1, 1, 1, 1)
+        """noisy (n, channel, *space), sigma (n,), labels (n,) to the denoised images."""
+        level = self._column(sigma)
         return self._skip(level) * noisy + self._out(level) * self._raw(noisy, sigma, labels)
 
     def row_losses(self, clean: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Weighted squared error of each row at a random noise level, (n,); the weight makes all levels count alike at the start."""
         sigma = (LOG_SIGMA_MEAN + LOG_SIGMA_STD * torch.randn(len(clean), generator=generator)).exp()
-        level = sigma.view(-1, 1, 1, 1)
+        level = self._column(sigma)
         noisy = clean + level * torch.randn(clean.shape, generator=generator)
         target = (clean - self._skip(level) * noisy) / self._out(level)
         return (self._raw(noisy, sigma, labels) - target).square().flatten(1).mean(1)
 
     def _raw(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        scaled = noisy / (sigma.view(-1, 1, 1, 1).square() + SIGMA_DATA**2).sqrt()
-        packed = F.pixel_unshuffle(scaled, self.packing)
-        return F.pixel_shuffle(self.net(packed, sigma.log() * 250 + 1000, class_labels=labels), self.packing)
+        scaled = noisy / (self._column(sigma).square() + SIGMA_DATA**2).sqrt()
+        return self.packing.unpack(self.net(self.packing.pack(scaled), sigma.log() * 250 + 1000, class_labels=labels))
+
+    def _column(self, sigma: Tensor) -> Tensor:
+        return sigma.view(-1, *(1 for _ in self.shape))
 
     def _skip(self, level: Tensor) -> Tensor:
         return SIGMA_DATA**2 / (level.square() + SIGMA_DATA**2)

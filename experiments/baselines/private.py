@@ -32,7 +32,7 @@ class Task:
     """Private images and what is public about them. steps: of DP-SGD, or of the generator where the method has none."""
 
     training: ImageSet
-    public: Float32  # (n, channel, height, width), for constants
+    public: Float32  # (n, channel, *space), for constants
     epsilon: float
     delta: float
     declared_patients: int
@@ -41,7 +41,7 @@ class Task:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image: (channel, height, width)."""
+        """Of one image: (channel, *space)."""
         return self.public.shape[1:]
 
     @property
@@ -56,7 +56,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """Images (n, channel, height, width) in [-1, 1] with labels (n,), what they spent, and CPU seconds by stage."""
+    """Images (n, channel, *space) in [-1, 1] with labels (n,), what they spent, and CPU seconds by stage."""
 
     images: Float32
     labels: Int64

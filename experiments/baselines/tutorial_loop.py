@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from edm import balanced, unet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from opacus import GradSampleModule
@@ -15,6 +14,7 @@ from private import COUNT, Clock, Gradients, Losses, Made, Task, booked_sgd, pri
 from torch import Tensor, nn
 
 from dpsynth.data.cohort import Float32, Int64
+from dpsynth.model.packing import Packing
 
 BATCH, CLIP_NORM, LEARNING_RATE = 64, 1.0, 1e-3
 LEVELS, SAMPLER_STEPS = 1000, 50
@@ -50,13 +50,13 @@ def per_row(hooked: GradSampleModule) -> Gradients:
     return gradients
 
 
-def row_losses(hooked: nn.Module, packing: int, task: Task) -> Losses:
+def row_losses(hooked: nn.Module, packing: Packing, task: Task) -> Losses:
     """Mean squared error of the predicted noise at a random level (Ho et al. 2020, equation 14)."""
     scheduler = DDPMScheduler(num_train_timesteps=LEVELS)
     images, labels = torch.from_numpy(task.training.images), torch.from_numpy(task.training.labels)
 
     def losses(index: Int64, generator: torch.Generator) -> Callable[[], Tensor]:
-        clean = F.pixel_unshuffle(images[index], packing)
+        clean = packing.pack(images[index])
         level = torch.randint(LEVELS, (len(index),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         noisy = scheduler.add_noise(clean, noise, level)
@@ -66,17 +66,17 @@ def row_losses(hooked: nn.Module, packing: int, task: Task) -> Losses:
 
 
 @torch.no_grad()
-def draw(net: nn.Module, packing: int, labels: Int64, task: Task) -> Float32:
+def draw(net: nn.Module, packing: Packing, labels: Int64, task: Task) -> Float32:
     """Images (n, *shape) in [-1, 1]. 50 deterministic steps: the 1,000 of the tutorial would take ten times the training."""
     net.eval()
     scheduler, generator = DDIMScheduler(num_train_timesteps=LEVELS), torch.Generator().manual_seed(task.seed)
     scheduler.set_timesteps(SAMPLER_STEPS)
-    channels, height, width = task.shape
+    shape = packing.pack(torch.zeros(1, *task.shape)).shape[1:]
     parts = []
     for wanted in torch.split(torch.from_numpy(labels), 250):
-        x = torch.randn(len(wanted), channels * packing**2, height // packing, width // packing, generator=generator)
+        x = torch.randn(len(wanted), *shape, generator=generator)
         for level in scheduler.timesteps:
             x, _ = scheduler.step(net(x, level.expand(len(x)), class_labels=wanted), int(level), x)
-        parts.append(F.pixel_shuffle(x, packing).clamp(-1, 1))
+        parts.append(packing.unpack(x).clamp(-1, 1))
     drawn: Float32 = torch.cat(parts).numpy()
     return drawn

@@ -114,6 +114,12 @@ def test_patients_are_clipped_one_by_one(method: str) -> None:
     assert 1.5e-4 < moved <= PATIENTS * 1e-4 * (1 + 1e-3)  # clipping the batch as one would leave 1e-4
 
 
+def test_the_denoiser_of_the_baselines_takes_volumes_of_sizes_that_have_to_be_padded() -> None:
+    denoiser = EdmDenoiser((1, 12, 16, 20), 1, seed=0)
+    images = torch.rand(3, 1, 12, 16, 20)
+    assert denoiser(images, torch.tensor([0.1, 1.0, 5.0]), torch.zeros(3, dtype=torch.int64)).shape == images.shape
+
+
 def test_an_empty_batch_is_a_step_of_noise() -> None:
     mechanism = PoissonDpSgd(noise_multiplier=2.0, clip_norm=1e-3, sampling_probability=1e-9, steps=1, declared_patients=10**9)
     moved = steps_of("dpdm", task_of(), mechanism)
@@ -202,13 +208,13 @@ def test_frechet_distance_of_a_set_with_itself_is_zero_even_with_fewer_rows_than
     assert frechet_distance(x @ turned, 2 * x @ turned) == pytest.approx(frechet_distance(x, 2 * x), rel=1e-6)
 
 
-@pytest.mark.parametrize("side", [28, 64])
-def test_the_second_extractor_does_not_reward_blur(side: int) -> None:
-    images = phantom_images(anatomies=("chest",), num_images=400, spatial_shape=(side, side), channels=1, num_classes=2, seed=4)[0]
+@pytest.mark.parametrize("shape", [(28, 28), (64, 64), (28, 28, 28)])
+def test_the_second_extractor_does_not_reward_blur(shape: tuple[int, ...]) -> None:
+    images = phantom_images(anatomies=("chest",), num_images=400, spatial_shape=shape, channels=1, num_classes=2, seed=4)[0]
     first, second = images[:200], images[200:]
     level = GenerateConfig().sigma_min
     noisy = np.clip(second + level * np.random.default_rng(5).normal(size=second.shape), -1, 1).astype(np.float32)
-    blurred = np.asarray(gaussian_filter(second, (0, 0, 1, 1)), dtype=np.float32)
+    blurred = np.asarray(gaussian_filter(second, (0, 0, *(1 for _ in shape))), dtype=np.float32)
     for distance in (frechet_distance, kid):
         same, blur, noise = (distance(band_features(first), band_features(x)) for x in (second, blurred, noisy))
         assert blur - same > 1.3 * (noise - same) > 0

@@ -13,9 +13,10 @@ from dpsynth.cells import Cells
 from dpsynth.config import GenerateConfig, packing
 from dpsynth.errors import ArtifactError
 from dpsynth.generate import draw, image_seeds, mixed_cells
-from dpsynth.model.denoiser import Denoiser, depth_to_space, space_to_depth
+from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import SETTINGS, WEIGHTS, Generator
 from dpsynth.model.moments import Moments, frequencies, from_frequencies
+from dpsynth.model.packing import depth_to_space, space_to_depth
 from dpsynth.model.sampler import heun, lower_part, schedule, starting_noise
 from dpsynth.model.votes import Parents
 from dpsynth.model.wiener import WienerFilter
