@@ -34,7 +34,8 @@ class Packing:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Inverse of `pack`."""
-        return depth_to_space(packed, self.factor)[(..., *(slice(side) for side in self.sides))]
+        inside = (slice(None), slice(None), *(slice(side) for side in self.sides))
+        return depth_to_space(packed, self.factor)[inside]
 
 
 def space_to_depth(images: Tensor, factor: int) -> Tensor:
