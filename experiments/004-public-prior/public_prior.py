@@ -20,26 +20,21 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dpsynth.artifacts import RunFolder, read_json, write_json
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import load_candidates, to_unit_range
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.fingerprint import open_ledger
-from dpsynth.data.phantom import phantom_cohort
 from dpsynth.data.preprocess import prepare
-from dpsynth.data.raster import write_png
 from dpsynth.data.source import read_cohort
 from dpsynth.generate import generate
 from dpsynth.model.moments import (
     Array,
     PublicReference,
-    from_frequencies,
     moment_queries,
     public_reference,
     release_moments,
-    to_frequencies,
 )
 from dpsynth.model.wiener import WienerFilter
 from dpsynth.plan import planned_mechanisms
@@ -52,9 +47,10 @@ from dpsynth.train.run import train
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from measure import measured  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+from hospitals import PUBLIC_CLASSES, people, public_folder  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+from measure import measured  # noqa: E402
 
-PATIENTS, PUBLIC, TEST, COUNT = 4700, 1000, 500, 1500
+PATIENTS, TEST, COUNT = 4700, 500, 1500
 NOTHING: dict[str, Any] = {}
 ALL, SMALL, NONE = ({"trainable": which} for which in ("all", "small", "none"))
 VARIANTS: dict[str, dict[str, Any]] = {  # settings that differ from the recipe's
@@ -69,40 +65,6 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings that differ from the recipe'
 }
 
 
-def other_hospital(images: Float32) -> Float32:
-    """The images (n, 1, h, w) turned by 3 degrees, moved, 8 % larger, darker and softer."""
-    turn = 0.92 * torch.tensor([[np.cos(0.06), -np.sin(0.06), 0.03], [np.sin(0.06), np.cos(0.06), -0.05]])
-    grid = F.affine_grid(turn.float().expand(len(images), -1, -1), list(images.shape), align_corners=False)
-    moved = F.grid_sample(torch.from_numpy(images), grid, padding_mode="border", align_corners=False).numpy()
-    darker = 0.9 * (2 * np.clip((moved + 1) / 2, 0, 1) ** 1.25 - 1) + 0.05
-    radius = np.hypot(*np.meshgrid(*(np.arange(side) / side for side in images.shape[2:]), indexing="ij"))
-    return from_frequencies(to_frequencies(darker.astype(np.float32)) * ((1 + 8 * radius) ** -0.15).ravel(), images.shape[1:])
-
-
-def people(count: int, seed: int) -> tuple[Float32, list[str]]:
-    """One image each of so many procedural people, and their labels."""
-    cohort = phantom_cohort(
-        anatomy="chest", num_patients=count, max_images=1, spatial_shape=(28, 28), channels=1, classes=("normal", "finding"),
-        seed=seed, name="people",
-    )  # fmt: skip
-    images = np.stack([record.read().voxels for record in cohort.records]).astype(np.float32) / np.float32(127.5) - 1
-    return images, [cohort.classes[record.label] for record in cohort.records]
-
-
-def public_folder(work: Path) -> Path:
-    """The other hospital's images as a folder that a user would have."""
-    folder = work / "public"
-    if not (folder / "table.csv").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        images, labels = people(PUBLIC, 5)
-        rows = ["file,patient_id,label"]
-        for index, (image, label) in enumerate(zip(other_hospital(images), labels, strict=True)):
-            write_png(folder / f"{index}.png", np.clip(image, -1, 1), text={})
-            rows.append(f"{index}.png,{index},{label}")
-        (folder / "table.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return folder
-
-
 def configuration(variant: str, epsilon: float, work: Path) -> Config:
     """What a user would write, with the variant's settings."""
     settings = {name: value for name, value in VARIANTS[variant].items() if name != "prior"}
@@ -115,7 +77,7 @@ def configuration(variant: str, epsilon: float, work: Path) -> Config:
         },
         "privacy": {"epsilon": epsilon, "delta": 1e-5},
         "pretrain": {
-            "source": "raster", "path": str(public_folder(work)), "classes": ["normal", "finding"], "steps": 700,
+            "source": "raster", "path": str(public_folder(work)), "classes": PUBLIC_CLASSES, "steps": 700,
             "cache": str(work / "cache"),
         },
         "generate": {"count": COUNT, "sigma_min": 0.04},

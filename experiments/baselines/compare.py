@@ -14,8 +14,6 @@ import csv
 import hashlib
 import json
 import math
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +47,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from measure import data_folder, measured, test_images  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+from verbs import dpsynth  # noqa: E402
 
 DELTA = 1e-5
 OWN: dict[str, dict[str, Any]] = {  # what the command line's configuration says beside data, privacy and pre-training
@@ -230,23 +229,13 @@ def by_command_line(row: str, method: str, epsilon: float, seed: int, split: Spl
         pretrained_weights(config, split.public, reference, progress=silent)
     seconds = {"pretraining": time.process_time() - start, "training": 0.0, "rest": 0.0}
     if not (home / "ledger.jsonl").exists():
-        verb(home, "ledger", "open", "config.yaml", "--epsilon", f"{epsilon:g}", "--delta", f"{DELTA:g}", "--ledger", "ledger.jsonl")
-    seconds["training"] = verb(home, "train", "config.yaml", "--run", "run", "--ledger", "ledger.jsonl")
-    seconds["rest"] = verb(home, "generate", "run")
+        dpsynth(home, "ledger", "open", "config.yaml", "--epsilon", f"{epsilon:g}", "--delta", f"{DELTA:g}", "--ledger", "ledger.jsonl")
+    seconds["training"] = dpsynth(home, "train", "config.yaml", "--run", "run", "--ledger", "ledger.jsonl").cpu
+    seconds["rest"] = dpsynth(home, "generate", "run").cpu
     run = RunFolder.open(home / "run")
     candidates = load_candidates(run)
     np.savez_compressed(home / "images.npz", images=candidates.images, labels=candidates.labels)
     return {"seconds": seconds, "epsilon": read_json(run.path / "train" / "guarantee.json")["accounting"]["pld"]}
-
-
-def verb(home: Path, *arguments: str) -> float:
-    """Run a verb of the command line; returns the CPU seconds it took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run([sys.executable, "-m", "dpsynth.cli", *arguments], cwd=home, capture_output=True, text=True, check=False)
-    if result.returncode:
-        sys.exit(f"dpsynth {' '.join(arguments)}: {result.stderr}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def by_paper(row: str, method: str, epsilon: float, seed: int, split: Split, work: Path, scale: float) -> dict[str, Any]:
