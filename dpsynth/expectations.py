@@ -36,6 +36,11 @@ class Expectation:
         """log(patients * mu)."""
         return math.log(self.patients * mu_of(self.epsilon, self.delta))
 
+    def figures(self) -> dict[str, float]:
+        """All but patients and delta, for JSON; the epsilon of real images, infinity, is left out."""
+        of = {} if self.epsilon == math.inf else {"epsilon": self.epsilon}
+        return of | {name: getattr(self, name) for name in _FIGURES}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expectations:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpsynth.cells import FEWEST_PATIENTS
 from dpsynth.config import Config, packing, resolved
+from dpsynth.expectations import Expectation, Expectations, load_expectations
 from dpsynth.privacy.accountant import COARSE, epsilon_pld, epsilon_rdp, tpr_at_fpr
 from dpsynth.privacy.calibrate import plan_mechanisms, resolve_delta
 from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, to_json
@@ -20,6 +21,7 @@ _REFERENCE_POSITIONS = 14 * 14
 _REFERENCE_CHANNELS = 32 * 32 + 64 * 64
 _REFERENCE_BYTES_PER_PATIENT = 12e6  # activations of all rows and one gradient
 FEWEST_CONTROL = 60  # below about this many the checks of membership, copying and fidelity are inconclusive
+_CURVE = (1.0, 3.0, 10.0)  # epsilons that a plan tells about beside its own
 _BASE_BYTES = 6e8  # interpreter, torch, libraries
 
 
@@ -43,10 +45,17 @@ class Plan:
     patients_per_cell: float  # of training, on average
     seconds: float
     memory_bytes: float
+    expected: tuple[Expectation, ...]  # at the run's epsilon, then at others; empty where nothing was measured
+    expected_of_real: Expectation  # the same figures of real images
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--format json`; infinity becomes the string "inf"."""
-        values: dict[str, Any] = {**self.__dict__, "mechanisms": [to_json(mechanism) for mechanism in self.mechanisms]}
+        values: dict[str, Any] = {
+            **self.__dict__,
+            "mechanisms": [to_json(mechanism) for mechanism in self.mechanisms],
+            "expected": [expectation.figures() for expectation in self.expected],
+            "expected_of_real": self.expected_of_real.figures(),
+        }
         return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
 
@@ -58,6 +67,7 @@ def plan(config: Config) -> Plan:
     fprs = (0.001, 0.01, 0.1)
     rates = tpr_at_fpr(mechanisms, fprs)
     sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
+    table = load_expectations()
     return Plan(
         epsilon=math.inf if config.privacy.unsafe_non_private else config.privacy.epsilon,
         delta=delta,
@@ -75,7 +85,18 @@ def plan(config: Config) -> Plan:
         patients_per_cell=config.data.declared_patients * (1 - config.data.control_fraction) / len(config.data.cells),
         seconds=_seconds(config, sgd),
         memory_bytes=_memory(config),
+        expected=_expected(config, table, delta),
+        expected_of_real=table.real,
     )
+
+
+def _expected(config: Config, table: Expectations, delta: float) -> tuple[Expectation, ...]:
+    """Measured were images of two dimensions by the diffusion method."""
+    if config.method != "diffusion" or len(config.data.spatial_shape) == 3 or config.privacy.unsafe_non_private:
+        return ()
+    patients = config.data.declared_patients * (1 - config.data.control_fraction)
+    epsilons = (config.privacy.epsilon, *(epsilon for epsilon in _CURVE if epsilon != config.privacy.epsilon))
+    return tuple(table.at(patients=patients, epsilon=epsilon, delta=delta) for epsilon in epsilons)
 
 
 VOTES = GaussianQuery(name="votes", share=1.0, clip_norm=1.0)  # a patient has one vote, whatever and however many their images are
@@ -135,9 +156,23 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
     if plan_.attributes and plan_.patients_per_cell < FEWEST_PATIENTS:
         text = f"cells of fewer than {FEWEST_PATIENTS} patients mostly show what their label has in common; merge values, bands or classes"
         rows.append(("warning", text))
+    rows += _describe_expected(plan_)
     rows.append(("time", f"about {plan_.seconds / 60:.1f} minutes on 2 cores (estimate)"))
     rows.append(("memory", f"about {plan_.memory_bytes / 2**30:.1f} GiB (estimate)"))
     return rows
+
+
+def _describe_expected(plan_: Plan) -> list[tuple[str, str]]:
+    if not plan_.expected:
+        return []
+    own, *others = plan_.expected
+    real = plan_.expected_of_real
+    text = (
+        f"label AUC {own.auc:.2f} (real images {real.auc:.2f}), precision {own.precision:.2f} ({real.precision:.2f}), "
+        f"coverage {own.coverage:.2f} ({real.coverage:.2f}), as procedural images of 28 px gave; yours will differ"
+    )
+    curve = "; ".join(f"epsilon {e.epsilon:g}: {e.auc:.2f}, {e.precision:.2f}, {e.coverage:.2f}" for e in others)
+    return [("expect", text), ("expect otherwise", curve)]
 
 
 def _describe_mechanism(mechanism: Mechanism) -> tuple[str, str]:

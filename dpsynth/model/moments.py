@@ -1,11 +1,14 @@
 """Stage 1: class-wise moments under differential privacy, a generator of its own and the prior of the denoiser.
 
 Images are taken to the orthonormal cosine domain. Of each class three noised sums are released, each query using the results of the
-one before: count and sum of the low frequencies; second moments of their residuals; energies of the rings of frequency above them.
+ones before: count and sum of the low frequencies; log-energies of their residuals and of the rings of frequency above them; second
+moments of the residuals.
 A patient's contribution to a query is the mean over their images of class-indexed vectors that were clipped to the query's clip
 norm, so by convexity it is never longer than the clip norm, whatever and however many the images are.
 
-All constants (centre, axes, clip norms, band scales) are computed on public images, never on private ones. Public images serve twice.
+All constants (centre, axes, clip norms, typical log-energies) are computed on public images, never on private ones. Another hospital's
+images may be several times as strong, so energies are released as logarithms, which no factor drives out of the clip norm, and residuals
+are divided by the released size before their second moments are taken. Public images serve twice.
 The low frequencies are released along their principal axes, each divided by the fourth root of its public variance: noise is equal on all
 axes, so this puts less of it on the many weak ones. And what the noise hides is taken from them (`pooling`). With attributes the classes
 are cells, and small ones lean on their label; the bound does not depend on what a class is.
@@ -35,8 +38,12 @@ _BLOCK = 256  # images that are transformed at once
 BANDS = 14  # rings of frequency above the low block, per channel
 LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
 _COUNT_WEIGHT = 0.3
-_SHARES = {"means": 0.3, "second_moments": 0.6, "bands": 0.1}
+_SHARES = {"means": 0.25, "scales": 0.03, "energies": 0.12, "second_moments": 0.6}
+_CLIPPED = 0.25  # quantile of public residuals that is their clip norm
 _SMALLEST_VARIANCE = 1e-6
+_SMALLEST_ENERGY = 1e-3  # of a typical one: what is added before the logarithm
+_ROOM = np.log(3.0)  # log of how much stronger or weaker in every ring another hospital's images may be without being clipped
+_TYPICAL_LOG_RATIO, _LARGEST_LOG_RATIO = np.log(2.0), np.log(20.0)  # spread of such ratios, and what is never believed
 _SHAPING = 0.25  # power of the public variance that an axis is divided by: 0 is none, 0.5 makes all axes equal
 
 
@@ -87,33 +94,36 @@ def from_frequencies(coefficients: Array, shape: tuple[int, ...]) -> Float32:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicReference:
-    """Public constants. centre: (low,); axes: (low, low), principal axes in columns; energies: (low,), variances along them; spectrum:
-    (channel * pixels,), mean square of each coefficient; band_scale: (bands,) makes typical energies 1; clip norms are of shaped vectors.
+    """Public constants. centre: (low,); axes: (low, low), principal axes in columns; variances: (low,) along them; spectrum:
+    (channel * pixels,), mean square of each coefficient; typical: (bands + 1,), mean energies of the rings and, last, of the shaped
+    residual; log_energies: (bands + 1,), mean logarithm of an image's energies in these units.
     """
 
     shape: tuple[int, ...]
     low_frequencies: int
     centre: Array
     axes: Array
-    energies: Array
+    variances: Array
     spectrum: Array
-    band_scale: Array
+    typical: Array
+    log_energies: Array
     clip_low: float
     clip_residual: float
-    clip_bands: float
+    clip_scales: float
+    clip_energies: float
 
     def shaped(self, residuals: Array) -> Array:
         """Rows (n, low) along the principal axes, weak ones made larger."""
-        return np.asarray(residuals @ self.axes * self.energies**-_SHAPING)
+        return np.asarray(residuals @ self.axes * self.variances**-_SHAPING)
 
     @property
-    def shaped_energies(self) -> Array:
+    def shaped_variances(self) -> Array:
         """Public variances of shaped vectors, (low,)."""
-        return np.asarray(self.energies ** (1 - 2 * _SHAPING))
+        return np.asarray(self.variances ** (1 - 2 * _SHAPING))
 
     def unshaped(self, rows: Array) -> Array:
         """Inverse of `shaped`."""
-        return np.asarray((rows * self.energies**_SHAPING) @ self.axes.T)
+        return np.asarray((rows * self.variances**_SHAPING) @ self.axes.T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +168,7 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     """Constants from public images (n, channel, *space) in [-1, 1]: centre, axes, and norms that most public images keep to."""
     shape = images.shape[1:]
     layout = frequencies(shape, low_frequencies)
-    low, energies, spectrum = _summaries(images, layout)
+    low, bands, spectrum = _summaries(images, layout)
     centre = low.mean(axis=0)
     residual = low - centre
     values, axes = np.linalg.eigh(residual.T @ residual / len(residual))
@@ -167,17 +177,34 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
         low_frequencies=low_frequencies,
         centre=centre,
         axes=axes,
-        energies=np.maximum(values, max(values.mean() * 1e-4, _SMALLEST_VARIANCE)),
+        variances=np.maximum(values, max(values.mean() * 1e-4, _SMALLEST_VARIANCE)),
         spectrum=np.maximum(spectrum, _SMALLEST_VARIANCE),
-        band_scale=1 / (np.median(energies, axis=0) + 1e-3),
+        typical=np.ones(layout.num_bands + 1),
+        log_energies=np.zeros(layout.num_bands + 1),
         clip_low=1.0,
         clip_residual=1.0,
-        clip_bands=1.0,
+        clip_scales=1.0,
+        clip_energies=1.0,
     )
-    norm = float(np.quantile(np.linalg.norm(constants.shaped(residual), axis=1), 0.95))
-    bands = 2 * float(np.quantile(np.linalg.norm(energies * constants.band_scale, axis=1), 0.95))  # few numbers: a wide bound costs little
-    # Another hospital's images may be brighter than all of these: means get room for it, residuals are taken around the means.
-    return replace(constants, clip_low=1.5 * norm, clip_residual=norm, clip_bands=max(bands, 1e-3))
+    shaped = constants.shaped(residual)
+    norms, energies = np.linalg.norm(shaped, axis=1), _with_residuals(bands, shaped)
+    typical = energies.mean(axis=0) + _SMALLEST_VARIANCE
+    logarithms = np.log(energies / typical + _SMALLEST_ENERGY)
+    centred = np.linalg.norm(logarithms - logarithms.mean(axis=0), axis=1)
+    return replace(
+        constants,
+        typical=typical,
+        log_energies=logarithms.mean(axis=0),
+        # Another hospital's images may be brighter than all of these: means get room for it, residuals are taken around the means.
+        clip_low=1.5 * float(np.quantile(norms, 0.95)),
+        clip_residual=float(np.quantile(norms, _CLIPPED)),
+        clip_scales=float(np.quantile(centred, 0.95) + _ROOM * np.sqrt(len(typical))),  # few numbers: wide bounds cost little
+        clip_energies=float(np.quantile(np.linalg.norm(energies / typical, axis=1), 0.95)),
+    )
+
+
+def _with_residuals(bands: Array, shaped: Array) -> Array:
+    return np.concatenate([bands, (shaped**2).sum(axis=1, keepdims=True)], axis=1)
 
 
 def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
@@ -185,8 +212,9 @@ def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
     weight = _COUNT_WEIGHT * reference.clip_low
     norms = {
         "means": float(np.hypot(weight, reference.clip_low)),
+        "scales": reference.clip_scales,
+        "energies": reference.clip_energies,
         "second_moments": reference.clip_residual**2,
-        "bands": reference.clip_bands,
     }
     return tuple(GaussianQuery(name=name, share=share, clip_norm=norms[name]) for name, share in _SHARES.items())
 
@@ -213,10 +241,13 @@ def release_moments(
     layout = frequencies(reference.shape, reference.low_frequencies)
     groups = np.arange(num_classes) if labels_of_cells is None else labels_of_cells
     release = _Release(labels, patients, num_classes, mechanism, stream, groups, record)
-    low, energies, _ = _summaries(images, layout)
+    low, bands, _ = _summaries(images, layout)
     counts, mean = _release_means(low, release, reference)
-    covariance = _release_second_moments(low - mean[labels], release, counts, reference)
-    variance = _release_bands(energies * reference.band_scale, release, counts, layout, reference)
+    shaped = reference.shaped(low - mean[labels])
+    ratio = _release_energies(bands, shaped, release, counts, reference)
+    covariance = _release_second_moments(shaped, release, counts, reference, ratio[:, -1])
+    variance = np.maximum(ratio[:, layout.band] * reference.spectrum, _SMALLEST_VARIANCE)
+    variance[:, layout.low] = 0
     return Moments(
         shape=reference.shape,
         low_frequencies=reference.low_frequencies,
@@ -284,8 +315,8 @@ def _release_means(low: Array, release: _Release, reference: PublicReference) ->
     counts = consistent_counts(total[:, 0] / weight, max(1.0, 2 * stddev / weight))
     joined, count = joined_sum(total[:, 1:], counts)
     uncertain_count = (stddev / weight * joined / max(count, 1e-12)) ** 2
-    energies = reference.shaped_energies  # patients scatter, and classes are thought to differ, as public images do
-    variances = Variances(noise=stddev**2 + uncertain_count, scatter=energies if stddev else 0 * energies, shape=energies)
+    public = reference.shaped_variances  # patients scatter, and classes are thought to differ, as public images do
+    variances = Variances(noise=stddev**2 + uncertain_count, scatter=public if stddev else 0 * public, shape=public)
     mean = pooled_means(total[:, 1:], counts, release.labels_of_cells, variances)
     return counts, reference.centre + reference.unshaped(mean)
 
@@ -295,12 +326,37 @@ def _clipped(rows: Array, norm: float) -> Array:
     return np.asarray(rows * np.minimum(1.0, norm / np.maximum(norms, 1e-12)))
 
 
-def _release_second_moments(residual: Array, release: _Release, counts: Array, reference: PublicReference) -> Array:
-    """Covariance of the low block, (classes, low, low), positive definite."""
-    width = residual.shape[1]
+def _release_energies(bands: Array, shaped: Array, release: _Release, counts: Array, reference: PublicReference) -> Array:
+    """Mean energies of rings and, last, of the shaped residual, as multiples of the public ones: (classes, bands + 1).
+
+    Their scale first, which may be far from the public one, from logarithms; then the energies themselves in units of that scale.
+    """
+    energies = _with_residuals(bands, shaped)
+    ones = np.ones(energies.shape[1])
+    size = max(float(np.linalg.norm(counts)), 1e-12)
+
+    logarithms = np.log(energies / reference.typical + _SMALLEST_ENERGY) - reference.log_energies
+    total, _ = joined_sum(release.noised_sum("scales", logarithms, reference.clip_scales), counts)
+    noise = release.noise_stddev("scales") / size
+    weight = _TYPICAL_LOG_RATIO**2 / (_TYPICAL_LOG_RATIO**2 + noise**2)
+    scales = np.exp(np.clip(weight * total / size, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
+
+    sums = release.noised_sum("energies", energies / (reference.typical * scales), reference.clip_energies)
+    stddev = release.noise_stddev("energies")
+    own = pooled_means(sums, counts, release.labels_of_cells, Variances(noise=stddev**2 * ones, scatter=0 * ones, shape=ones))
+    return np.asarray(scales * towards_one(own, stddev / size))
+
+
+def _release_second_moments(shaped: Array, release: _Release, counts: Array, reference: PublicReference, energies: Array) -> Array:
+    """Covariance of the low block, (classes, low, low), positive definite. energies: (classes,), of the residuals beside public ones.
+
+    Most images are cut down to the clip norm, which tells their directions at half the noise; how strong they are the energies tell.
+    """
+    width = shaped.shape[1]
     rows, columns = np.triu_indices(width)
     weight = np.where(rows == columns, 1.0, np.sqrt(2.0))  # the norm of the weighted half is the norm of the matrix
-    clipped = _clipped(reference.shaped(residual), reference.clip_residual)
+    size = float(counts @ energies / counts.sum())
+    clipped = _clipped(shaped / np.sqrt(size), reference.clip_residual)
     halves = clipped[:, rows] * clipped[:, columns] * weight
     total = release.noised_sum("second_moments", halves, reference.clip_residual**2)
     matrices = np.zeros((len(counts), width, width))
@@ -311,8 +367,10 @@ def _release_second_moments(residual: Array, release: _Release, counts: Array, r
         counts,
         release.labels_of_cells,
         stddev=release.noise_stddev("second_moments"),
-        prior=np.diag(reference.shaped_energies),
+        prior=np.diag(reference.shaped_variances),
     )
+    wanted = energies * reference.typical[-1]
+    covariances *= (wanted / np.trace(covariances, axis1=1, axis2=2))[:, None, None]
     return np.stack([reference.unshaped(reference.unshaped(covariance).T) for covariance in covariances])
 
 
@@ -321,28 +379,14 @@ def _summaries(images: Float32, layout: Frequencies) -> tuple[Array, Array, Arra
 
     In blocks, so that memory stays small whatever the size of the images.
     """
-    low, energies, total = [], [], np.zeros(layout.band.size)
+    low, bands, total = [], [], np.zeros(layout.band.size)
     for start in range(0, len(images), _BLOCK):
         coefficients = to_frequencies(images[start : start + _BLOCK])
         squared = coefficients**2
         low.append(coefficients[:, layout.low])
-        energies.append(np.stack([squared[:, layout.band == band].sum(axis=1) for band in range(layout.num_bands)], axis=1))
+        bands.append(np.stack([squared[:, layout.band == band].sum(axis=1) for band in range(layout.num_bands)], axis=1))
         total += squared.sum(axis=0)
-    return np.concatenate(low), np.concatenate(energies), total / len(images)
-
-
-def _release_bands(energies: Array, release: _Release, counts: Array, layout: Frequencies, reference: PublicReference) -> Array:
-    """Variance above the low block: the public spectrum times the ratio of the ring's energy, (classes, channel * pixels)."""
-    total = release.noised_sum("bands", energies, reference.clip_bands)
-    public = np.bincount(layout.band + 1, weights=reference.spectrum, minlength=layout.num_bands + 1)[1:] * reference.band_scale
-    public = np.maximum(public, _SMALLEST_VARIANCE)
-    stddev, ones = release.noise_stddev("bands"), np.ones(layout.num_bands)
-    variances = Variances(noise=(stddev / public) ** 2, scatter=0 * ones, shape=ones)
-    own = pooled_means(total / public, counts, release.labels_of_cells, variances)
-    ratio = towards_one(own, stddev / max(float(np.linalg.norm(counts)), 1e-12) / public)
-    variance = np.maximum(ratio[:, layout.band] * reference.spectrum, _SMALLEST_VARIANCE)
-    variance[:, layout.low] = 0
-    return np.asarray(variance)
+    return np.concatenate(low), np.concatenate(bands), total / len(images)
 
 
 def sample_moment_images(moments: Moments, labels: Int64, seeds: NDArray[np.uint64], *, texture: bool) -> Float32:

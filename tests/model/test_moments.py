@@ -58,7 +58,7 @@ def test_no_band_mixes_low_and_other_coefficients(shape: tuple[int, ...]) -> Non
 
 def test_without_noise_the_moments_are_the_moments() -> None:
     images, labels = smooth_images(300, (1, 8, 8), 2), np.arange(300) % 2
-    inside = REFERENCE.__class__(**{**REFERENCE.__dict__, "clip_low": 1e3, "clip_residual": 1e3, "clip_bands": 1e6})
+    inside = REFERENCE.__class__(**{**REFERENCE.__dict__, "clip_low": 1e3, "clip_residual": 1e3, "clip_scales": 1e3, "clip_energies": 1e6})
     found = release_moments(images, labels, np.arange(300), num_classes=2, mechanism=None, reference=inside, stream=None)
     low = to_frequencies(images)[:, frequencies((1, 8, 8), LOW).low]
     assert np.allclose(found.counts, [150, 150])
@@ -175,7 +175,8 @@ def noise_p(noise_multiplier: float, claimed: MomentRelease) -> float:
         for query in moment_queries(REFERENCE):
             exact = patient_sum(rows, labels, np.arange(50), classes, query.clip_norm)
             draws.append((release.noised_sum(query.name, rows, query.clip_norm) - exact) / claimed.noise_stddev(query.name))
-    blocks = np.array(draws).reshape(60, 3 * classes, 40).transpose(1, 0, 2).reshape(3 * classes, -1)
+    groups = len(moment_queries(REFERENCE)) * classes
+    blocks = np.array(draws).reshape(60, groups, 40).transpose(1, 0, 2).reshape(groups, -1)
     correlation = np.corrcoef(blocks) - np.eye(len(blocks))
     assert np.abs(correlation).max() < 6 / np.sqrt(blocks.shape[1]), "classes or queries share noise"
     energies, count = np.sum(blocks**2, axis=1), blocks.shape[1]
@@ -276,6 +277,28 @@ def test_noise_costs_little_because_public_images_fill_what_it_hides(monkeypatch
     assert released(30.0) < 1.15
     monkeypatch.setattr(module, "pooled_covariances", lambda totals, counts, *_, **__: totals / counts[:, None, None])  # no prior
     assert released(30.0) > 1.3
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("noise_multiplier", [0.01, 3.0])
+def test_images_much_stronger_or_weaker_than_the_public_ones_lose_no_energy(strength: float, noise_multiplier: float) -> None:
+    """Clip norms come from public images; another hospital's fine detail may be several times theirs, and patients differ in it."""
+    layout = frequencies((1, 8, 8), LOW)
+    coefficients = to_frequencies(smooth_images(1000, (1, 8, 8), 11))
+    coefficients[:, layout.band >= 0] *= np.sqrt(strength)
+    coefficients[:, layout.low] *= strength**0.25
+    coefficients *= np.exp(np.random.default_rng(0).normal(0, 0.3, (1000, 1)))
+    labels = np.arange(1000) % 2
+    found = release_moments(
+        from_frequencies(coefficients, (1, 8, 8)), labels, np.arange(1000), num_classes=2, mechanism=booked(noise_multiplier),
+        reference=REFERENCE, stream=NoiseStream(key=b"e" * 32),
+    )  # fmt: skip
+    for label in range(2):
+        own = coefficients[labels == label]
+        for rows, variance in (
+            (layout.low, np.trace(found.covariance[label])), (layout.band >= 0, found.variance[label].sum()),
+        ):  # fmt: skip
+            assert variance == pytest.approx(own[:, rows].var(axis=0).sum(), rel=0.25)
 
 
 def test_what_drowns_in_noise_is_the_public_covariance() -> None:
