@@ -247,7 +247,7 @@ class GenerateConfig(_Settings):
     )
     seed: int = Field(0, ge=0, description="Image i has its own seed made from this one and i.")
     steps: Count = Field(14, description="Sampler steps.")
-    sigma_min: Positive = Field(0.04, description="Last noise level of the sampler.")
+    sigma_min: Positive = Field(0.08, description="Last noise level of the sampler.")
     sigma_max: Positive = Field(20.0, description="First noise level of the sampler.")
     variation: Positive = Field(0.5, description="Noise level from which an image is drawn around the candidate that patients voted for.")
 

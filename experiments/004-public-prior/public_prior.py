@@ -80,7 +80,7 @@ def configuration(variant: str, epsilon: float, work: Path) -> Config:
             "source": "raster", "path": str(public_folder(work)), "classes": PUBLIC_CLASSES, "steps": 700,
             "cache": str(work / "cache"),
         },
-        "generate": {"count": COUNT, "sigma_min": 0.04},
+        "generate": {"count": COUNT},
         **settings,
     }  # fmt: skip
     return parse_config(json.dumps(text), base=work)  # JSON is YAML
