@@ -12,12 +12,11 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """output: of both streams; cpu, wall: seconds; memory: peak in bytes."""
+    """output: of both streams; cpu, wall: seconds."""
 
     output: str
     cpu: float
     wall: float
-    memory: float
 
     def cost(self) -> dict[str, float]:
         """All but the output."""
@@ -29,11 +28,10 @@ def dpsynth(home: Path, *arguments: str, allowed: tuple[int, ...] = (0,)) -> Ran
     start, log = time.monotonic(), home / ".verb.log"
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "dpsynth.cli", *arguments], cwd=home, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)  # unlike the total over children it has the peak of this one
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     output = log.read_text()
     log.unlink()
     if process.returncode not in allowed:
         sys.exit(f"dpsynth {' '.join(arguments)}: {output}")
-    kibibyte = 1 if sys.platform == "darwin" else 1024
-    return Ran(output=output, cpu=usage.ru_utime + usage.ru_stime, wall=time.monotonic() - start, memory=float(kibibyte * usage.ru_maxrss))
+    return Ran(output=output, cpu=usage.ru_utime + usage.ru_stime, wall=time.monotonic() - start)

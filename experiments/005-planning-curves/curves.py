@@ -70,7 +70,7 @@ def evaluator(work: Path) -> tuple[ImageSet, tuple[Float32, Int64]]:
 
 
 def one_run(patients: int, epsilon: float, seed: int, work: Path) -> dict[str, Any]:
-    """Ledger, train, generate by the command line; figures, CPU and wall seconds, peak memory of training in bytes."""
+    """Ledger, train, generate by the command line; figures, CPU and wall seconds."""
     home = work / f"{patients}-{epsilon:g}-{seed}"
     home.mkdir(parents=True, exist_ok=True)
     text = configuration(patients, epsilon, work)
@@ -99,14 +99,13 @@ def cached(config: Config) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """Mean and standard deviation over the seeds, in Markdown."""
-    head = ("patients", "epsilon", "DP-SGD trains", "seeds", *FIGURES, "training, CPU s", "drawing, CPU s", "peak memory, GiB")
+    head = ("patients", "epsilon", "DP-SGD trains", "seeds", *FIGURES, "training, CPU s", "drawing, CPU s")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, runs in grouped(results).items():
         patients, _, epsilon = name.partition("/")
         cells = [_cell([run["figures"][figure] for run in runs], 3) for figure in FIGURES]
         costs = [_cell([run[stage]["cpu"] for run in runs if stage in run], 0) for stage in ("training", "drawing")]
-        memory = _cell([run["training"]["memory"] / 2**30 for run in runs if "training" in run], 2)
-        lines.append("| " + " | ".join((patients, epsilon, runs[0].get("trained", ""), str(len(runs)), *cells, *costs, memory)) + " |")
+        lines.append("| " + " | ".join((patients, epsilon, runs[0].get("trained", ""), str(len(runs)), *cells, *costs)) + " |")
     return "\n".join(lines)
 
 
