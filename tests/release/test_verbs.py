@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,9 +117,9 @@ def test_the_honest_run_is_released_and_nothing_computed_on_patients_leaves(clin
         secrets += [verdict["reason"], *(f"{n:.4g}" for n in numbers if len(f"{n:.4g}") > 4 and verdict["check"] != "accounting")]
     for path in out.rglob("*"):
         if path.is_file() and path.suffix in {".json", ".html", ".md", ".csv", ".txt"}:
-            text = path.read_text()
+            text = re.sub(r' d="[^"]*"', "", path.read_text())  # the coordinates of curves hold any four digits sooner or later
             for secret in secrets:
-                assert secret not in text, (path.name, secret)
+                assert not re.search(r"(?<![\d.])" + re.escape(secret), text), (path.name, secret)
     page = report(clinic / "run", ledger_path=clinic / "ledger").read_text()
     assert "must not leave" in page
 
