@@ -31,11 +31,6 @@ class Expectation:
     precision: float
     coverage: float
 
-    @property
-    def signal(self) -> float:
-        """log(patients * mu)."""
-        return math.log(self.patients * mu_of(self.epsilon, self.delta))
-
     def figures(self) -> dict[str, float]:
         """All but patients and delta, for JSON; the epsilon of real images, infinity, is left out."""
         of = {} if self.epsilon == math.inf else {"epsilon": self.epsilon}
@@ -51,12 +46,17 @@ class Expectations:
 
     def at(self, *, patients: float, epsilon: float, delta: float) -> Expectation:
         """Interpolated figures, none worse for more signal; beyond the measured ends those of the end."""
-        wanted = Expectation(patients=patients, epsilon=epsilon, delta=delta, auc=0, precision=0, coverage=0).signal
-        known = sorted(self.points, key=lambda point: point.signal)
-        signals = [point.signal for point in known]
-        rising = {name: isotonic_regression([getattr(point, name) for point in known]).x for name in _FIGURES}
+        points = sorted(self.points, key=lambda point: _signal(point.patients, point.epsilon, point.delta))
+        signals = [_signal(point.patients, point.epsilon, point.delta) for point in points]
+        rising = {name: isotonic_regression([getattr(point, name) for point in points]).x for name in _FIGURES}
+        wanted = _signal(patients, epsilon, delta)
         figures = {name: float(np.interp(wanted, signals, values)) for name, values in rising.items()}
         return Expectation(patients=patients, epsilon=epsilon, delta=delta, **figures)
+
+
+def _signal(patients: float, epsilon: float, delta: float) -> float:
+    """log(patients * mu)."""
+    return math.log(patients * mu_of(epsilon, delta))
 
 
 def load_expectations(path: Path = PATH) -> Expectations:

@@ -9,6 +9,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dpsynth.config import Config
+from dpsynth.data.cohort import Float32
+from dpsynth.model.moments import public_reference
+from dpsynth.progress import silent
+from dpsynth.train.pretrain import pretrained_weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
@@ -35,3 +41,16 @@ def dpsynth(home: Path, *arguments: str, allowed: tuple[int, ...] = (0,)) -> Ran
     if process.returncode not in allowed:
         sys.exit(f"dpsynth {' '.join(arguments)}: {output}")
     return Ran(output=output, cpu=usage.ru_utime + usage.ru_stime, wall=time.monotonic() - start)
+
+
+def train_and_generate(home: Path, *, epsilon: float, delta: float) -> tuple[Ran, Ran]:
+    """From config.yaml in `home` to candidates in its folder run, with a ledger of this budget: what training and drawing cost."""
+    if not (home / "ledger.jsonl").exists():
+        dpsynth(home, "ledger", "open", "config.yaml", "--epsilon", f"{epsilon:g}", "--delta", f"{delta:g}", "--ledger", "ledger.jsonl")
+    return dpsynth(home, "train", "config.yaml", "--run", "run", "--ledger", "ledger.jsonl"), dpsynth(home, "generate", "run")
+
+
+def pretrain_into_cache(config: Config, public: Float32) -> None:
+    """So that the time of pre-training is not counted as private training."""
+    reference = public_reference(public, low_frequencies=config.moments.low_frequencies)
+    pretrained_weights(config, public, reference, progress=silent)

@@ -1,8 +1,8 @@
 """Stage 1: class-wise moments under differential privacy, a generator of its own and the prior of the denoiser.
 
-Images are taken to the orthonormal cosine domain. Of each class three noised sums are released, each query using the results of the
-ones before: count and sum of the low frequencies; log-energies of their residuals and of the rings of frequency above them; second
-moments of the residuals.
+Images are taken to the orthonormal cosine domain. Of each class four noised sums are released, each query using the results of the
+ones before: count and sum of the low frequencies; log-energies of their residuals and of the rings of frequency above them (scales); the
+same energies in units of these; second moments of the residuals.
 A patient's contribution to a query is the mean over their images of class-indexed vectors that were clipped to the query's clip
 norm, so by convexity it is never longer than the clip norm, whatever and however many the images are.
 
@@ -18,7 +18,7 @@ Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -114,7 +114,7 @@ class PublicReference:
 
     def shaped(self, residuals: Array) -> Array:
         """Rows (n, low) along the principal axes, weak ones made larger."""
-        return np.asarray(residuals @ self.axes * self.variances**-_SHAPING)
+        return _shaped(residuals, self.axes, self.variances)
 
     @property
     def shaped_variances(self) -> Array:
@@ -172,39 +172,40 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     centre = low.mean(axis=0)
     residual = low - centre
     values, axes = np.linalg.eigh(residual.T @ residual / len(residual))
-    constants = PublicReference(
+    variances = np.maximum(values, max(values.mean() * 1e-4, _SMALLEST_VARIANCE))
+    shaped = _shaped(residual, axes, variances)
+    norms, energies = np.linalg.norm(shaped, axis=1), _with_residuals(bands, shaped)
+    typical = energies.mean(axis=0) + _SMALLEST_VARIANCE
+    logarithms = _logarithms(energies, typical)
+    log_energies = logarithms.mean(axis=0)
+    return PublicReference(
         shape=shape,
         low_frequencies=low_frequencies,
         centre=centre,
         axes=axes,
-        variances=np.maximum(values, max(values.mean() * 1e-4, _SMALLEST_VARIANCE)),
+        variances=variances,
         spectrum=np.maximum(spectrum, _SMALLEST_VARIANCE),
-        typical=np.ones(layout.num_bands + 1),
-        log_energies=np.zeros(layout.num_bands + 1),
-        clip_low=1.0,
-        clip_residual=1.0,
-        clip_scales=1.0,
-        clip_energies=1.0,
-    )
-    shaped = constants.shaped(residual)
-    norms, energies = np.linalg.norm(shaped, axis=1), _with_residuals(bands, shaped)
-    typical = energies.mean(axis=0) + _SMALLEST_VARIANCE
-    logarithms = np.log(energies / typical + _SMALLEST_ENERGY)
-    centred = np.linalg.norm(logarithms - logarithms.mean(axis=0), axis=1)
-    return replace(
-        constants,
         typical=typical,
-        log_energies=logarithms.mean(axis=0),
+        log_energies=log_energies,
         # Another hospital's images may be brighter than all of these: means get room for it, residuals are taken around the means.
         clip_low=1.5 * float(np.quantile(norms, 0.95)),
         clip_residual=float(np.quantile(norms, _CLIPPED)),
-        clip_scales=float(np.quantile(centred, 0.95) + _ROOM * np.sqrt(len(typical))),  # few numbers: wide bounds cost little
+        # Few numbers: wide bounds cost little.
+        clip_scales=float(np.quantile(np.linalg.norm(logarithms - log_energies, axis=1), 0.95) + _ROOM * np.sqrt(len(typical))),
         clip_energies=float(np.quantile(np.linalg.norm(energies / typical, axis=1), 0.95)),
     )
 
 
+def _shaped(residuals: Array, axes: Array, variances: Array) -> Array:
+    return np.asarray(residuals @ axes * variances**-_SHAPING)
+
+
 def _with_residuals(bands: Array, shaped: Array) -> Array:
     return np.concatenate([bands, (shaped**2).sum(axis=1, keepdims=True)], axis=1)
+
+
+def _logarithms(energies: Array, typical: Array) -> Array:
+    return np.asarray(np.log(energies / typical + _SMALLEST_ENERGY))
 
 
 def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
@@ -335,7 +336,7 @@ def _release_energies(bands: Array, shaped: Array, release: _Release, counts: Ar
     ones = np.ones(energies.shape[1])
     size = max(float(np.linalg.norm(counts)), 1e-12)
 
-    logarithms = np.log(energies / reference.typical + _SMALLEST_ENERGY) - reference.log_energies
+    logarithms = _logarithms(energies, reference.typical) - reference.log_energies
     total, _ = joined_sum(release.noised_sum("scales", logarithms, reference.clip_scales), counts)
     noise = release.noise_stddev("scales") / size
     weight = _TYPICAL_LOG_RATIO**2 / (_TYPICAL_LOG_RATIO**2 + noise**2)

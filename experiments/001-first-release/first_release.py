@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from measure import data_folder, measured, test_images  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+from results import add, known, mean_and_spread  # noqa: E402
 from verbs import dpsynth  # noqa: E402
 
 ROWS = {"pneumonia-1": 1, "pneumonia-10": 10, "kermany-10": 10}
@@ -105,15 +106,9 @@ def _line(row: str, method: str, figures: list[dict[str, float]], minutes: list[
     cells = []
     for column in COLUMNS:
         values = [figure[column] for figure in figures]
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        cells.append(f"{np.mean(values):.3f}{spread}")
+        cells.append(mean_and_spread(values, 3))
     time_taken = f"{max(minutes):.0f}" if minutes else ""
     return f"| {row} | {method} | {len(figures)} | " + " | ".join(cells) + f" | {time_taken} |"
-
-
-def known_results(path: Path) -> dict[str, Any]:
-    """What results.json holds."""
-    return dict(read_json(path)) if path.exists() else {}
 
 
 def main() -> None:
@@ -127,7 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = HERE / "results.json"
     if arguments.table:
-        print(table(known_results(path)))
+        print(table(known(path)))
         return
     for seed in arguments.seeds:
         for row in arguments.rows:
@@ -135,7 +130,7 @@ def main() -> None:
                 name = f"{row}/{method}/{seed}"
                 work = (arguments.work / row / f"{method}-{seed}").resolve()
                 result = one_run(row, method, seed, work)
-                write_json(path, {**known_results(path), name: result})  # read again: another row may have finished meanwhile
+                add(path, name, result)
                 print(name, json.dumps(result["synthetic"]), flush=True)
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpsynth.artifacts import read_json, write_json
 from dpsynth.checks.classifier import auc, train_and_predict
 from dpsynth.checks.features import encode
 from dpsynth.checks.statistics import kid, neighbourhoods
@@ -44,6 +43,10 @@ from dpsynth.train.pretrain import pretrained_weights
 from dpsynth.train.public import public_images
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from results import add, known  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+
 PATIENTS, TEST, REFERENCE, SAMPLE, LAST_LEVELS = 4700, 500, 1500, 800, (0.04, 0.08)
 BASE: dict[str, Any] = {"learning_rate": 1e-3, "steps": 80, "sampling_probability": 0.05}
 VARIANTS: dict[str, dict[str, Any]] = {  # settings of diffusion; share: of mu^2 for the moments; noise: whether there is any
@@ -161,9 +164,6 @@ def main() -> None:
     arguments = parser.parse_args()
     path = HERE / "results.json"
 
-    def known() -> dict[str, Any]:
-        return dict(read_json(path)) if path.exists() else {}
-
     if not arguments.table:
         training, test = phantoms()
         against = encode(training.images[:REFERENCE], task="", progress=silent)
@@ -173,8 +173,8 @@ def main() -> None:
                 torch.manual_seed(seed)
                 generator, seconds = trained(config, variant, training, seed)
                 figures = measured(generator, config, against, test, seed)
-                write_json(path, {**known(), f"{variant}/{seed}": {"seconds": seconds, "figures": figures}})
-    print(table(known()))
+                add(path, f"{variant}/{seed}", {"seconds": seconds, "figures": figures})
+    print(table(known(path)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from dpsynth.artifacts import RunFolder, read_json, write_json
+from dpsynth.artifacts import RunFolder
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import load_candidates, to_unit_range
 from dpsynth.data.cohort import Float32, ImageSet, Int64
@@ -47,10 +48,11 @@ from dpsynth.train.run import train
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from hospitals import PUBLIC_CLASSES, people, public_folder  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+from hospitals import DELTA, private_and_test, settings  # noqa: E402 (an experiment is a script; what several share lies one folder up)
 from measure import measured  # noqa: E402
+from results import known, mean_and_spread, once  # noqa: E402
 
-PATIENTS, TEST, COUNT = 4700, 500, 1500
+PATIENTS, COUNT = 4700, 1500
 NOTHING: dict[str, Any] = {}
 ALL, SMALL, NONE = ({"trainable": which} for which in ("all", "small", "none"))
 VARIANTS: dict[str, dict[str, Any]] = {  # settings that differ from the recipe's
@@ -67,22 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings that differ from the recipe'
 
 def configuration(variant: str, epsilon: float, work: Path) -> Config:
     """What a user would write, with the variant's settings."""
-    settings = {name: value for name, value in VARIANTS[variant].items() if name != "prior"}
-    text = {
-        "method": "diffusion",
-        "data": {
-            "format": "phantom", "name": "people", "unit": "image", "classes": ["normal", "finding"], "declared_patients": PATIENTS,
-            "spatial_shape": [28, 28], "control_fraction": 0.02,
-            "phantom": {"anatomy": "chest", "num_patients": PATIENTS, "max_images": 1, "seed": 77},
-        },
-        "privacy": {"epsilon": epsilon, "delta": 1e-5},
-        "pretrain": {
-            "source": "raster", "path": str(public_folder(work)), "classes": PUBLIC_CLASSES, "steps": 700,
-            "cache": str(work / "cache"),
-        },
-        "generate": {"count": COUNT},
-        **settings,
-    }  # fmt: skip
+    own = {name: value for name, value in VARIANTS[variant].items() if name != "prior"}
+    text = {**settings(patients=PATIENTS, epsilon=epsilon, count=COUNT, work=work), **own}
     return parse_config(json.dumps(text), base=work)  # JSON is YAML
 
 
@@ -101,20 +89,13 @@ def as_released() -> Iterator[None]:
         yield
 
 
-def private_and_test(config: Config) -> tuple[ImageSet, tuple[Float32, Int64]]:
-    """The private set, and other people with their labels."""
-    private = prepare(read_cohort(config.data), config.data, progress=silent)
-    images, names = people(TEST, 1077)
-    return private, (images, np.array([private.classes.index(name) for name in names]))
-
-
 def one_run(variant: str, epsilon: float, seed: int, work: Path) -> dict[str, Any]:
     """Ledger, train, generate, measure. A killed run goes on."""
     home = work / f"{variant}-{epsilon:g}-{seed}".replace(" ", "-").replace(",", "")
     config = configuration(variant, epsilon, work)
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "ledger.jsonl").exists():
-        open_ledger(config, path=home / "ledger.jsonl", epsilon=epsilon, delta=1e-5, max_gate_attempts=1, progress=silent)
+        open_ledger(config, path=home / "ledger.jsonl", epsilon=epsilon, delta=DELTA, max_gate_attempts=1, progress=silent)
     start = time.process_time()
     if VARIANTS[variant].get("prior", True):
         train(config, run_path=home / "run", ledger_path=home / "ledger.jsonl", progress=silent)
@@ -151,7 +132,7 @@ def filter_excess(epsilon: float, work: Path, *, shaping: float, prior: bool, ke
     floor = errors(private, own, None, None)
     with patch("dpsynth.model.moments._SHAPING", shaping), nullcontext() if prior else as_released():
         reference = public_reference(public, low_frequencies=config.moments.low_frequencies)
-        (release,) = planned_mechanisms(config, delta=1e-5, queries=moment_queries(reference))
+        (release,) = planned_mechanisms(config, delta=DELTA, queries=moment_queries(reference))
         assert isinstance(release, MomentRelease)
         found = [errors(private, reference, release, NoiseStream(key=bytes([key]) * 32)) for key in range(keys)]
     return [float(value) for value in np.mean(found, axis=0) / floor]
@@ -201,8 +182,7 @@ def table(results: dict[str, Any]) -> str:
         cells = []
         for column in COLUMNS:
             values = [run["figures"][column] for run in runs]
-            digits = 0 if np.mean(values) >= 100 else 3
-            cells.append(f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""))
+            cells.append(mean_and_spread(values, 0 if np.mean(values) >= 100 else 3))
         variant, epsilon = group.rsplit("/", 1)
         lines.append(f"| {variant} | {epsilon} | {runs[0].get('trained', '')} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -223,21 +203,13 @@ def main() -> None:
         print(filter_table(work))
         return
 
-    def known() -> dict[str, Any]:
-        return dict(read_json(path)) if path.exists() else {}
-
     if not arguments.table:
         for seed in arguments.seeds:
-            if f"real/inf/{seed}" not in known():
-                write_json(path, {**known(), f"real/inf/{seed}": real_figures(seed, work)})
+            once(path, f"real/inf/{seed}", partial(real_figures, seed, work))
             for epsilon in arguments.epsilons:
                 for variant in arguments.variants:
-                    name = f"{variant}/{epsilon:g}/{seed}"
-                    if name not in known():
-                        result = one_run(variant, epsilon, seed, work)
-                        write_json(path, {**known(), name: result})  # read again: another process may have finished a run meanwhile
-                        print(name, json.dumps(result), flush=True)
-    print(table(known()))
+                    once(path, f"{variant}/{epsilon:g}/{seed}", partial(one_run, variant, epsilon, seed, work))
+    print(table(known(path)))
 
 
 if __name__ == "__main__":

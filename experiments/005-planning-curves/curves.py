@@ -13,75 +13,48 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpsynth.artifacts import RunFolder, read_json, write_json
-from dpsynth.config import Config, parse_config
+from dpsynth.config import parse_config
 from dpsynth.data.candidates import load_candidates, to_unit_range
 from dpsynth.data.cohort import Float32, ImageSet, Int64
-from dpsynth.data.preprocess import prepare
-from dpsynth.data.source import read_cohort
 from dpsynth.expectations import PATH, Expectation
-from dpsynth.model.moments import public_reference
 from dpsynth.progress import silent
-from dpsynth.train.pretrain import pretrained_weights
 from dpsynth.train.public import public_images
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from hospitals import PUBLIC_CLASSES, people, public_folder  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+from hospitals import DELTA, private_and_test, settings  # noqa: E402 (an experiment is a script; what several share lies one folder up)
 from measure import measured  # noqa: E402
-from verbs import dpsynth  # noqa: E402
+from results import known, mean_and_spread, once  # noqa: E402
+from verbs import pretrain_into_cache, train_and_generate  # noqa: E402
 
-DELTA, COUNT, TEST = 1e-5, 1500, 500
+COUNT = 1500
 REFERENCE = 5000  # people that images are measured against, the same for all sizes
 FIGURES = ("auc", "precision", "recall", "coverage", "kid", "kid_bands")
 
 
-def configuration(patients: int, epsilon: float, work: Path) -> str:
-    """What a user would write."""
-    public = {"source": "raster", "path": str(public_folder(work)), "classes": PUBLIC_CLASSES, "steps": 700, "cache": str(work / "cache")}
-    text = {
-        "method": "diffusion",
-        "data": {
-            "format": "phantom", "name": "people", "unit": "image", "classes": PUBLIC_CLASSES, "declared_patients": patients,
-            "spatial_shape": [28, 28], "control_fraction": 0.02,
-            "phantom": {"anatomy": "chest", "num_patients": patients, "max_images": 1, "seed": 77},
-        },
-        "privacy": {"epsilon": epsilon, "delta": DELTA},
-        "pretrain": public,
-        "generate": {"count": COUNT},
-    }  # fmt: skip
-    return json.dumps(text)  # JSON is YAML
-
-
 def evaluator(work: Path) -> tuple[ImageSet, tuple[Float32, Int64]]:
     """People of the private hospital that every run is measured against, and others with labels."""
-    config = parse_config(configuration(REFERENCE, 1, work), base=work)
-    images, names = people(TEST, 1077)
-    return prepare(read_cohort(config.data), config.data, progress=silent), (
-        images,
-        np.array([PUBLIC_CLASSES.index(name) for name in names]),
-    )
+    return private_and_test(parse_config(json.dumps(settings(patients=REFERENCE, epsilon=1, count=COUNT, work=work)), base=work))
 
 
 def one_run(patients: int, epsilon: float, seed: int, work: Path) -> dict[str, Any]:
     """Ledger, train, generate by the command line; figures, CPU and wall seconds."""
     home = work / f"{patients}-{epsilon:g}-{seed}"
     home.mkdir(parents=True, exist_ok=True)
-    text = configuration(patients, epsilon, work)
+    text = json.dumps(settings(patients=patients, epsilon=epsilon, count=COUNT, work=work))  # JSON is YAML
     (home / "config.yaml").write_text(text, encoding="utf-8")
     config = parse_config(text, base=home)
     if not (home / "facts.json").exists():
-        cached(config)
-        if not (home / "ledger.jsonl").exists():
-            dpsynth(home, "ledger", "open", "config.yaml", "--epsilon", f"{epsilon:g}", "--delta", f"{DELTA:g}", "--ledger", "ledger.jsonl")
-        training = dpsynth(home, "train", "config.yaml", "--run", "run", "--ledger", "ledger.jsonl")
-        drawing = dpsynth(home, "generate", "run")
+        pretrain_into_cache(config, public_images(config, progress=silent))
+        training, drawing = train_and_generate(home, epsilon=epsilon, delta=DELTA)
         facts = {"trained": config.diffusion.trainable, "training": training.cost(), "drawing": drawing.cost()}
         write_json(home / "facts.json", facts)
     candidates = load_candidates(RunFolder.open(home / "run"))
@@ -91,10 +64,10 @@ def one_run(patients: int, epsilon: float, seed: int, work: Path) -> dict[str, A
     return {**read_json(home / "facts.json"), "figures": figures}
 
 
-def cached(config: Config) -> None:
-    """Pre-train into the cache, so that its time is not counted."""
-    public = public_images(config, progress=silent)
-    pretrained_weights(config, public, public_reference(public, low_frequencies=config.moments.low_frequencies), progress=silent)
+def real_figures(seed: int, work: Path) -> dict[str, Any]:
+    """Real against real."""
+    private, test = evaluator(work)
+    return {"figures": measured(private.images, private.labels, private, test, np.random.default_rng(seed), seed, real=True)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -103,23 +76,19 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, runs in grouped(results).items():
         patients, _, epsilon = name.partition("/")
-        cells = [_cell([run["figures"][figure] for run in runs], 3) for figure in FIGURES]
-        costs = [_cell([run[stage]["cpu"] for run in runs if stage in run], 0) for stage in ("training", "drawing")]
+        cells = [mean_and_spread([run["figures"][figure] for run in runs], 3) for figure in FIGURES]
+        costs = [mean_and_spread([run[stage]["cpu"] for run in runs if stage in run], 0) for stage in ("training", "drawing")]
         lines.append("| " + " | ".join((patients, epsilon, runs[0].get("trained", ""), str(len(runs)), *cells, *costs)) + " |")
     return "\n".join(lines)
 
 
-def _cell(values: list[float], digits: int) -> str:
-    if not values:
-        return ""
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
 def grouped(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Runs of the same patients and epsilon, fewest patients first; real against real at the head."""
-    names = sorted(
-        {name.rsplit("/", 1)[0] for name in results}, key=lambda name: (name != "real", *map(float, name.split("/")[name == "real" :]))
-    )
+
+    def order(name: str) -> list[float]:
+        return [] if name == "real" else [float(part) for part in name.split("/")]
+
+    names = sorted({name.rsplit("/", 1)[0] for name in results}, key=order)
     return {name: [run for key, run in results.items() if key.rsplit("/", 1)[0] == name] for name in names}
 
 
@@ -148,27 +117,16 @@ def main() -> None:
     arguments = parser.parse_args()
     path, work = HERE / "results.json", arguments.work.resolve()
 
-    def known() -> dict[str, Any]:
-        return dict(read_json(path)) if path.exists() else {}
-
     if arguments.write:
-        write_expectations(known())
+        write_expectations(known(path))
         return
     if not arguments.table:
         for seed in arguments.seeds:
-            if f"real/{seed}" not in known():
-                private, test = evaluator(work)
-                rng = np.random.default_rng(seed)
-                figures = measured(private.images, private.labels, private, test, rng, seed, real=True)
-                write_json(path, {**known(), f"real/{seed}": {"figures": figures}})
+            once(path, f"real/{seed}", partial(real_figures, seed, work))
             for patients in arguments.patients:
                 for epsilon in arguments.epsilons:
-                    name = f"{patients}/{epsilon:g}/{seed}"
-                    if name not in known():
-                        result = one_run(patients, epsilon, seed, work)
-                        write_json(path, {**known(), name: result})  # read again: another process may have finished a run meanwhile
-                        print(name, json.dumps(result), flush=True)
-    print(table(known()))
+                    once(path, f"{patients}/{epsilon:g}/{seed}", partial(one_run, patients, epsilon, seed, work))
+    print(table(known(path)))
 
 
 if __name__ == "__main__":

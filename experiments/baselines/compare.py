@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,15 @@ from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import split_patients
-from dpsynth.model.moments import public_reference
 from dpsynth.progress import silent
-from dpsynth.train.pretrain import pretrained_weights
 from dpsynth.train.public import public_images
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from measure import data_folder, measured, test_images  # noqa: E402 (an experiment is a script; what several share lies one folder up)
-from verbs import dpsynth  # noqa: E402
+from results import known, mean_and_spread, once  # noqa: E402
+from verbs import pretrain_into_cache, train_and_generate  # noqa: E402
 
 DELTA = 1e-5
 OWN: dict[str, dict[str, Any]] = {  # what the command line's configuration says beside data, privacy and pre-training
@@ -224,14 +223,11 @@ def by_command_line(row: str, method: str, epsilon: float, seed: int, split: Spl
     (home / "config.yaml").write_text(text, encoding="utf-8")
     config = parse_config(text, base=home)
     start = time.process_time()
-    if config.method == "diffusion":  # into the cache first, so that its time is not counted as private training
-        reference = public_reference(split.public, low_frequencies=config.moments.low_frequencies)
-        pretrained_weights(config, split.public, reference, progress=silent)
-    seconds = {"pretraining": time.process_time() - start, "training": 0.0, "rest": 0.0}
-    if not (home / "ledger.jsonl").exists():
-        dpsynth(home, "ledger", "open", "config.yaml", "--epsilon", f"{epsilon:g}", "--delta", f"{DELTA:g}", "--ledger", "ledger.jsonl")
-    seconds["training"] = dpsynth(home, "train", "config.yaml", "--run", "run", "--ledger", "ledger.jsonl").cpu
-    seconds["rest"] = dpsynth(home, "generate", "run").cpu
+    if config.method == "diffusion":
+        pretrain_into_cache(config, split.public)
+    pretraining = time.process_time() - start
+    training, drawing = train_and_generate(home, epsilon=epsilon, delta=DELTA)
+    seconds = {"pretraining": pretraining, "training": training.cpu, "rest": drawing.cpu}
     run = RunFolder.open(home / "run")
     candidates = load_candidates(run)
     np.savez_compressed(home / "images.npz", images=candidates.images, labels=candidates.labels)
@@ -283,11 +279,7 @@ def table(results: dict[str, Any], row: str) -> str:
 
 
 def _cell(values: list[float]) -> str:
-    if np.isnan(values).all():
-        return ""
-    digits = 1 if np.mean(values) >= 10 else 3
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+    return "" if np.isnan(values).all() else mean_and_spread(values, 1 if np.mean(values) >= 10 else 3)
 
 
 def _seconds(values: list[float]) -> str:
@@ -323,18 +315,11 @@ def main() -> None:
         work = work / f"scale-{scale:g}"
     path = (HERE if scale == 1 else work) / "results.json"
 
-    def known() -> dict[str, Any]:
-        return dict(read_json(path)) if path.exists() else {}
-
     if not arguments.table:
         for row, method, epsilon, seed in wanted_runs(arguments.rows, arguments.methods, arguments.epsilons, arguments.seeds):
-            name = f"{row}-{epsilon:g}/{method}/{seed}"
-            if name not in known():
-                result = one_run(row, method, epsilon, seed, work, scale)
-                write_json(path, {**known(), name: result})  # read again: another process may have finished a run meanwhile
-                print(name, json.dumps(result), flush=True)
+            once(path, f"{row}-{epsilon:g}/{method}/{seed}", partial(one_run, row, method, epsilon, seed, work, scale))
     for row in arguments.rows:
-        print(f"\n{row}\n\n{table(known(), row)}")
+        print(f"\n{row}\n\n{table(known(path), row)}")
 
 
 if __name__ == "__main__":

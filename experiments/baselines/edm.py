@@ -23,8 +23,6 @@ from dpsynth.progress import silent
 
 SIGMA_DATA = math.sqrt(1 / 3)  # of a uniform pixel in [-1, 1]; public
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2
-
-
 CHANNELS = (32, 64)
 
 

@@ -113,6 +113,8 @@ def test_a_size_that_the_net_cannot_halve_is_padded_and_cut(shape: tuple[int, ..
     corner = noisy.clone()
     corner[(..., *(-1 for _ in shape[1:]))] += 1  # the edge that is repeated in the padding
     assert not torch.equal(denoiser(corner, sigma, labels), found)
+    alone = torch.cat([denoiser(noisy[[row]], sigma[[row]], labels[[row]]) for row in range(2)])
+    assert torch.allclose(alone, found, atol=1e-5)  # what is padded with is the image's own
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 8, 8, 8)])
