@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ from dpsynth.model.moments import (
     sample_moment_images,
     to_frequencies,
 )
-from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
+from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.privacy.noise import NoiseStream
 
 LOW = 4
@@ -189,14 +191,18 @@ def test_the_noise_has_the_booked_scale_and_other_scales_are_rejected() -> None:
         assert noise_p(wrong, booked(2.0)) < 1e-4
 
 
-def test_another_clip_norm_than_the_booked_one_is_refused() -> None:
-    queries = tuple(GaussianQuery(name=q.name, share=q.share, clip_norm=2 * q.clip_norm) for q in moment_queries(REFERENCE))
+@pytest.mark.parametrize("name", [query.name for query in moment_queries(REFERENCE)])
+def test_another_clip_norm_than_the_booked_one_is_refused_for_each_query(name: str) -> None:
+    queries = tuple(replace(query, clip_norm=(1 + (query.name == name)) * query.clip_norm) for query in moment_queries(REFERENCE))
     mechanism = MomentRelease(noise_multiplier=1.0, queries=queries)
-    with pytest.raises(ValueError, match="not the booked one"):
+    with pytest.raises(ValueError, match=f"{name!r} is not the booked one"):
         release_moments(
             PUBLIC, np.zeros(200, dtype=np.int64), np.arange(200), num_classes=1, mechanism=mechanism, reference=REFERENCE,
             stream=NoiseStream(key=b"k" * 32),
         )  # fmt: skip
+
+
+def test_a_mechanism_without_a_stream_is_refused() -> None:
     with pytest.raises(ValueError, match="or neither"):
         release_moments(
             PUBLIC, np.zeros(200, dtype=np.int64), np.arange(200), num_classes=1, mechanism=booked(), reference=REFERENCE, stream=None
