@@ -157,7 +157,7 @@ class Coordinator:
             waiting = []
             for site, request in requests.items():
                 outcome, reason, found = self._read(site, request, replies.get(site), problem)
-                if outcome == "refused":
+                if outcome == "refused" and kind != "join":
                     self._refused(site, number, charged=reason.startswith(Code.LOST.value))
                 self._note(number, site, outcome, reason)
                 if found is not None:

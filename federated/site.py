@@ -93,6 +93,9 @@ class Guard:
         request = signed.request
         booked = bool(self._charges(request.study))
         study = self.journal.study(request.study, plan_sha256=request.plan.digest, key=signed.key, booked=booked, limit=self.policy.studies)
+        if request.kind == "join":  # asks and changes nothing, so nothing of it is kept
+            self._require_policy(request)
+            return encode_reply(request_sha256=signed.digest, facts=self._facts(request), arrays={})
         message = study.message(request.message_id)
         if message.digest() not in (None, signed.digest):
             raise Refused(Code.MESSAGE_REUSED)
@@ -106,7 +109,7 @@ class Guard:
         """The answer to a message that has none yet, kept before it leaves."""
         request = signed.request
         try:
-            arrays = {} if request.kind == "join" else self._round(signed, study, message)
+            arrays = self._round(signed, study, message)
             reply = encode_reply(request_sha256=signed.digest, facts=self._facts(request), arrays=arrays)
         except (Refused, BudgetExceeded, SelfCheckFailed) as error:
             code = error.code if isinstance(error, Refused) else Code.BUDGET if isinstance(error, BudgetExceeded) else Code.FAILED
@@ -213,8 +216,6 @@ class Guard:
 
     def _facts(self, request: Request) -> Facts:
         """Public numbers that go with an answer."""
-        if request.kind == "join":
-            self._require_policy(request)
         spent = self.ledger.spent()
         charged = merged([m for _, charge in self._charges(request.study) for m in charge.mechanisms])
         return Facts.model_validate(
