@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,7 +92,7 @@ def train(
     from dpsynth.trained import default_ledger
 
     settings = load_config(config)
-    with _progress() as progress:
+    with progress_bars() as progress:
         guarantee = train_generator(
             settings,
             run_path=run,
@@ -115,7 +116,7 @@ def generate(
     """Draw the candidates: as many images as the configuration says, one seed each, in the wanted mix."""
     from dpsynth.generate import generate as draw
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         drawn = draw(run, progress=progress, target=_target(target or []))
     for warning in drawn.warnings:
         print(f"Warning: {warning}.")
@@ -127,7 +128,7 @@ def check(run: RunArgument, ledger: LedgerOption = None) -> None:
     """Test the candidates against training and control patients. Counts as one gate attempt in the ledger."""
     from dpsynth.checks.run import check as run_all
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         verdicts = run_all(run, ledger_path=ledger, progress=progress)
     for verdict in verdicts:
         print(f"{verdict.check:<12} {verdict.outcome.value:<13} {verdict.reason}")
@@ -156,7 +157,7 @@ def release(
     """Ask the gate, and if it allows, write the signed release folder."""
     from dpsynth.release.run import release as write_release
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         folder = write_release(run, out=out, key_path=key, ledger_path=ledger, reviews=_reviews(accept or []), progress=progress)
     print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key {key.with_name('signing.pub')}")
 
@@ -203,7 +204,7 @@ def ledger_open(
 
     settings = load_config(config)
     path = ledger or default_ledger(settings.data)
-    with _progress() as progress:
+    with progress_bars() as progress:
         open_ledger(settings, path=path, epsilon=epsilon, delta=delta, max_gate_attempts=max_gate_attempts, progress=progress)
     print(f"Ledger: {path}")
 
@@ -249,7 +250,7 @@ def quickstart(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Ne
     """Play the whole way on procedural images: ledger, train, generate, check, report, release, verify."""
     from dpsynth.quickstart import quickstart as play
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         play(folder, progress=progress)
 
 
@@ -283,7 +284,8 @@ def _target(given: list[str]) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def progress_bars() -> Iterator[Progress]:
+    """Bars on standard error."""
     from dpsynth.progress import terminal_progress
 
     with terminal_progress() as progress:
@@ -291,34 +293,40 @@ def _progress() -> Iterator[Progress]:
 
 
 def main() -> None:
-    """Run the command line; every error becomes one line and an exit code."""
+    """Run the command line."""
+    run_app(app, name="dpsynth")
+
+
+def run_app(command: typer.Typer, *, name: str) -> None:
+    """Run a command line; every error becomes one line and an exit code."""
+    fail = partial(_fail, name)
     try:
-        code = app(standalone_mode=False)
+        code = command(standalone_mode=False)
     except DpsynthError as error:
-        _fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        _fail(f"{error.format_message()} `dpsynth --help` lists verbs and options.", 2)
+        fail(f"{error.format_message()} `{name} --help` lists verbs and options.", 2)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("Stopped. What was reserved stays charged; the same command resumes.", 130)
+        fail("Stopped. What was reserved stays charged; the same command resumes.", 130)
     except OSError as error:
         where = "" if error.filename is None else f" ({Path(str(error.filename)).name})"
-        _fail(
+        fail(
             str(
                 StorageError(f"A file could not be read or written{where}: {error.strerror or error}. Check the path and its permissions.")
             ),
             2,
         )
     except ModuleNotFoundError as error:
-        _fail(f"This verb needs {error.name}, which is not installed. Run: pip install 'dpsynth[train]'.", 2)
+        fail(f"This verb needs {error.name}, which is not installed. Run: pip install 'dpsynth[train]'.", 2)
     except Exception as error:
         if os.environ.get("DPSYNTH_DEBUG"):
             raise
-        _fail(f"Internal error ({type(error).__name__}): {error}. Set DPSYNTH_DEBUG=1 to see where.", 1)
+        fail(f"Internal error ({type(error).__name__}): {error}. Set DPSYNTH_DEBUG=1 to see where.", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
-    print("dpsynth: " + " ".join(message.split()), file=sys.stderr)
+def _fail(name: str, message: str, code: int) -> None:
+    print(f"{name}: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -324,8 +324,8 @@ class _OneValueLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def parse_config(text: str, *, base: Path) -> Config:
-    """Read YAML text; relative paths are taken from `base`. Raises ConfigError with the path of every wrong key."""
+def yaml_mapping(text: str) -> dict[str, Any]:
+    """The settings in YAML text. Raises ConfigError when it is no mapping or sets a key twice."""
     try:
         raw = yaml.load(text, Loader=_OneValueLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -336,10 +336,15 @@ def parse_config(text: str, *, base: Path) -> Config:
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"Expected the configuration to be a mapping of settings, found {type(raw).__name__}.")
+    return raw
+
+
+def parse_config(text: str, *, base: Path) -> Config:
+    """Read YAML text; relative paths are taken from `base`. Raises ConfigError with the path of every wrong key."""
     try:
-        config = Config.model_validate(raw)
+        config = Config.model_validate(yaml_mapping(text))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(f"Wrong configuration: {wrong_settings(error)}. docs/config.md lists every setting.") from error
     return resolved(_with_absolute_paths(config, base))
 
 
@@ -389,7 +394,8 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
     return config.model_copy(update={"data": data, "pretrain": pretrain})
 
 
-def _explain(error: ValidationError) -> str:
+def wrong_settings(error: ValidationError) -> str:
+    """The path of every wrong key with what is wrong, in one line."""
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "configuration"
@@ -398,4 +404,4 @@ def _explain(error: ValidationError) -> str:
         else:
             found = "" if isinstance(item.get("input"), dict | BaseModel) else f" (found {item.get('input')!r})"
             parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{found}")
-    return "Wrong configuration: " + "; ".join(parts) + ". docs/config.md lists every setting."
+    return "; ".join(parts)

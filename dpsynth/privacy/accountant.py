@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, PoissonDpSgd
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, merged
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -32,7 +32,7 @@ SecondOpinion = Callable[[Sequence[Mechanism], float], float]
 def loss_distribution(mechanisms: Sequence[Mechanism], *, interval: float = FINE) -> PrivacyLossDistribution | None:
     """Composed privacy loss distribution; None when nothing touched the data. NonPrivate is refused with ValueError."""
     composed = None
-    for mechanism in mechanisms:
+    for mechanism in merged(mechanisms):
         part = _distribution(mechanism, interval)
         if part is not None:
             composed = part if composed is None else composed.compose(part)
@@ -41,18 +41,19 @@ def loss_distribution(mechanisms: Sequence[Mechanism], *, interval: float = FINE
 
 @lru_cache(maxsize=32)  # a run asks for the same few mechanisms a dozen times, and each answer takes up to a second
 def _distribution(mechanism: Mechanism, interval: float) -> PrivacyLossDistribution | None:
+    if isinstance(mechanism, MomentRelease):
+        return _gaussian(mechanism.noise_multiplier, 1.0, interval)  # its queries compose to exactly this one
+    if isinstance(mechanism, PoissonDpSgd):
+        step = _gaussian(mechanism.noise_multiplier, mechanism.sampling_probability, interval)
+        return step.self_compose(mechanism.steps) if mechanism.steps else None
+    raise ValueError("A non-private mechanism has no privacy loss distribution.")
+
+
+@lru_cache(maxsize=32)  # rounds of a federation differ in the number of steps alone
+def _gaussian(noise: float, probability: float, interval: float) -> PrivacyLossDistribution:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    def gaussian(noise: float, probability: float = 1.0) -> PrivacyLossDistribution:
-        return pld.from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=probability, use_connect_dots=True)
-
-    if isinstance(mechanism, MomentRelease):
-        return gaussian(mechanism.noise_multiplier)  # its queries compose to exactly this one
-    if isinstance(mechanism, PoissonDpSgd):
-        return (
-            gaussian(mechanism.noise_multiplier, mechanism.sampling_probability).self_compose(mechanism.steps) if mechanism.steps else None
-        )
-    raise ValueError("A non-private mechanism has no privacy loss distribution.")
+    return pld.from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=probability, use_connect_dots=True)
 
 
 def epsilon_pld(mechanisms: Sequence[Mechanism], delta: float, *, interval: float = FINE) -> float:

@@ -9,8 +9,8 @@ Rules by which a mechanism keeps its meaning (the ledger stores it for years):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dpsynth.errors import LedgerError
@@ -142,6 +142,19 @@ Mechanism = MomentRelease | PoissonDpSgd | NonPrivate
 _KINDS: dict[str, type[MomentRelease] | type[PoissonDpSgd] | type[NonPrivate]] = {
     cls.kind: cls for cls in (MomentRelease, PoissonDpSgd, NonPrivate)
 }
+
+
+def merged(mechanisms: Sequence[Mechanism]) -> tuple[Mechanism, ...]:
+    """The same releases with DP-SGD that differs in steps alone as one, its steps added up: rounds of a federation, for example."""
+    found: dict[PoissonDpSgd, int] = {}  # DP-SGD of one step, and how many
+    others: list[Mechanism] = []
+    for mechanism in mechanisms:
+        if isinstance(mechanism, PoissonDpSgd):
+            step = replace(mechanism, steps=1)
+            found[step] = found.get(step, 0) + mechanism.steps
+        else:
+            others.append(mechanism)
+    return (*others, *(replace(step, steps=steps) for step, steps in found.items()))
 
 
 def to_json(mechanism: Mechanism) -> dict[str, Any]:

@@ -59,15 +59,15 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     run = _existing(run_path, config)
     if run is not None and (run.path / "train" / CLAIM).is_file():  # it is written last, so all that is missing is to close the run
         return _finish(run, ledger)
-    images = _private_images(config, ledger, progress)
-    delta = _delta(config, images, ledger)
+    images = private_images(config, ledger, progress)
+    delta = usable_delta(config, images, ledger)
     public_set, reference = _public_constants(config, images, progress)
     mechanisms = planned_mechanisms(config, delta=delta, queries=moment_queries(reference), interval=FINE)
-    _require_claimable(mechanisms, delta)
+    require_claimable(mechanisms, delta)
     if run is None:
         ledger.require_affordable(mechanisms)  # before minutes of pre-training; the reservation asks again
     denoiser = _pretrained(config, public_set, reference, progress)
-    findings = _self_check(config, denoiser, reference, mechanisms)
+    findings = prove_bound(config, denoiser, reference, mechanisms)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
     with run.alone("train/site") as site:
         charge, stream, split = _reserve(run, ledger, mechanisms, config, images)
@@ -75,7 +75,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         write_json(site / "split.json", split.record(), private=True)
         release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
         monitor = None if release is None else MomentMonitor(mechanism=release)
-        moments = _moments(config, split, reference, monitor, stream)
+        moments = noised_moments(config, split, reference, monitor, stream)
         findings |= _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
         generator = Generator(
             classes=config.data.classes,
@@ -120,7 +120,8 @@ def _existing(path: Path, config: Config) -> RunFolder | None:
     return run
 
 
-def _private_images(config: Config, ledger: Ledger, progress: Progress) -> ImageSet:
+def private_images(config: Config, ledger: Ledger, progress: Progress) -> ImageSet:
+    """The data set of the ledger, labels in cells. Raises LedgerError for another unit or other data, DataError for what cannot be read."""
     if ledger.genesis["unit"] != config.data.unit.value:
         raise LedgerError(
             f"The ledger protects the {ledger.genesis['unit']}, data.unit is {config.data.unit.value}. Use the unit of the data owner."
@@ -130,7 +131,8 @@ def _private_images(config: Config, ledger: Ledger, progress: Progress) -> Image
     return by_cell(prepare(cohort, config.data, progress=progress), config.data)
 
 
-def _delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
+def usable_delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
+    """Delta of the run. Raises ConfigError when it is too large for the patients there are, or for the ledger."""
     delta = resolve_delta(config.privacy.delta, config.data.declared_patients)
     if delta > delta_limit(images.num_patients):
         raise ConfigError(
@@ -156,12 +158,12 @@ def _pretrained(config: Config, images: Float32, reference: PublicReference, pro
     if config.method == "moments":
         return None
     weights = pretrained_weights(config, images, reference, progress=progress)
-    denoiser = Denoiser(_standard_moments(config, reference), channels=config.diffusion.channels)
+    denoiser = Denoiser(standard_moments(config, reference), channels=config.diffusion.channels)
     denoiser.net.load_state_dict(weights)
     return denoiser
 
 
-def _standard_moments(config: Config, reference: PublicReference) -> Moments:
+def standard_moments(config: Config, reference: PublicReference) -> Moments:
     """Moments from public constants alone, to build a net before any private ones exist."""
     classes, low = len(config.data.cells), len(reference.centre)
     pixels = int(np.prod(reference.shape))
@@ -175,7 +177,7 @@ def _standard_moments(config: Config, reference: PublicReference) -> Moments:
     )
 
 
-def _self_check(
+def prove_bound(
     config: Config, denoiser: Denoiser | None, reference: PublicReference, mechanisms: tuple[Mechanism, ...]
 ) -> dict[str, selfcheck.Finding]:
     """Prove the bound on the net itself. The moments' bound is by construction and needs no net."""
@@ -200,7 +202,7 @@ def _self_check(
     return findings
 
 
-def _require_claimable(mechanisms: tuple[Mechanism, ...], delta: float) -> None:
+def require_claimable(mechanisms: tuple[Mechanism, ...], delta: float) -> None:
     """Raise ClaimRefused before anything is charged when the accountants will not agree on these mechanisms."""
     accounting = account(mechanisms, delta, second_opinion=prv_epsilon)
     if accounting.pld != math.inf and accounting.problems():
@@ -253,7 +255,7 @@ def _require_live(findings: dict[str, selfcheck.Finding], site: Path) -> None:
     selfcheck.require(findings, consequence="the charge stays and the run cannot be used")
 
 
-def _moments(config: Config, split: Split, reference: PublicReference, monitor: MomentMonitor | None, stream: NoiseStream) -> Moments:
+def noised_moments(config: Config, split: Split, reference: PublicReference, monitor: MomentMonitor | None, stream: NoiseStream) -> Moments:
     """The noised moments of the training patients; the monitor sees the noise."""
     training, cells = split.training, config.data.cells
     return release_moments(

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 from opacus.accountants import PRVAccountant
 
-from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, PoissonDpSgd
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, PoissonDpSgd, merged
 
 
 def prv_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
     """Epsilon at `delta` by privacy random variables: 0 for nothing, infinity for anything non-private."""
     history: list[tuple[float, float, int]] = []
-    for mechanism in mechanisms:
+    for mechanism in merged(mechanisms):
         if isinstance(mechanism, NonPrivate):
             return math.inf
         if isinstance(mechanism, MomentRelease):

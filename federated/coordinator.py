@@ -1,0 +1,262 @@
+"""The coordinator's side: rounds over a fixed list of sites, with a quorum, a deadline, checks of every answer and a checkpoint each round.
+
+It sees noised numbers only, and what it does with them is post-processing. Its requests are made from the checkpoint and signed
+deterministically, so a coordinator that was killed asks the same questions again, byte by byte, and no site charges twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from dpsynth.artifacts import read_json, write_bytes, write_json
+from dpsynth.errors import ArtifactError, DpsynthError
+from dpsynth.model.moments import Moments
+from federated.combine import averaged, combined_moments, combined_weights, largest_update, moments_problem, odd_sites, update_norm
+from federated.federation import Federation
+from federated.messages import (
+    REASONS,
+    TRANSIENT,
+    Arrays,
+    Code,
+    Facts,
+    Plan,
+    Refused,
+    Reply,
+    decode_reply,
+    encode_request,
+    require_arrays,
+    signed_digest,
+)
+from federated.rounds import MOMENTS, Model
+
+EMA = "ema."
+_LARGEST_REPLY_BYTES = 1 << 30
+
+
+class QuorumLost(DpsynthError):
+    """Too few sites gave a usable answer; the message names each site's reason."""
+
+
+class Transport(Protocol):
+    """Carries frames to sites and back."""
+
+    def __call__(self, requests: Mapping[str, bytes], *, deadline_seconds: float) -> Mapping[str, bytes]:
+        """Replies by site; a site that gave none in time is missing."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What became of one question: outcome is ok, refused, unusable or no-reply."""
+
+    round: int
+    site: str
+    outcome: str
+    reason: str = ""
+
+
+def quiet(event: Event) -> None:
+    """The report of programs that want none."""
+    del event
+
+
+Problem = Callable[[Reply, Arrays], str]  # why an answer cannot be used; empty when it can
+
+
+@dataclass(kw_only=True)
+class State:
+    """What the coordinator knows after a round. arrays: moments, the net's weights and their running average, by prefixed name."""
+
+    round: int
+    arrays: dict[str, NDArray[Any]]
+
+
+@dataclass(kw_only=True)
+class Coordinator:
+    """One study. `model` holds the public constants; `initial` the net's public weights."""
+
+    federation: Federation
+    plan: Plan
+    model: Model
+    private: Ed25519PrivateKey
+    transport: Transport
+    folder: Path
+    report: Callable[[Event], None] = quiet
+    facts: dict[str, Facts] = field(default_factory=dict)  # by site, from its last answer
+    asked: dict[str, list[int]] = field(default_factory=dict)  # by site, the rounds that may have been released
+    attempts: dict[str, int] = field(default_factory=dict)  # by "site/round"
+
+    def run(self, initial: Arrays) -> State:
+        """All rounds that are missing. Raises QuorumLost; the same call goes on from the last checkpoint."""
+        self._remember()
+        state = self._last()
+        if state is None:
+            self._ask(0, "join", {})
+            state = State(round=0, arrays=self._moments(initial))
+            self._save(state)
+        while state.round < self.federation.rounds:
+            state = self._train(state)
+            self._save(state)
+        return state
+
+    def _moments(self, initial: Arrays) -> dict[str, NDArray[Any]]:
+        def problem(reply: Reply, arrays: Arrays) -> str:
+            require_arrays(arrays, self.model.expected_moments())
+            return moments_problem(self.model.moments(arrays), declared_patients=reply.facts.declared_patients if reply.facts else 0)
+
+        usable = self._ask(0, "moments", {}, problem)
+        combined: Moments = combined_moments([self.model.moments(arrays) for arrays in usable.values()])
+        moments = {MOMENTS + name: array for name, array in combined.to_arrays().items()}
+        trained = self.model.expected_weights(trainable=True)
+        return {**moments, **initial, **{EMA + name: initial[name] for name in trained}}
+
+    def _train(self, state: State) -> State:
+        before = {name: array for name, array in state.arrays.items() if not name.startswith(EMA)}
+        expected = self.model.expected_weights(trainable=True)
+        size = sum(int(np.prod(shape)) for _, shape in expected.values())
+        limit = largest_update(learning_rate=self.plan.learning_rate, steps=self.plan.steps_per_round, num_weights=size)
+
+        def problem(_reply: Reply, arrays: Arrays) -> str:
+            require_arrays(arrays, expected)
+            norm = update_norm(before, arrays)
+            return "" if norm <= limit else f"its update is {norm / limit:.3g} times as long as any honest one can be"
+
+        number = state.round + 1
+        usable = self._ask(number, "train", before, problem)
+        norms = {site: update_norm(before, arrays) for site, arrays in usable.items()}
+        for site in odd_sites(norms):
+            self._note(number, site, "unusable", "its update is much longer or shorter than those of the others, and was left out")
+            del usable[site]
+        self._require_quorum(number, usable, {})
+        new = combined_weights(usable, {site: self.federation.weight(site) for site in usable})
+        average = {name: state.arrays[EMA + name] for name in new}
+        done, steps = state.round * self.plan.steps_per_round, self.plan.steps_per_round
+        average = averaged(average, new, steps_done=done, steps=steps, decay=self.federation.config.diffusion.ema_decay)
+        return State(round=number, arrays={**state.arrays, **new, **{EMA + name: array for name, array in average.items()}})
+
+    def _ask(self, number: int, kind: str, arrays: Arrays, problem: Problem = lambda *_: "") -> dict[str, Arrays]:
+        """Usable arrays by site. Sites that gave no answer are asked again with the same message."""
+        usable: dict[str, Arrays] = {}
+        reasons: dict[str, str] = {}
+        waiting = [site for site in self.federation.sites if site not in self.federation.left_out]
+        for _ in range(self.federation.retries + 1):
+            requests = {site: self._request(site, number, kind, arrays) for site in waiting}
+            if kind != "join":
+                self._count(number, waiting)
+            replies = self.transport(requests, deadline_seconds=self.federation.deadline_seconds)
+            waiting = []
+            for site, request in requests.items():
+                outcome, reason, found = self._read(site, request, replies.get(site), problem)
+                if outcome == "refused" and kind != "join":
+                    self._refused(site, number, charged=reason.startswith(Code.LOST.value))
+                self._note(number, site, outcome, reason)
+                if found is not None:
+                    usable[site] = found
+                else:
+                    reasons[site] = reason
+                    waiting += [site] if outcome == "no-reply" else []
+            if not waiting or len(usable) >= self.federation.quorum:
+                break
+        self._require_quorum(number, usable, reasons)
+        return usable
+
+    def _read(self, site: str, request: bytes, raw: bytes | None, problem: Problem) -> tuple[str, str, Arrays | None]:
+        """Outcome, reason, and the arrays when they are usable."""
+        if raw is None:
+            return "no-reply", "no answer within the deadline", None
+        try:
+            reply, arrays = decode_reply(raw, largest_bytes=_LARGEST_REPLY_BYTES)
+            if reply.code is not None:
+                return ("no-reply" if reply.code in TRANSIENT else "refused"), f"{reply.code.value}: {REASONS[reply.code]}", None
+            if reply.request_sha256 != signed_digest(request, public=self.private.public_key()):
+                return "unusable", "the answer is to another question", None
+            found = problem(reply, arrays)
+        except Refused as error:
+            return "unusable", f"the answer cannot be used ({error})", None
+        if found:
+            return "unusable", found, None
+        if reply.facts is not None:
+            self.facts[site] = reply.facts
+        return "ok", "", arrays
+
+    def _count(self, number: int, sites: list[str]) -> None:
+        """Note before asking that these sites may have released the round."""
+        for site in sites:
+            rounds = self.asked.setdefault(site, [])
+            rounds += [number] if number not in rounds else []
+        self._keep()
+
+    def _refused(self, site: str, number: int, *, charged: bool) -> None:
+        """A refusal is final for its message; should the round be asked for again, it is with a new one."""
+        if not charged and number in self.asked.get(site, []):
+            self.asked[site].remove(number)
+        self.attempts[f"{site}/{number}"] = self.attempts.get(f"{site}/{number}", 1) + 1
+
+    def _request(self, site: str, number: int, kind: str, arrays: Arrays) -> bytes:
+        attempt = self.attempts.get(f"{site}/{number}", 1)
+        fields = {
+            "kind": kind,
+            "study": self.federation.study,
+            "site": site,
+            "message_id": f"{kind}-{number}-{attempt}",
+            "round": number,
+            "plan": self.plan,
+        }
+        return encode_request(fields, arrays, private=self.private)
+
+    def _require_quorum(self, number: int, usable: Mapping[str, Arrays], reasons: Mapping[str, str]) -> None:
+        if len(usable) < self.federation.quorum:
+            why = "; ".join(f"{site}: {reason}" for site, reason in reasons.items())
+            raise QuorumLost(
+                f"Round {number}: {len(usable)} usable answers, {self.federation.quorum} are needed. {why}. "
+                "Mend the cause and run the same command: it goes on from here, and no site charges a round twice."
+            )
+
+    def _note(self, number: int, site: str, outcome: str, reason: str) -> None:
+        event = Event(round=number, site=site, outcome=outcome, reason=reason)
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(event)) + "\n")
+        self._keep()
+        self.report(event)
+
+    def _keep(self) -> None:
+        facts = {site: known.model_dump(mode="json") for site, known in self.facts.items()}
+        write_json(self.folder / "sites.json", {"facts": facts, "asked": self.asked, "attempts": self.attempts})
+
+    def _remember(self) -> None:
+        """What an earlier process of this study knew. Raises ArtifactError when the folder is another study's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        plan = {"study": self.federation.study, "plan_sha256": self.plan.digest}
+        path = self.folder / "study.json"
+        if path.is_file() and read_json(path) != plan:
+            raise ArtifactError("This folder holds another study, or this one with another plan. Name another folder and another study.")
+        write_json(path, plan)
+        if (self.folder / "sites.json").is_file():
+            known = read_json(self.folder / "sites.json")
+            self.facts = {site: Facts.model_validate_json(json.dumps(value)) for site, value in known["facts"].items()}
+            self.asked, self.attempts = known["asked"], known["attempts"]
+
+    def _save(self, state: State) -> None:
+        arrays = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}
+        write_bytes(self.folder / f"round-{state.round:06d}.safetensors", save(arrays))
+
+    def _last(self) -> State | None:
+        found = sorted(self.folder.glob("round-*.safetensors"))
+        if not found:
+            return None
+        try:
+            return State(round=int(found[-1].stem.removeprefix("round-")), arrays=dict(load_file(found[-1])))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ArtifactError(
+                f"The checkpoint {found[-1].name} cannot be read. Remove it: the study goes on from the one before."
+            ) from error

@@ -1,0 +1,197 @@
+"""The coordinator's command, `dpsynth-federation`: its own, since dpsynth itself never imports the federation."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpsynth.cli import Format, OutputFormat, progress_bars, run_app
+from dpsynth.errors import ConfigError
+
+app = typer.Typer(
+    name="dpsynth-federation",
+    help="Train over several hospitals: certificates, approved sites, Flower with safe settings, and studies.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The coordinator's folder.")]
+FlowerPrograms = Annotated[
+    Path, typer.Option("--flower", metavar="BIN", envvar="DPSYNTH_FLOWER", help="Folder of Flower's programs, as in flower/bin.")
+]
+Days = Annotated[int, typer.Option("--days", help="How long the certificate holds.")]
+
+
+@app.callback()
+def options() -> None:
+    """Options before the verb."""
+
+
+@app.command("init-ca")
+def init_ca(folder: Folder, days: Days = 730) -> None:
+    """Make the CA that sites trust, and the coordinator's signing key, whose public half each site approves in its policy."""
+    from dpsynth.signing import generate_key
+    from federated.certs import make_ca
+
+    certificate = make_ca(folder, days=days)
+    _, public = generate_key(folder / "coordinator")
+    print(f"For the sites: {certificate} and {public}. Next: dpsynth-federation server-cert {folder} --host NAME")
+
+
+@app.command("server-cert")
+def server_cert(
+    folder: Folder,
+    host: Annotated[list[str], typer.Option("--host", help="Name or address that sites dial; repeatable. 127.0.0.1 is always in it.")],
+    days: Days = 365,
+) -> None:
+    """Make the server certificate."""
+    from federated.certs import make_server_certificate
+
+    print(make_server_certificate(folder, hosts=list(dict.fromkeys([*host, "127.0.0.1"])), days=days))
+
+
+@app.command("node-key")
+def node_key(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of the site's node.")]) -> None:
+    """At a site: make the key pair of its Flower node. node.pub goes to the coordinator."""
+    from federated.certs import make_node_key
+
+    key, public = make_node_key(folder)
+    print(f"{key} (secret), {public} (for the coordinator)")
+
+
+@app.command()
+def node(
+    superlink: Annotated[str, typer.Option("--superlink", metavar="HOST:PORT", help="The coordinator's address.")],
+    ca: Annotated[Path, typer.Option("--ca", help="The coordinator's ca.crt.")],
+    key: Annotated[Path, typer.Option("--key", help="node.key of this site.")],
+    guard: Annotated[Path, typer.Option("--guard", help="The guard's socket.")],
+    home: Annotated[Path, typer.Option("--home", help="Folder for Flower's own files.")],
+    flower: FlowerPrograms,
+    port: Annotated[int, typer.Option("--port", help="Loopback port for the node's own app.")] = 9094,
+) -> None:
+    """At a site, as another user than the guard's: run Flower's node with safe settings."""
+    import os
+
+    from federated.launch import Flower
+
+    programs = Flower(flower)
+    home.mkdir(parents=True, exist_ok=True)
+    command = programs.node_command(superlink=superlink, ca=ca.resolve(), key=key.resolve(), guard=guard.resolve(), port=port)
+    os.execve(command[0], command, programs.environment(home.resolve()))  # noqa: S606 (no shell is wanted)
+
+
+@app.command()
+def up(
+    folder: Folder,
+    flower: FlowerPrograms,
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="The one port, HTTPS.")] = 8000,
+) -> None:
+    """Run Flower's SuperLink and SuperExec until stopped: TLS, registered nodes only, nothing installed, nothing sent home."""
+    from federated.launch import Coordination, Flower, Processes
+
+    processes, stop = Processes(folder), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        Coordination(folder, Flower(flower)).up(processes, host=host, port=port)
+        print(f"listening: {host}:{port}", flush=True)
+        while not stop.wait(1.0):
+            processes.require_alive()
+    finally:
+        processes.close()
+
+
+@app.command("approve-site")
+def approve_site(
+    folder: Folder,
+    site: Annotated[str, typer.Argument(metavar="SITE", help="The site's name, as in its policy.")],
+    public_key: Annotated[Path, typer.Argument(metavar="KEY", help="node.pub of the site.")],
+    flower: FlowerPrograms,
+) -> None:
+    """Register a site's node, while `up` runs."""
+    from federated.launch import Coordination, Flower
+
+    print(f"{site}: node {Coordination(folder, Flower(flower)).approve(site, public_key)}")
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study; docs/coordinator.md lists every setting.")],
+    folder: Annotated[Path, typer.Option("--folder", help="The coordinator's folder.")],
+    run_path: Annotated[Path, typer.Option("--run", metavar="RUN", help="Run folder to make.")],
+    flower: FlowerPrograms,
+) -> None:
+    """Train over the sites, while `up` runs. The same command goes on after a crash."""
+    from dpsynth.signing import load_private
+    from federated.federation import load_federation
+    from federated.launch import Coordination, Flower
+    from federated.relay import Relay
+    from federated.simulate import coordinator_of, run_study
+
+    federation, coordination = load_federation(study), Coordination(folder, Flower(flower))
+    if missing := [site for site in federation.sites if site not in coordination.nodes()]:
+        raise ConfigError(f"sites: {missing[0]} is not approved. Run: dpsynth-federation approve-site {folder} {missing[0]} KEY")
+    relay_path = (folder / "relay.sock").resolve()
+    relay = Relay(path=relay_path, nodes=coordination.nodes(), start=lambda: coordination.start_app(relay_path))
+    private = load_private(folder / "coordinator" / "signing.key")
+    work = folder / "studies" / federation.study
+    coordinator = coordinator_of(federation, private=private, transport=relay, folder=work, report=_print_event)
+    try:
+        with progress_bars() as progress:
+            guarantee = run_study(coordinator, run_path=run_path, progress=progress)
+    finally:
+        relay.close()
+    print(guarantee.sentence())
+    print(f"Next: dpsynth generate {run_path}")
+
+
+@app.command()
+def status(
+    folder: Folder,
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")],
+    output: Format = OutputFormat.TEXT,
+) -> None:
+    """Show rounds, sites, what each may have spent, and the last answer of each."""
+    from federated.progress_view import describe, progress_of
+
+    found = progress_of(folder / "studies" / study)
+    if output is OutputFormat.JSON:
+        print(json.dumps(found, indent=2, sort_keys=True))
+        return
+    for line in describe(found):
+        print(line)
+
+
+@app.command()
+def demo(folder: Folder, flower: FlowerPrograms) -> None:
+    """Play three hospitals on this machine, on procedural images: certificates, guards, Flower with TLS, one study."""
+    from federated.demonstration import demonstrate
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all parties are ended
+    with progress_bars() as progress:
+        guarantee = demonstrate(folder, flower, report=_print_event, progress=progress)
+    print(guarantee.sentence())
+    print(f"Next: dpsynth generate {folder / 'run'}")
+
+
+def _print_event(event: object) -> None:
+    from federated.coordinator import Event
+
+    if isinstance(event, Event):
+        print(f"round {event.round}  {event.site:<12} {event.outcome:<9} {event.reason}".rstrip(), flush=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    run_app(app, name="dpsynth-federation")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Three hospitals and a coordinator on this machine, each party a process of its own, on procedural images."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpsynth.artifacts import write_bytes
+from dpsynth.config import Config, ReleaseConfig
+from dpsynth.data.fingerprint import open_ledger
+from dpsynth.errors import ArtifactError, DpsynthError
+from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.progress import Progress
+from dpsynth.signing import generate_key, load_private
+from federated.certs import CA_CERTIFICATE, make_ca, make_node_key, make_server_certificate
+from federated.coordinator import Event
+from federated.federation import load_federation
+from federated.launch import Coordination, Flower, Processes
+from federated.policy import load_policy
+from federated.relay import Relay
+from federated.simulate import coordinator_of, run_study
+
+SITES = ("north", "south", "west")
+_DATA = "format: phantom, spatial_shape: [20, 20], classes: [normal, lesion], control_fraction: 0.2"
+POLICY = f"""\
+# The rules of one hospital. Keep this file where the guard's user cannot write.
+site: SITE
+data: {{{_DATA}, name: phantom-SITE, declared_patients: 600, phantom: {{num_patients: 750, max_images: 2, seed: SEED}}}}
+ledger: ledger.jsonl
+state: state
+socket: guard.sock
+coordinators: [../coordinator/coordinator/signing.pub]
+epsilon: 10
+delta: 1.0e-5
+study_epsilon: 10
+models: [[32, 64]]
+largest_low_frequencies: 10
+reply_grid_seconds: 1
+"""
+STUDY = f"""\
+study: demonstration
+sites: [{", ".join(SITES)}]
+quorum: 2
+rounds: 3
+steps_per_round: 6
+deadline_seconds: 300
+config:
+  method: diffusion
+  data: {{{_DATA}, declared_patients: 1800}}
+  privacy: {{epsilon: 9.9, delta: 1.0e-5}}
+  moments: {{low_frequencies: 10}}
+  pretrain: {{anatomies: [chest], num_phantoms: 600, steps: 100}}
+  diffusion: {{trainable: small, draws: 1, sampling_probability: 0.05, channels: [32, 64]}}
+  generate: {{count: 500}}
+"""
+_ONLINE_SECONDS = 150.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """Folders of all parties below one, and their processes."""
+
+    folder: Path
+    flower: Flower
+    processes: Processes
+    port: int
+
+    @property
+    def coordination(self) -> Coordination:
+        """The coordinator's folder."""
+        return Coordination(self.folder / "coordinator", self.flower)
+
+    def write(self, *, progress: Progress) -> None:
+        """Certificates, keys, policies and ledgers."""
+        home = self.folder / "coordinator"
+        make_ca(home, days=30)
+        make_server_certificate(home, hosts=["localhost", "127.0.0.1"], days=30)
+        generate_key(home / "coordinator")
+        write_bytes(home / "study.yaml", STUDY.encode())
+        for seed, site in enumerate(SITES):
+            path = self.folder / site / "policy.yaml"
+            write_bytes(path, POLICY.replace("SITE", site).replace("SEED", str(seed + 1)).encode())
+            make_node_key(self.folder / site / "node")
+            policy = load_policy(path)
+            config = Config(data=policy.data, release=ReleaseConfig(formats=("nifti",)))
+            budget = {"epsilon": policy.epsilon, "delta": policy.delta}
+            open_ledger(config, path=policy.ledger, max_gate_attempts=3, progress=progress, **budget)
+
+    def start(self) -> None:
+        """Flower's server side, guards and nodes; returns when all nodes are connected. Raises what they raise."""
+        self.coordination.up(self.processes, host="127.0.0.1", port=self.port)
+        for site in SITES:
+            self.start_guard(site)
+            self.coordination.approve(site, self.folder / site / "node" / "node.pub")
+            self.start_node(site)
+        wait_for(lambda: set(self.coordination.online()) == set(SITES), _ONLINE_SECONDS, self.processes)
+        wait_for(lambda: all((self.folder / site / "guard.sock").exists() for site in SITES), _ONLINE_SECONDS, self.processes)
+
+    def start_guard(self, site: str) -> None:
+        """One hospital's guard."""
+        command = [sys.executable, "-m", "federated.cli", "serve", str(self.folder / site / "policy.yaml")]
+        self.processes.start(f"guard-{site}", command, {**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def start_node(self, site: str, *, key: Path | None = None, ca: Path | None = None) -> None:
+        """One hospital's node of Flower."""
+        home = self.folder / site / "flower-home"
+        home.mkdir(parents=True, exist_ok=True)
+        command = self.flower.node_command(
+            superlink=f"127.0.0.1:{self.port}",
+            ca=ca or self.folder / "coordinator" / CA_CERTIFICATE,
+            key=key or self.folder / site / "node" / "node.key",
+            guard=self.folder / site / "guard.sock",
+            port=free_port(),
+        )
+        self.processes.start(f"node-{site}", command, self.flower.environment(home))
+
+    def run(self, *, report: Callable[[Event], None], progress: Progress) -> Guarantee:
+        """The study, to its run folder."""
+        home = self.folder / "coordinator"
+        federation, relay_path = load_federation(home / "study.yaml"), home / "relay.sock"
+        relay = Relay(path=relay_path, nodes=self.coordination.nodes(), start=lambda: self.coordination.start_app(relay_path))
+        private = load_private(home / "coordinator" / "signing.key")
+        work = home / "studies" / federation.study
+        coordinator = coordinator_of(federation, private=private, transport=relay, folder=work, report=report)
+        try:
+            return run_study(coordinator, run_path=self.folder / "run", progress=progress)
+        finally:
+            relay.close()
+
+
+def demonstrate(folder: Path, programs: Path, *, report: Callable[[Event], None], progress: Progress) -> Guarantee:
+    """All of it. Raises ArtifactError when the folder is in use."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"Expected {folder} not to exist, found files in it. Name another folder, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    parties = Demonstration(folder=folder.resolve(), flower=Flower(programs), processes=Processes(folder.resolve()), port=free_port())
+    parties.write(progress=progress)
+    try:
+        parties.start()
+        return parties.run(report=report, progress=progress)
+    finally:
+        parties.processes.close()
+
+
+def free_port() -> int:
+    """A port that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, processes: Processes) -> None:
+    """Wait until `condition` holds. Raises DpsynthError when it does not in time, or when a process ends."""
+    end = time.monotonic() + seconds
+    while not condition():
+        processes.require_alive()
+        if time.monotonic() > end:
+            raise DpsynthError("The parties did not find each other in time. Their logs lie in the folder.")
+        time.sleep(0.5)

@@ -1,0 +1,111 @@
+"""What a coordinator sets up: which sites, how many rounds, which model, and how much privacy each site is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpsynth.config import Config, dump_config, parse_config, wrong_settings, yaml_mapping
+from dpsynth.errors import ConfigError
+from dpsynth.plan import planned_mechanisms
+from dpsynth.privacy.accountant import FINE
+from dpsynth.privacy.calibrate import resolve_delta
+from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
+from federated.messages import Digest, Name, Plan
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Federation(BaseModel):
+    """One study. `config` is one of dpsynth: its data settings say the layout, and the declared patients of all sites together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    study: Name = Field(description="Name of the study, new for each one.")
+    sites: tuple[Name, ...] = Field(min_length=1, max_length=200, description="The sites that are asked; no others are.")
+    quorum: Count = Field(description="Fewest usable answers with which a round counts.")
+    rounds: Count = Field(10, description="Rounds of DP-SGD.")
+    steps_per_round: Count = Field(10, description="DP-SGD steps at each site in each round.")
+    deadline_seconds: Positive = Field(900.0, description="How long a round waits for the sites.")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="How often a site that gave no answer is asked again in a round.")
+    weights: Literal["uniform"] | dict[Name, Positive] = Field(
+        "uniform",
+        description="Weight of each site in the mean: equal, or declared public numbers for all sites; never a count of patients.",
+    )
+    left_out: tuple[Name, ...] = Field((), description="Sites whose answers are no longer used.")
+    app_sha256: Digest | None = Field(None, description="SHA-256 of the app that carries the messages, where sites approve apps.")
+    config: Config
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Federation:
+        if len(set(self.sites)) != len(self.sites):
+            raise ValueError("sites must not repeat")
+        if self.quorum > len(set(self.sites) - set(self.left_out)):
+            raise ValueError("quorum is larger than the number of sites")
+        if self.weights != "uniform" and set(self.weights) != set(self.sites):
+            raise ValueError("weights must be declared for all sites and no others")
+        if self.config.method != "diffusion" or self.config.votes.share > 0:
+            raise ValueError("config.method must be diffusion, without votes")
+        if self.config.diffusion.trainable not in ("all", "small"):
+            raise ValueError("config.diffusion.trainable must be all or small: the recipe for one site finds DP-SGD of no use here")
+        return self
+
+    def weight(self, site: str) -> float:
+        """Of one site in the mean."""
+        return 1.0 if self.weights == "uniform" else self.weights[site]
+
+    @property
+    def delta(self) -> float:
+        """Delta at which the study claims: for the declared patients of all sites together."""
+        return resolve_delta(self.config.privacy.delta, self.config.data.declared_patients)
+
+
+def load_federation(path: Path) -> Federation:
+    """Read a federation's YAML file. Raises ConfigError with the path of every wrong key."""
+    try:
+        raw = yaml_mapping(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Expected a readable YAML file at {path}: {getattr(error, 'strerror', None) or error}.") from error
+    config = raw.get("config")
+    if not isinstance(config, dict):
+        raise ConfigError("config: expected a configuration of dpsynth, as docs/config.md lists it.")
+    try:
+        own = Config.model_validate(config)
+        return Federation.model_validate({**raw, "config": parse_config(dump_config(own), base=path.resolve().parent)})
+    except ValidationError as error:
+        raise ConfigError(f"Wrong federation: {wrong_settings(error)}. docs/coordinator.md lists every setting.") from error
+
+
+def plan_of(federation: Federation) -> Plan:
+    """The plan: noise such that the moments and all rounds together cost a site `config.privacy.epsilon`. Raises ConfigError."""
+    config = federation.config
+    diffusion = config.diffusion.model_copy(update={"steps": federation.rounds * federation.steps_per_round})
+    settings = config.model_copy(update={"diffusion": diffusion})
+    release, sgd = planned_mechanisms(settings, delta=federation.delta, interval=FINE)
+    if not isinstance(release, MomentRelease) or not isinstance(sgd, PoissonDpSgd):
+        raise ConfigError("config.privacy.unsafe_non_private: sites take part with privacy only. Remove it.")
+    values: dict[str, Any] = {
+        "classes": config.data.classes,
+        "attributes": config.data.cells.attributes,
+        "spatial_shape": config.data.spatial_shape,
+        "channels": config.data.channels,
+        "low_frequencies": config.moments.low_frequencies,
+        "net_channels": config.diffusion.channels,
+        "trainable": config.diffusion.trainable,
+        "draws": config.diffusion.draws,
+        "learning_rate": config.diffusion.learning_rate,
+        "anatomies": config.pretrain.anatomies,
+        "num_phantoms": config.pretrain.num_phantoms,
+        "public_seed": config.pretrain.seed,
+        "moments_noise_multiplier": release.noise_multiplier,
+        "noise_multiplier": sgd.noise_multiplier,
+        "clip_norm": sgd.clip_norm,
+        "sampling_probability": sgd.sampling_probability,
+        "steps_per_round": federation.steps_per_round,
+        "rounds": federation.rounds,
+        "app_sha256": federation.app_sha256,
+    }
+    return Plan.model_validate(values)

@@ -1,0 +1,155 @@
+"""What a guard remembers on disk: with which plan and for whom a study began, the secrets of its open rounds, and every answer it gave.
+
+The journal is for repeating answers and for going on after a crash. It is no record of what was spent: that is the ledger, and without a
+journal the guard refuses more, never less. All files are for their owner only.
+
+    STATE/studies/STUDY/study.json            plan's digest and coordinator's key id
+    STATE/studies/STUDY/split.key             who is in the control set, for all rounds of the study
+    STATE/studies/STUDY/messages/ID/          request (digest), key (while the round is open), checkpoint.safetensors, reply
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
+from dpsynth.privacy.noise import NoiseStream, fresh_key
+from federated.messages import Code, Refused
+
+_LARGEST_NUMBER_OF_ANSWERS = 5000  # of a study; further refusals are given and forgotten, so that nobody can fill the disk with them
+
+
+@dataclass(frozen=True)
+class Message:
+    """The folder of one message id."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where training goes on after a crash."""
+        return self.folder / "checkpoint.safetensors"
+
+    def digest(self) -> str | None:
+        """Digest of the request that had this id; None when there was none."""
+        path = self.folder / "request"
+        return path.read_text() if path.is_file() else None
+
+    def reply(self) -> bytes | None:
+        """The answer that was given; None while there is none."""
+        path = self.folder / "reply"
+        return path.read_bytes() if path.is_file() else None
+
+    def key(self) -> bytes | None:
+        """The secret key of the open round; None when it is gone."""
+        path = self.folder / "key"
+        return path.read_bytes() if path.is_file() else None
+
+    def stream(self) -> NoiseStream:
+        """The random numbers of the open round. Raises Refused(LOST) when its key is gone."""
+        key = self.key()
+        if key is None:
+            raise Refused(Code.LOST)
+        return NoiseStream(key=key)
+
+    def begin(self, digest: str) -> None:
+        """Write a fresh secret key and the request's digest: before the charge, so that no charge is ever without its key."""
+        write_bytes(self.folder / "request", digest.encode(), private=True)
+        write_bytes(self.folder / "key", fresh_key(), private=True)
+
+    def answer(self, digest: str, reply: bytes) -> None:
+        """Keep an answer, and only then forget what could make another one."""
+        write_bytes(self.folder / "request", digest.encode(), private=True)
+        write_bytes(self.folder / "reply", reply, private=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Destroy the key and the checkpoint."""
+        (self.folder / "key").unlink(missing_ok=True)
+        self.checkpoint.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The folder of one study."""
+
+    folder: Path
+
+    def message(self, message_id: str) -> Message:
+        """The message of that id, known or not."""
+        return Message(self.folder / "messages" / message_id)
+
+    def split_key(self) -> bytes:
+        """The key of the study's split, made at the first call."""
+        path = self.folder / "split.key"
+        if not path.is_file():
+            write_bytes(path, fresh_key(), private=True)
+        return path.read_bytes()
+
+    def is_full(self) -> bool:
+        """Whether no further refusal is kept."""
+        folder = self.folder / "messages"
+        return folder.is_dir() and sum(1 for _ in folder.iterdir()) >= _LARGEST_NUMBER_OF_ANSWERS
+
+    def forget_others(self, message: Message) -> None:
+        """Destroy the secrets of open rounds that a later one has overtaken. Their charges stay."""
+        folder = self.folder / "messages"
+        for other in folder.iterdir() if folder.is_dir() else ():
+            if other != message.folder:
+                Message(other).forget()
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The folder of one guard."""
+
+    folder: Path
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Held by one answer at a time, in whatever process."""
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(self.folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def studies(self) -> list[str]:
+        """Names of the studies that began here."""
+        folder = self.folder / "studies"
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    def study(self, name: str, *, plan_sha256: str, key: str, booked: bool, limit: int) -> Study:
+        """The study of that name, begun now when it is new. Its plan may change until a round was `booked`.
+
+        Raises Refused when another coordinator began it, when it was booked with another plan, or when there are `limit` studies already.
+        """
+        folder = self.folder / "studies" / name
+        path, own = folder / "study.json", {"plan_sha256": plan_sha256, "coordinator": key}
+        if not path.is_file():
+            if booked:
+                raise Refused(Code.LOST)
+            if len(self.studies()) >= limit:
+                raise Refused(Code.STUDIES)
+            write_json(path, own, private=True)
+        known = read_json(path)
+        if known["coordinator"] != key:
+            raise Refused(Code.STUDY_TAKEN)
+        if known["plan_sha256"] != plan_sha256:
+            if booked:
+                raise Refused(Code.PLAN_CHANGED)
+            write_json(path, own, private=True)
+        return Study(folder)
+
+    def remove(self, name: str) -> None:
+        """Forget a study: its answers can then not be repeated, and its rounds not go on."""
+        shutil.rmtree(self.folder / "studies" / name, ignore_errors=True)

@@ -1,0 +1,187 @@
+"""Flower's programs, started with flags under which a stranger gets nothing and nothing is fetched from the internet.
+
+Flower lives in a Python environment of its own (its requirements exclude this project's), named by the folder of its programs. The
+environment variables switch off telemetry and update checks. Every program has its own process group, ended as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpsynth.artifacts import read_json, write_bytes, write_json
+from dpsynth.errors import ConfigError, DpsynthError
+from federated.certs import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY
+
+APP = Path(__file__).resolve().parent / "app"
+APP_FILES = ("pyproject.toml", "client_app.py", "server_app.py")
+_CONNECTION = '[superlink]\ndefault = "fed"\n[superlink.fed]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{ca}"\n'
+_COMMAND_SECONDS, _HEALTH_SECONDS, _ENDING_SECONDS = 120, 120.0, 20
+
+
+class FlowerFailed(DpsynthError):
+    """One of Flower's programs failed; the message names its log."""
+
+
+@dataclass(frozen=True)
+class Flower:
+    """The folder `bin` of the environment that Flower is installed in."""
+
+    programs: Path
+
+    def __post_init__(self) -> None:
+        if not (self.programs / "flower-superlink").is_file():
+            raise ConfigError(
+                f"Expected Flower's programs in {self.programs}, found none. Make an environment for it: "
+                "python3.11 -m venv flower && flower/bin/pip install 'flwr>=1.41,<1.42', and name flower/bin."
+            )
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Nothing of this process's Flower settings or Python path, one home for each party, no calls home."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_") and k not in ("PYTHONPATH", "PYTHONHOME")}
+        own = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1", "TERM": "dumb"}
+        return {**kept, **own, "PATH": os.pathsep.join((str(self.programs), kept.get("PATH", os.defpath)))}
+
+    def node_command(self, *, superlink: str, ca: Path, key: Path, guard: Path, port: int) -> list[str]:
+        """A site's SuperNode. It listens on loopback only, for its own client app."""
+        who = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
+        where = ["--superlink", superlink, "--host", "127.0.0.1", "--port", str(port)]
+        return [str(self.programs / "flower-supernode"), *who, *where, "--node-config", f"guard={json.dumps(str(guard))}"]
+
+
+@dataclass
+class Processes:
+    """Programs that run, each with a log of its own in `folder`."""
+
+    folder: Path
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        """Start one in its own process group."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(  # noqa: S603 (no shell, own arguments)
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def require_alive(self) -> None:
+        """Raise FlowerFailed when one has ended by itself."""
+        for name, process in self.running.items():
+            if process.poll() is not None:
+                raise FlowerFailed(f"{name} ended with code {process.returncode}. Its log: {self.folder / name}.log")
+
+    def end(self, name: str, number: int = signal.SIGTERM) -> None:
+        """End one with all that it started."""
+        process = self.running.pop(name)
+        for sent in (number, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, sent)
+                process.wait(_ENDING_SECONDS)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+    def close(self) -> None:
+        """End all, the last one first."""
+        for name in reversed(list(self.running)):
+            self.end(name)
+
+
+@dataclass(frozen=True)
+class Coordination:
+    """The coordinator's folder: certificates, Flower's state, which node belongs to which site."""
+
+    folder: Path
+    flower: Flower
+
+    @property
+    def _home(self) -> Path:
+        return self.folder / "home"
+
+    def up(self, processes: Processes, *, host: str, port: int) -> None:
+        """Start SuperLink and SuperExec and wait until they answer. Raises FlowerFailed."""
+        secret = self.folder / "superexec.secret"
+        if not secret.is_file():
+            write_bytes(secret, secrets.token_hex(32).encode(), private=True)
+        for home in (self._home, self.folder / "home-superlink", self.folder / "home-superexec"):
+            home.mkdir(parents=True, exist_ok=True)
+        connection = _CONNECTION.format(port=port, ca=(self.folder / CA_CERTIFICATE).resolve())
+        write_bytes(self._home / "config.toml", connection.encode())
+        tls = ["--ssl-ca-certfile", str(self.folder / CA_CERTIFICATE), "--ssl-certfile", str(self.folder / SERVER_CERTIFICATE)]
+        tls += ["--ssl-keyfile", str(self.folder / SERVER_KEY), "--enable-supernode-auth"]
+        listen = ["--host", host, "--port", str(port), "--database", str(self.folder / "state.db")]
+        # Without process isolation and a secret, a stranger with the public CA is handed the ServerApp's task.
+        safe = ["--disable-runtime-dependency-installation", "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+        link = [str(self.flower.programs / "flower-superlink"), *tls, *listen, *safe]
+        processes.start("superlink", link, self.flower.environment(self.folder / "home-superlink"))
+        self._wait_health(processes, port)
+        execute = [str(self.flower.programs / "flower-superexec"), "--root-certificates", str(self.folder / CA_CERTIFICATE)]
+        execute += ["--runtime-api-address", f"127.0.0.1:{port}", "--superexec-auth-secret-file", str(secret)]
+        environment = {**self.flower.environment(self.folder / "home-superexec"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        processes.start("superexec", execute, environment)
+
+    def _wait_health(self, processes: Processes, port: int) -> None:
+        context, end = ssl.create_default_context(cafile=str(self.folder / CA_CERTIFICATE)), time.monotonic() + _HEALTH_SECONDS
+        while time.monotonic() < end:
+            processes.require_alive()
+            try:
+                with urllib.request.urlopen(f"https://127.0.0.1:{port}/health", context=context, timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise FlowerFailed(f"The SuperLink does not answer. Its log: {self.folder / 'superlink.log'}")
+
+    def command(self, *words: str) -> Any:
+        """What a `flwr` command answers in JSON. Raises FlowerFailed."""
+        done = subprocess.run(  # noqa: S603 (no shell, own arguments)
+            [str(self.flower.programs / "flwr"), *words, "--format", "json"],
+            env=self.flower.environment(self._home),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_SECONDS,
+            check=False,
+        )
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError:
+            answer = None
+        if done.returncode or not isinstance(answer, dict) or not answer.get("success", True):
+            raise FlowerFailed(f"flwr {words[0]} failed: {(done.stderr or done.stdout).strip()[-300:] or done.returncode}")
+        return answer
+
+    def approve(self, site: str, public_key: Path) -> int:
+        """Register a site's node; returns its id. Nodes that are not registered are turned away."""
+        node = int(self.command("supernode", "register", str(public_key.resolve()), "fed")["node-id"])
+        write_json(self.folder / "nodes.json", {**self.nodes(), site: node})
+        return node
+
+    def nodes(self) -> dict[str, int]:
+        """Flower's node id of each approved site."""
+        path = self.folder / "nodes.json"
+        return {str(site): int(node) for site, node in read_json(path).items()} if path.is_file() else {}
+
+    def online(self) -> list[str]:
+        """Approved sites whose node is connected."""
+        listed = self.command("supernode", "list", "fed")["nodes"]
+        connected = {int(node["node-id"]) for node in listed if node["status"] == "online"}
+        return [site for site, node in self.nodes().items() if node in connected]
+
+    def start_app(self, relay: Path) -> None:
+        """Start a run of the app; it will connect to `relay`. What travels is exactly `APP_FILES`, whatever else lies in the folder."""
+        copy = self.folder / "app"
+        shutil.rmtree(copy, ignore_errors=True)
+        for name in APP_FILES:
+            write_bytes(copy / name, (APP / name).read_bytes())
+        self.command("run", str(copy), "fed", "-c", f"relay={json.dumps(str(relay))}")

@@ -1,0 +1,133 @@
+"""What a study ends with: a run folder that `dpsynth generate` draws from, and what it cost each site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpsynth.artifacts import RunFolder, write_json
+from dpsynth.config import dump_config
+from dpsynth.model.generator import Generator
+from dpsynth.model.moments import count_stddev, moment_queries
+from dpsynth.privacy.accountant import account, epsilon_pld
+from dpsynth.privacy.guarantee import Guarantee, claim
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd
+from dpsynth.privacy.unit import PrivacyUnit
+from dpsynth.train.second_opinion import prv_epsilon
+from dpsynth.trained import CLAIM
+from federated.coordinator import EMA, Coordinator, State
+from federated.rounds import load_weights
+
+FEDERATION = "federation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spending:
+    """Epsilon of a study at one delta: by site, for a patient who is at one site (disjoint), and for one who is at all (overlapping)."""
+
+    delta: float
+    by_site: Mapping[str, float]
+    disjoint: float
+    overlapping: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"delta": self.delta, "by_site": dict(self.by_site), "disjoint": self.disjoint, "overlapping": self.overlapping}
+
+
+def charged(coordinator: Coordinator) -> dict[str, tuple[Mechanism, ...]]:
+    """What each site may have released, by the coordinator's own count: every round that it was asked for and did not refuse."""
+    plan, federation, known = coordinator.plan, coordinator.federation, coordinator.facts
+    moments = MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(coordinator.model.reference))
+    found: dict[str, tuple[Mechanism, ...]] = {}
+    for site, rounds in coordinator.asked.items():
+        steps = sum(number > 0 for number in rounds) * plan.steps_per_round
+        sgd = PoissonDpSgd(
+            noise_multiplier=plan.noise_multiplier,
+            clip_norm=plan.clip_norm,
+            sampling_probability=plan.sampling_probability,
+            steps=steps,
+            declared_patients=federation.config.data.declared_patients if site not in known else known[site].declared_patients,
+        )
+        found[site] = (*([moments] if 0 in rounds else []), *([sgd] if steps else []))
+    return found
+
+
+def spending(coordinator: Coordinator) -> Spending:
+    """Per site, the largest of all, and the composition of all."""
+    delta, by_site = coordinator.federation.delta, charged(coordinator)
+    alone = {site: epsilon_pld(mechanisms, delta) for site, mechanisms in by_site.items()}
+    # Sites declare different numbers of patients, which changes no loss: as one, their steps add up exactly.
+    together = [replace(m, declared_patients=1) if isinstance(m, PoissonDpSgd) else m for ms in by_site.values() for m in ms]
+    return Spending(delta=delta, by_site=alone, disjoint=max(alone.values(), default=0.0), overlapping=epsilon_pld(together, delta))
+
+
+def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> Guarantee:
+    """Write the run folder. Raises ClaimRefused when the accountants do not agree."""
+    federation, spent = coordinator.federation, spending(coordinator)
+    by_site = charged(coordinator)
+    worst = max(by_site, key=lambda site: spent.by_site[site])
+    run = RunFolder.create(run_path, config_text=dump_config(federation.config))
+    _generator(coordinator, state).save(run.folder("train"))
+    guarantee = _claim(coordinator, by_site[worst], spent)
+    sites = [
+        {
+            "site": site,
+            "epsilon": spent.by_site[site],
+            "rounds": coordinator.asked[site],
+            "states": coordinator.facts[site].model_dump(mode="json") if site in coordinator.facts else None,
+        }
+        for site in by_site
+    ]
+    plan = coordinator.plan.model_dump(mode="json")
+    facts = {"study": federation.study, "spending": spent.to_json(), "sites": sites, "plan": plan, "rounds": state.round}
+    write_json(run.folder("train") / FEDERATION, facts)
+    write_json(run.folder("train") / CLAIM, guarantee.to_json())
+    run.complete("train", facts={"study": federation.study})
+    return guarantee
+
+
+def _generator(coordinator: Coordinator, state: State) -> Generator:
+    config, model = coordinator.federation.config, coordinator.model
+    moments = model.moments(state.arrays)
+    denoiser = model.denoiser()
+    load_weights(denoiser, state.arrays)
+    load_weights(denoiser, {name.removeprefix(EMA): array for name, array in state.arrays.items() if name.startswith(EMA)})
+    denoiser.transplant(moments)
+    release = MomentRelease(noise_multiplier=coordinator.plan.moments_noise_multiplier, queries=moment_queries(model.reference))
+    answered = sum(0 in rounds for rounds in coordinator.asked.values())
+    return Generator(
+        classes=config.data.classes,
+        moments=moments,
+        denoiser=denoiser,
+        net_channels=config.diffusion.channels,
+        texture=config.moments.texture,
+        attributes=config.data.cells.attributes,
+        count_stddev=count_stddev(release, model.reference) * answered**0.5,
+    )
+
+
+def _claim(coordinator: Coordinator, mechanisms: tuple[Mechanism, ...], spent: Spending) -> Guarantee:
+    """The claim for a patient of the site that spent most; the bound for patients of several sites stands among the unprotected."""
+    federation, facts = coordinator.federation, list(coordinator.facts.values())
+    data = federation.config.data
+    ledgers = [float(fact.ledger_epsilon) for fact in facts]
+    guarantee = Guarantee(
+        data_name=f"federation {federation.study}",
+        unit=PrivacyUnit.IMAGE if any(fact.unit == "image" for fact in facts) else PrivacyUnit.PATIENT,
+        declared_patients=data.declared_patients,
+        mechanisms=mechanisms,
+        accounting=account(mechanisms, spent.delta, second_opinion=prv_epsilon),
+        ledger_epsilon=max([*ledgers, spent.disjoint]),
+        max_images_per_patient=max(fact.max_images_per_patient for fact in facts),
+        unprotected=(
+            f"which sites took part in which round, {json.dumps(sorted(spent.by_site))}, and their declared numbers of patients",
+            f"a patient of several sites is protected less: by epsilon {spent.overlapping:.2f} at most when all sites hold them",
+            f"the list of classes, {json.dumps(list(data.classes))}, attributes, image size {list(data.spatial_shape)}",
+            "the training schedule, and when each site answered",
+        ),
+    )
+    return claim(guarantee)

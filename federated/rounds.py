@@ -1,0 +1,142 @@
+"""What one round computes on a site's patients: the trainer of dpsynth, called with a mechanism that the ledger has booked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpsynth.config import Config
+from dpsynth.data.split import Split
+from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.moments import Moments, PublicReference, frequencies, public_reference
+from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
+from dpsynth.privacy.noise import NoiseStream
+from dpsynth.progress import silent
+from dpsynth.train import selfcheck
+from dpsynth.train.loop import fit
+from dpsynth.train.monitor import MomentMonitor
+from dpsynth.train.public import public_images
+from dpsynth.train.run import noised_moments, prove_bound, standard_moments
+from federated.messages import Arrays, require_arrays
+
+MOMENTS, NET = "moments.", "net."
+Expected = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What follows from a plan and public images alone."""
+
+    config: Config
+    reference: PublicReference
+
+    @classmethod
+    def of(cls, config: Config) -> Model:
+        """Draw the procedural images and compute the public constants."""
+        images = public_images(config, progress=silent)
+        return cls(config=config, reference=public_reference(images, low_frequencies=config.moments.low_frequencies))
+
+    def denoiser(self) -> Denoiser:
+        """A denoiser of the plan's size under public moments, its weights from a fixed seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            denoiser = Denoiser(standard_moments(self.config, self.reference), channels=self.config.diffusion.channels)
+        denoiser.set_trainable(self.config.diffusion.trainable)
+        return denoiser
+
+    def expected_moments(self) -> Expected:
+        """Names, types and shapes of moments."""
+        cells, pixels = len(self.config.data.cells), int(np.prod(self.reference.shape))
+        low = len(frequencies(self.reference.shape, self.reference.low_frequencies).low)
+        shapes = {"counts": (cells,), "mean": (cells, low), "covariance": (cells, low, low), "variance": (cells, pixels)}
+        return {MOMENTS + name: ("<f8", shape) for name, shape in shapes.items()}
+
+    def expected_weights(self, *, trainable: bool) -> Expected:
+        """Names, types and shapes of the net's weights: all that go to a site, or the trained ones that come back."""
+        parameters = self.denoiser().net.named_parameters()
+        return {NET + name: ("<f4", tuple(p.shape)) for name, p in parameters if p.requires_grad or not trainable}
+
+    def moments(self, arrays: Arrays) -> Moments:
+        """Moments from a message."""
+        own = {name.removeprefix(MOMENTS): np.array(array) for name, array in arrays.items() if name.startswith(MOMENTS)}
+        return Moments.from_arrays(own, shape=self.reference.shape, low_frequencies=self.reference.low_frequencies)
+
+    def with_weights(self, arrays: Arrays) -> Denoiser:
+        """The denoiser with moments and weights of a message. Raises Refused(ARRAYS) when they do not fit."""
+        require_arrays(arrays, self.expected_moments() | self.expected_weights(trainable=False))
+        denoiser = self.denoiser()
+        with torch.no_grad():
+            for name, parameter in denoiser.net.named_parameters():
+                parameter.copy_(torch.from_numpy(np.array(arrays[NET + name])))
+        denoiser.transplant(self.moments(arrays))
+        return denoiser
+
+
+@lru_cache(maxsize=8)
+def model_of(config_json: str) -> Model:
+    """The model of a configuration in JSON; kept, since rounds of a study ask for the same one."""
+    return Model.of(Config.model_validate_json(config_json))
+
+
+@lru_cache(maxsize=8)
+def require_bound(config_json: str, mechanism: PoissonDpSgd) -> None:
+    """Raise SelfCheckFailed unless the trainer keeps its bound on a net of this size. Weights of a message do not matter: they change
+    a patient's gradient, and whatever it is, it is clipped. What was proved is kept, as long as the process lives.
+    """
+    model = model_of(config_json)
+    prove_bound(model.config, model.denoiser(), model.reference, (mechanism,))
+
+
+def moments_round(model: Model, split: Split, *, mechanism: MomentRelease, stream: NoiseStream) -> dict[str, NDArray[Any]]:
+    """The site's noised moments. Raises SelfCheckFailed when the noise was not what was booked."""
+    monitor = MomentMonitor(mechanism=mechanism)
+    moments = noised_moments(model.config, split, model.reference, monitor, stream)
+    selfcheck.require(monitor.findings(), consequence="the charge stays")
+    return {MOMENTS + name: array for name, array in moments.to_arrays().items()}
+
+
+def train_round(
+    denoiser: Denoiser,
+    model: Model,
+    split: Split,
+    *,
+    mechanism: PoissonDpSgd,
+    stream: NoiseStream,
+    checkpoint: Path,
+    binding: str,
+    callback: Callable[[int], None],
+) -> dict[str, NDArray[Any]]:
+    """The trained weights after the mechanism's steps, from where the denoiser stands. Raises SelfCheckFailed."""
+    monitor = fit(
+        denoiser,
+        split.training,
+        mechanism,
+        model.config.diffusion,
+        stream=stream,
+        checkpoint=checkpoint,
+        binding=binding,
+        callback=callback,
+    )
+    selfcheck.require(monitor.findings(mechanism, split.training.num_patients), consequence="the charge stays")
+    return weights_of(denoiser, trainable=True)
+
+
+def weights_of(denoiser: Denoiser, *, trainable: bool) -> dict[str, NDArray[Any]]:
+    """The net's weights by name, for a message."""
+    parameters = denoiser.net.named_parameters()
+    return {NET + name: p.detach().numpy().copy() for name, p in parameters if p.requires_grad or not trainable}
+
+
+def load_weights(denoiser: Denoiser, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write the weights of `arrays` into the net."""
+    with torch.no_grad():
+        for name, parameter in denoiser.net.named_parameters():
+            if NET + name in arrays:
+                parameter.copy_(torch.from_numpy(np.array(arrays[NET + name])))

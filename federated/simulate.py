@@ -1,0 +1,62 @@
+"""N sites in one process: the same guards, the same messages and the same coordinator as between hospitals, without anything between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from dpsynth.model.moments import public_reference
+from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.progress import Progress, silent
+from dpsynth.train.pretrain import pretrained_weights
+from dpsynth.train.public import public_images
+from federated.coordinator import Coordinator, Event, Transport, quiet
+from federated.federation import Federation, plan_of
+from federated.messages import Arrays
+from federated.outcome import write_outcome
+from federated.rounds import NET, Model
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Hands each frame to its site's guard, one after the other. handlers: by site, from frame to frame."""
+
+    handlers: Mapping[str, Callable[[bytes], bytes]]
+
+    def __call__(self, requests: Mapping[str, bytes], *, deadline_seconds: float) -> dict[str, bytes]:
+        """Replies by site."""
+        del deadline_seconds  # nothing is waited for
+        return {site: self.handlers[site](frame) for site, frame in requests.items()}
+
+
+def coordinator_of(
+    federation: Federation,
+    *,
+    private: Ed25519PrivateKey,
+    transport: Transport,
+    folder: Path,
+    report: Callable[[Event], None] = quiet,
+) -> Coordinator:
+    """The coordinator of a federation."""
+    config = federation.config
+    public = config.pretrain.model_copy(update={"source": "phantom", "path": None})  # as the sites have it; the net may learn from others
+    plan, model = plan_of(federation), Model.of(config.model_copy(update={"pretrain": public}))
+    return Coordinator(federation=federation, plan=plan, model=model, private=private, transport=transport, folder=folder, report=report)
+
+
+def public_weights(federation: Federation, *, progress: Progress = silent) -> Arrays:
+    """The net's weights after pre-training on public images, with which the first round begins."""
+    images = public_images(federation.config, progress=progress)
+    reference = public_reference(images, low_frequencies=federation.config.moments.low_frequencies)
+    weights = pretrained_weights(federation.config, images, reference, progress=progress)
+    return {NET + name: tensor.numpy() for name, tensor in weights.items()}
+
+
+def run_study(coordinator: Coordinator, *, run_path: Path, progress: Progress = silent) -> Guarantee:
+    """Pre-train, ask all rounds that are missing, and write the run folder. Raises QuorumLost, ClaimRefused and others."""
+    initial = public_weights(coordinator.federation, progress=progress)
+    state = coordinator.run(initial)
+    return write_outcome(coordinator, state, run_path=run_path)

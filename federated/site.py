@@ -1,0 +1,249 @@
+"""The guard: the only code that touches a hospital's patients for a federation. It runs under the hospital's user and answers messages.
+
+Order of work for a round, from which nothing is left out and in which nothing changes places: signature, answers given before, policy,
+order, budgets, secret key, charge in the ledger, training with the mechanism that the ledger holds, answer kept, settlement, key
+destroyed. A message id is charged once. An answer is repeated byte by byte, so asking again buys nothing; a round that was cut off goes
+on with its key, so that its noise is drawn once. No charge is ever given back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from dpsynth.config import Config, PrivacyConfig, ReleaseConfig
+from dpsynth.data.attributes import conditions_digest
+from dpsynth.data.cohort import ImageSet
+from dpsynth.data.split import split_patients
+from dpsynth.errors import BudgetExceeded, ConfigError, SelfCheckFailed
+from dpsynth.model.moments import moment_queries
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.ledger import Charge, Ledger
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, merged, to_json
+from dpsynth.progress import Progress, silent
+from dpsynth.train.run import private_images, usable_delta
+from federated.journal import Journal, Message, Study
+from federated.messages import Code, Facts, Refused, Request, Signed, decode_request, encode_refusal, encode_reply, require_arrays
+from federated.policy import SitePolicy, config_of, is_open, problem
+from federated.rounds import Model, model_of, moments_round, require_bound, train_round
+
+_LOG = logging.getLogger("dpsynth.site")
+
+
+def local_time() -> datetime:
+    """The hospital's clock."""
+    return datetime.now().astimezone()
+
+
+@dataclass
+class Guard:
+    """One hospital's guard. Make it with `open`; then call `handle` with each message."""
+
+    policy: SitePolicy
+    coordinators: tuple[Ed25519PublicKey, ...]
+    ledger: Ledger
+    journal: Journal
+    clock: Callable[[], datetime] = local_time
+    progress: Progress = field(default=silent)
+
+    @classmethod
+    def open(cls, policy: SitePolicy, *, clock: Callable[[], datetime] = local_time, progress: Progress = silent) -> Guard:
+        """Raises ConfigError when ledger and policy disagree, and whatever is wrong with ledger or keys. Touches no image."""
+        ledger = Ledger.load(policy.ledger)
+        for name, stated, booked in (("epsilon", policy.epsilon, ledger.budget_epsilon), ("delta", policy.delta, ledger.delta)):
+            if stated != booked:
+                raise ConfigError(f"{name}: the policy says {stated:g}, the ledger's first line {booked:g}. Correct the policy.")
+        keys, journal = policy.coordinator_keys(), Journal(policy.state)
+        return cls(policy=policy, coordinators=keys, ledger=ledger, journal=journal, clock=clock, progress=progress)
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The data set of the ledger, read once: what changes on disk later is not trained on. Raises DataError, LedgerError and others."""
+        config = self._data_config()
+        images = private_images(config, self.ledger, self.progress)
+        usable_delta(config, images, self.ledger)
+        return images
+
+    def handle(self, raw: bytes) -> bytes:
+        """The answer to one message. Never raises: what goes wrong is one of the codes, and its text stays in the guard's log."""
+        digest = "0" * 64
+        try:
+            signed = decode_request(raw, coordinators=self.coordinators, largest_bytes=self.policy.largest_message_bytes)
+            digest = signed.digest
+            if signed.request.site != self.policy.site:
+                raise Refused(Code.RECIPIENT)
+            with self.journal.alone():
+                return self._answer(signed)
+        except Refused as refused:
+            _LOG.warning("refused: %s", refused)
+            return encode_refusal(refused.code, request_sha256=digest)
+        except Exception:
+            _LOG.exception("failed; the coordinator is told no more than that")
+            return encode_refusal(Code.FAILED, request_sha256=digest)
+
+    def _answer(self, signed: Signed) -> bytes:
+        request = signed.request
+        booked = bool(self._charges(request.study))
+        study = self.journal.study(request.study, plan_sha256=request.plan.digest, key=signed.key, booked=booked, limit=self.policy.studies)
+        if request.kind == "join":  # asks and changes nothing, so nothing of it is kept
+            self._require_policy(request)
+            return encode_reply(request_sha256=signed.digest, facts=self._facts(request), arrays={})
+        message = study.message(request.message_id)
+        if message.digest() not in (None, signed.digest):
+            raise Refused(Code.MESSAGE_REUSED)
+        given = message.reply()
+        if given is None:
+            given = self._first_answer(signed, study, message)
+        self._settle(request)
+        return given
+
+    def _first_answer(self, signed: Signed, study: Study, message: Message) -> bytes:
+        """The answer to a message that has none yet, kept before it leaves."""
+        request = signed.request
+        try:
+            arrays = self._round(signed, study, message)
+            reply = encode_reply(request_sha256=signed.digest, facts=self._facts(request), arrays=arrays)
+        except (Refused, BudgetExceeded, SelfCheckFailed) as error:
+            code = error.code if isinstance(error, Refused) else Code.BUDGET if isinstance(error, BudgetExceeded) else Code.FAILED
+            _LOG.warning("%s round %d: %s", request.study, request.round, error)
+            reply = encode_refusal(code, request_sha256=signed.digest)
+            if study.is_full() and self._charge(request) is None:
+                message.forget()
+                return reply
+        message.answer(signed.digest, reply)
+        return reply
+
+    def _round(self, signed: Signed, study: Study, message: Message) -> dict[str, Any]:
+        """Book the round, or find its booking after a crash, and compute it with what was booked."""
+        request, charge = signed.request, self._charge(signed.request)
+        model = self._model(request) if charge is not None else self._allowed(request)
+        # All that can fail for the coordinator's sake fails here, before the charge.
+        denoiser = model.with_weights(signed.arrays) if request.kind == "train" else None
+        if denoiser is None:
+            require_arrays(signed.arrays, {})
+        split = split_patients(self.images, control_fraction=self.policy.data.control_fraction, key=study.split_key())
+        if charge is None:
+            charge = self._book(signed, study, message, self._mechanism(request, model))
+        elif charge.settled or charge.config_sha256 != self._booked_digest(signed.digest) or message.key() is None:
+            raise Refused(Code.LOST)
+        else:
+            self.ledger.resume(charge.reservation, charge.mechanisms, config_sha256=charge.config_sha256)
+        (mechanism,), stream = charge.mechanisms, message.stream()  # from here on, what the ledger booked and nothing else
+        if isinstance(mechanism, MomentRelease):
+            return moments_round(model, split, mechanism=mechanism, stream=stream)
+        if denoiser is None or not isinstance(mechanism, PoissonDpSgd):
+            raise Refused(Code.LOST)
+        return train_round(
+            denoiser,
+            model,
+            split,
+            mechanism=mechanism,
+            stream=stream,
+            checkpoint=message.checkpoint,
+            binding=charge.reservation,
+            callback=lambda step: self.progress(f"{request.study} round {request.round}", step, mechanism.steps),
+        )
+
+    def _allowed(self, request: Request) -> Model:
+        """The model of a round that the policy allows and whose turn it is. Raises Refused."""
+        self._require_policy(request)
+        if request.round <= max((number for number, _ in self._charges(request.study)), default=-1):
+            raise Refused(Code.ORDER)
+        return self._model(request)
+
+    def _require_policy(self, request: Request) -> None:
+        if not is_open(self.policy, self.clock()):
+            raise Refused(Code.HOURS)
+        code = problem(self.policy, request.plan)
+        if code is None and request.round > request.plan.rounds:
+            code = Code.STEPS
+        if code is not None:
+            raise Refused(code)
+
+    def _mechanism(self, request: Request, model: Model) -> Mechanism:
+        """What is to be booked: the plan's numbers, the site's own declared number of patients, clip norms of the public constants."""
+        plan = request.plan
+        if request.kind == "moments":
+            return MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(model.reference))
+        mechanism = PoissonDpSgd(
+            noise_multiplier=plan.noise_multiplier,
+            clip_norm=plan.clip_norm,
+            sampling_probability=plan.sampling_probability,
+            steps=plan.steps_per_round,
+            declared_patients=self.policy.data.declared_patients,
+        )
+        require_bound(self._config_json(request), mechanism)
+        return mechanism
+
+    def _book(self, signed: Signed, study: Study, message: Message, mechanism: Mechanism) -> Charge:
+        """Charge the round in full before any patient's image is used for it. Raises Refused or BudgetExceeded."""
+        request = signed.request
+        spent = [m for _, charge in self._charges(request.study) for m in charge.mechanisms]
+        if epsilon_pld([*spent, mechanism], self.policy.delta) > self.policy.study_epsilon:
+            raise Refused(Code.STUDY_BUDGET)
+        self.ledger.require_affordable((mechanism,))
+        message.begin(signed.digest)
+        reservation = self.ledger.reserve(
+            (mechanism,),
+            purpose=f"federation {request.study}, round {request.round}",
+            run_id=_run_id(request),
+            config_sha256=self._booked_digest(signed.digest),
+        )
+        study.forget_others(message)
+        return self.ledger.charge(reservation)
+
+    def _settle(self, request: Request) -> None:
+        """Close the charge of a round whose answer is kept: in full, whatever the answer was."""
+        charge = self._charge(request)
+        if charge is not None and not charge.settled:
+            self.ledger.settle(charge.reservation, mechanisms=charge.mechanisms)
+
+    def _charge(self, request: Request) -> Charge | None:
+        return next((charge for charge in self.ledger.charges() if charge.run_id == _run_id(request)), None)
+
+    def _charges(self, study: str) -> list[tuple[int, Charge]]:
+        """Number and charge of every round of a study, by the ledger alone."""
+        parts = [(charge.run_id.split("/"), charge) for charge in self.ledger.charges()]
+        return [(int(names[1]), charge) for names, charge in parts if len(names) == 3 and names[0] == study]
+
+    def _facts(self, request: Request) -> Facts:
+        """Public numbers that go with an answer."""
+        spent = self.ledger.spent()
+        charged = merged([m for _, charge in self._charges(request.study) for m in charge.mechanisms])
+        return Facts.model_validate(
+            {
+                "unit": self.policy.data.unit.value,
+                "declared_patients": self.policy.data.declared_patients,
+                "max_images_per_patient": self.policy.data.max_images_per_patient,
+                "delta": self.policy.delta,
+                "charged": tuple(to_json(mechanism) for mechanism in charged),
+                "ledger_epsilon": spent if math.isfinite(spent) else "inf",
+            }
+        )
+
+    def _booked_digest(self, request_sha256: str) -> str:
+        """Digest of the request and of what each image is trained as, so that a round can only go on with what it began with."""
+        salt = bytes.fromhex(self.ledger.genesis["digest_salt"])
+        conditions = conditions_digest(self.images, self.policy.data, salt=salt)
+        return hashlib.sha256((request_sha256 + conditions).encode()).hexdigest()
+
+    def _model(self, request: Request) -> Model:
+        return model_of(self._config_json(request))
+
+    def _config_json(self, request: Request) -> str:
+        return config_of(self.policy, request.plan).model_dump_json()
+
+    def _data_config(self) -> Config:
+        return Config(data=self.policy.data, privacy=PrivacyConfig(delta=self.policy.delta), release=ReleaseConfig(formats=("nifti",)))
+
+
+def _run_id(request: Request) -> str:
+    return f"{request.study}/{request.round}/{request.message_id}"

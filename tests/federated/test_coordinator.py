@@ -1,0 +1,200 @@
+"""The coordinator's arithmetic against oracles, and its course of rounds with made-up sites: crashes, silence, quorum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from federation_cases import Handler, Hospital, World, initial, study
+
+from dpsynth.errors import ConfigError
+from dpsynth.model.moments import Moments
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd, merged
+from federated.combine import averaged, combined_moments, combined_weights, largest_update, odd_sites, update_norm
+from federated.coordinator import EMA, QuorumLost
+from federated.federation import load_federation
+from federated.messages import Code, Refused, decode_request, encode_refusal
+from federated.outcome import spending
+from federated.rounds import NET
+
+
+def test_moments_of_a_mixture_obey_the_law_of_total_covariance() -> None:
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(size=(count, 3)) * scale + shift for count, scale, shift in ((40, 1.0, 0.0), (90, 2.0, 1.5), (10, 0.5, -3.0))]
+    sites = [
+        Moments(
+            shape=(1, 2, 2), low_frequencies=1, counts=np.array([float(len(rows))]), mean=rows.mean(0)[None],
+            covariance=np.cov(rows.T, bias=True)[None], variance=(rows**2).mean(0)[None],
+        )
+        for rows in groups
+    ]  # fmt: skip
+    together, everyone = combined_moments(sites), np.concatenate(groups)
+    np.testing.assert_allclose(together.counts, [140])
+    np.testing.assert_allclose(together.mean[0], everyone.mean(0))
+    np.testing.assert_allclose(together.covariance[0], np.cov(everyone.T, bias=True))
+    np.testing.assert_allclose(together.variance[0], (everyone**2).mean(0))
+
+
+def test_a_site_without_a_class_has_no_say_in_it_and_one_site_keeps_its_moments(empty: World) -> None:
+    one = empty.model.moments(empty.bodies["train"])
+    for name, array in combined_moments([one]).to_arrays().items():
+        np.testing.assert_allclose(array, getattr(one, name))
+    absent = Moments(**{**one.__dict__, "counts": np.array([5.0, 0.0]), "mean": one.mean + 7})
+    both = combined_moments([one, absent])
+    np.testing.assert_allclose(both.mean[1], one.mean[1])
+    assert not np.allclose(both.mean[0], one.mean[0])
+
+
+@pytest.mark.parametrize("growth", [0.5, 1.0, 1.05, 1.3, 3.0, 30.0])
+@pytest.mark.parametrize("steps", [1, 5, 60])
+def test_no_adam_step_is_longer_than_the_bound(growth: float, steps: int) -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = torch.optim.Adam([weight], lr=0.01, betas=(0.9, 0.99))
+    for step in range(steps):
+        weight.grad = torch.full((4,), float(growth**step), dtype=torch.float64)
+        optimizer.step()
+    norm = float(weight.detach().norm())
+    assert norm <= largest_update(learning_rate=0.01, steps=steps, num_weights=4)
+    if growth == 1:
+        assert norm > largest_update(learning_rate=0.01, steps=steps, num_weights=4) / 3, "the bound is of no use"
+
+
+def test_weights_are_averaged_as_declared_and_oddness_is_relative() -> None:
+    updates = {site: {"w": np.full(3, value, dtype=np.float32)} for site, value in (("a", 1.0), ("b", 4.0))}
+    np.testing.assert_allclose(combined_weights(updates, {"a": 1.0, "b": 1.0})["w"], 2.5)
+    np.testing.assert_allclose(combined_weights(updates, {"a": 2.0, "b": 1.0})["w"], 2.0)
+    assert update_norm({"w": np.zeros(3)}, updates["b"]) == pytest.approx(4 * 3**0.5)
+    assert odd_sites({"a": 1.0, "b": 1.1, "c": 900.0}) == ("c",)
+    assert odd_sites({"a": 1.0, "b": 1.1, "c": 0.01}) == ("c",)
+    assert odd_sites({"a": 1.0, "b": 900.0}) == ()
+
+
+def test_the_average_over_rounds_is_that_over_their_steps() -> None:
+    """Weights that stay put within a round: the average of one round of 5 steps is that of 5 rounds of one step with a fixed decay."""
+    old, new = {"w": np.zeros(1)}, {"w": np.ones(1)}
+    whole = averaged(old, new, steps_done=10_000, steps=5, decay=0.9)
+    single = old
+    for _ in range(5):
+        single = averaged(single, new, steps_done=10_000, steps=1, decay=0.9)
+    np.testing.assert_allclose(whole["w"], single["w"], rtol=1e-6)
+
+
+def test_merging_changes_no_epsilon() -> None:
+    def sgd(steps: int) -> PoissonDpSgd:
+        return PoissonDpSgd(noise_multiplier=1.0, clip_norm=1.0, sampling_probability=0.05, steps=steps, declared_patients=100)
+
+    assert merged([sgd(10), sgd(20), sgd(10)]) == (sgd(40),)
+    apart = [*[PoissonDpSgd(**{**sgd(1).__dict__, "declared_patients": number}) for number in range(1, 41)]]
+    assert epsilon_pld([sgd(40)], 1e-5, interval=1e-3) == pytest.approx(epsilon_pld(apart, 1e-5, interval=1e-3), rel=2e-3)
+
+
+def test_a_coordinator_that_was_killed_asks_the_same_bytes_again(empty: World, tmp_path: Path) -> None:
+    sites = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    study(empty, sites, tmp_path / "whole").run(initial(empty))
+    killed = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+
+    class Killed(Exception):
+        pass
+
+    def dies(raw: bytes) -> bytes:
+        killed["c"](raw)
+        if len(killed["c"].frames) == 3:  # round 1 was asked, and b has answered it
+            raise Killed
+        return encode_refusal(Code.FAILED)
+
+    with pytest.raises(Killed):
+        study(empty, {**killed, "c": dies}, tmp_path / "killed").run(initial(empty))
+    first = study(empty, killed, tmp_path / "killed")
+    state = first.run(initial(empty))
+    assert state.round == 2
+    assert killed["a"].frames[2] == killed["a"].frames[3], "the round whose answers were lost"
+    assert len({bytes(frame) for frame in killed["a"].frames}) == 4
+    assert first.asked == {site: [0, 1, 2] for site in "abc"}
+    again = study(empty, killed, tmp_path / "killed").run(initial(empty))
+    assert len(killed["a"].frames) == 5, "a finished study asks nothing"
+    np.testing.assert_array_equal(again.arrays[NET + "out.2.conv.weight"], state.arrays[NET + "out.2.conv.weight"])
+
+
+def test_a_silent_site_is_asked_again_and_the_round_goes_on_with_the_quorum(empty: World, tmp_path: Path) -> None:
+    sites = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    asked = []
+
+    def silent(raw: bytes) -> bytes:
+        asked.append(raw)
+        return encode_refusal(Code.UNREACHABLE)
+
+    coordinator = study(empty, {**sites, "c": silent}, tmp_path / "study", quorum=3, retries=2)
+    with pytest.raises(QuorumLost, match="c: unreachable: the guard of the site does not answer"):
+        coordinator.run(initial(empty))
+    assert len(asked) == 3
+    assert len(set(asked)) == 1
+    coordinator = study(empty, {**sites, "c": silent}, tmp_path / "study", quorum=2)
+    coordinator.run(initial(empty))
+    assert coordinator.asked["c"] == [0, 1, 2], "it may have trained, for all that anyone knows"
+    spent = spending(coordinator)
+    assert spent.disjoint == pytest.approx(max(spent.by_site.values()))
+    assert spent.by_site["c"] == pytest.approx(spent.by_site["a"])
+    assert spent.overlapping > 1.5 * spent.disjoint
+
+
+def test_a_site_that_leaves_is_not_counted_for_the_rounds_that_it_refused(empty: World, tmp_path: Path) -> None:
+    sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    honest = sites["c"]
+
+    def closed_in_round_1(raw: bytes) -> bytes:
+        signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
+        return encode_refusal(Code.HOURS, request_sha256=signed.digest) if signed.request.round == 1 else honest(raw)
+
+    coordinator = study(empty, {**sites, "c": closed_in_round_1}, tmp_path / "study")
+    coordinator.run(initial(empty))
+    assert coordinator.asked == {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 2]}
+    assert spending(coordinator).by_site["c"] < spending(coordinator).by_site["a"]
+
+
+def test_both_bounds_over_sites_are_those_of_their_mechanisms(empty: World, tmp_path: Path) -> None:
+    coordinator = study(empty, {name: Hospital(empty, seed) for seed, name in enumerate("abc")}, tmp_path / "study")
+    coordinator.run(initial(empty))
+    plan, spent = empty.plan, spending(coordinator)
+    release = MomentRelease(
+        noise_multiplier=plan.moments_noise_multiplier / 3**0.5,  # three Gaussians of one noise are one of a smaller
+        queries=_queries(empty),
+    )
+    sgd = PoissonDpSgd(noise_multiplier=plan.noise_multiplier, clip_norm=1, sampling_probability=0.1, steps=12, declared_patients=1)
+    assert spent.overlapping == pytest.approx(epsilon_pld([release, sgd], spent.delta), rel=1e-3)
+    assert spent.disjoint <= 10
+
+
+def _queries(world: World) -> tuple[object, ...]:
+    from dpsynth.model.moments import moment_queries
+
+    return moment_queries(world.model.reference)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("quorum: 4", "quorum is larger"),
+        ("quorum: 2\nweights: {a: 1}", "declared for all sites"),
+        ("quorum: 2\nrouns: 3", "rouns: unknown setting"),
+        ("quorum: 2\nconfig: {method: moments}", "config.method must be diffusion"),
+        ("quorum: 2\nconfig: {votes: {share: 0.1}}", "without votes"),
+    ],
+)
+def test_a_wrong_federation_is_refused_by_the_name_of_its_key(tmp_path: Path, changes: str, words: str) -> None:
+    path = tmp_path / "federation.yaml"
+    path.write_text(f"study: s\nsites: [a, b, c]\n{changes}\n" + ("" if "config" in changes else "config: {diffusion: {trainable: all}}\n"))
+    with pytest.raises(ConfigError, match=words):
+        load_federation(path)
+
+
+def test_the_ema_is_released_under_its_own_name(empty: World, tmp_path: Path) -> None:
+    state = study(empty, {name: Hospital(empty, seed) for seed, name in enumerate("abc")}, tmp_path / "study").run(initial(empty))
+    names = {name for name in state.arrays if name.startswith(EMA)}
+    assert names == {EMA + name for name in empty.model.expected_weights(trainable=True)}
+
+
+def test_refusals_carry_their_code() -> None:
+    assert str(Refused(Code.BUDGET)) == "budget: the budget of the site's data does not cover it"

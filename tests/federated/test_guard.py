@@ -1,0 +1,213 @@
+"""The guard's bookkeeping: every possibly released round is charged once, whatever is killed, repeated or lost on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from federation_cases import Site, World, config, new_site
+
+import federated.site as module
+from dpsynth.data.split import split_patients
+from dpsynth.errors import ConfigError
+from dpsynth.privacy.calibrate import mu_of
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, PoissonDpSgd
+from dpsynth.privacy.noise import NoiseStream
+from dpsynth.signing import load_private
+from dpsynth.train.loop import fit
+from dpsynth.train.run import noised_moments, standard_moments
+from federated.messages import Code, decode_reply
+from federated.policy import config_of
+from federated.rounds import MOMENTS, NET
+
+
+def booked(site: Site) -> list[tuple[str, bool]]:
+    return [(charge.run_id, charge.settled) for charge in site.guard.ledger.charges()]
+
+
+def reserve_lines(site: Site) -> list[dict[str, object]]:
+    return [entry for entry in map(json.loads, site.policy.ledger.read_text().splitlines()) if entry["type"] == "reserve"]
+
+
+def test_a_repeated_message_gets_the_same_bytes_and_no_second_charge(world: World) -> None:
+    site = world.sites["a"]
+    moments, train = world.request(), world.request("train", 1)
+    first = [site.guard.handle(moments), site.guard.handle(train)]
+    assert [decode_reply(raw, largest_bytes=1 << 30)[0].outcome for raw in first] == ["ok", "ok"]
+    site.restart()
+    assert [site.guard.handle(moments), site.guard.handle(train)] == first
+    assert booked(site) == [("study/0/moments-0", True), ("study/1/train-1", True)]
+    assert not list(site.policy.state.rglob("key")), "the secret of a finished round must not outlive it"
+
+
+def test_a_refusal_is_repeated_too(world: World) -> None:
+    site = world.sites["a"]
+    site.write_policy(hours=[{"days": ["mon"], "start": "20:00", "end": "06:00"}])
+    site.restart(clock=lambda: datetime(2026, 11, 24, 12, 0))  # a Tuesday
+    refused = site.guard.handle(world.request())
+    assert decode_reply(refused, largest_bytes=1 << 20)[0].code is Code.HOURS
+    site.restart(clock=lambda: datetime(2026, 11, 24, 5, 59))  # still Monday's night
+    assert site.guard.handle(world.request()) == refused
+    assert world.ask(message_id="again").outcome == "ok"
+
+
+def test_training_is_that_of_one_site_with_what_the_ledger_holds(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same key, patients and start through the single-site functions give the same numbers, bit by bit."""
+    monkeypatch.setattr("federated.journal.fresh_key", lambda: b"k" * 32)
+    site = world.sites["a"]
+    _, moments = decode_reply(site.guard.handle(world.request()), largest_bytes=1 << 30)
+    _, weights = decode_reply(site.guard.handle(world.request("train", 1)), largest_bytes=1 << 30)
+
+    release, sgd = (mechanism for charge in site.guard.ledger.charges() for mechanism in charge.mechanisms)
+    assert isinstance(release, MomentRelease)
+    assert isinstance(sgd, PoissonDpSgd)
+    assert (sgd.noise_multiplier, sgd.clip_norm, sgd.steps) == (world.plan.noise_multiplier, 0.05, 2)
+    assert sgd.declared_patients == 100, "the batch is divided by the site's own public number"
+    settings = config_of(site.policy, world.plan)
+    split = split_patients(site.guard.images, control_fraction=0.2, key=b"k" * 32)
+    alone = noised_moments(settings, split, world.model.reference, module_monitor(release), NoiseStream(key=b"k" * 32))
+    for name, array in alone.to_arrays().items():
+        np.testing.assert_array_equal(moments[MOMENTS + name], array)
+
+    denoiser = world.model.denoiser()
+    denoiser.transplant(standard_moments(settings, world.model.reference))
+    fit(
+        denoiser, split.training, sgd, settings.diffusion, stream=NoiseStream(key=b"k" * 32),
+        checkpoint=tmp_path / "checkpoint.safetensors", binding="x", callback=lambda step: None,
+    )  # fmt: skip
+    for name, parameter in denoiser.net.named_parameters():
+        np.testing.assert_array_equal(weights[NET + name], parameter.detach().numpy())
+        assert not np.array_equal(weights[NET + name], world.bodies["train"][NET + name])
+
+
+def module_monitor(release: MomentRelease) -> object:
+    from dpsynth.train.monitor import MomentMonitor
+
+    return MomentMonitor(mechanism=release)
+
+
+def test_a_round_cut_off_after_its_charge_goes_on_and_is_charged_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, message = world.sites["a"], world.request("train", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_round", lambda *_, **__: (_ for _ in ()).throw(OSError("/secret/path: patient 4711")))
+        reply = site.guard.handle(message)
+    assert decode_reply(reply, largest_bytes=1 << 20)[0].code is Code.FAILED
+    assert b"4711" not in reply
+    assert b"secret" not in reply
+    assert booked(site) == [("study/1/train-1", False)]
+    key = next(site.policy.state.rglob("key")).read_bytes()
+    seen = []
+    monkeypatch.setattr(module, "train_round", lambda *args, stream, _real=module.train_round, **rest: seen.append(stream) or _real(*args, stream=stream, **rest))  # fmt: skip  # noqa: E501
+    site.restart()
+    assert decode_reply(site.guard.handle(message), largest_bytes=1 << 30)[0].outcome == "ok"
+    assert seen[0]._key == key, "noise of a round is drawn from one key, or two answers could be averaged"
+    assert booked(site) == [("study/1/train-1", True)]
+    assert len(reserve_lines(site)) == 1
+
+
+def test_an_answer_that_was_kept_before_the_settlement_is_given_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, message = world.sites["a"], world.request()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Ledger, "settle", lambda *_, **__: (_ for _ in ()).throw(OSError("killed")))
+        assert decode_reply(site.guard.handle(message), largest_bytes=1 << 20)[0].code is Code.FAILED
+    assert booked(site) == [("study/0/moments-0", False)]
+    kept = next(site.policy.state.rglob("reply")).read_bytes()
+    site.restart()
+    assert site.guard.handle(message) == kept
+    assert booked(site) == [("study/0/moments-0", True)]
+
+
+@pytest.mark.parametrize("lost", ["key", "reply", "studies"])
+def test_what_cannot_go_on_stays_charged_and_is_refused(world: World, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    site, message = world.sites["a"], world.request("train", 1)
+    if lost == "key":
+        monkeypatch.setattr(module, "train_round", lambda *_, **__: (_ for _ in ()).throw(OSError))
+    site.guard.handle(message)
+    for path in list(site.policy.state.rglob(lost)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert world.tell(message).code is Code.LOST
+    assert [run_id for run_id, _ in booked(site)] == ["study/1/train-1"]
+
+
+def test_rounds_go_forward_only_and_may_leave_gaps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "train_round", lambda *_, **__: {})
+    assert world.ask("train", 1).outcome == "ok"
+    assert world.ask("train", 1, message_id="other").code is Code.ORDER
+    assert world.ask("moments", 0).code is Code.ORDER
+    assert world.ask("train", 2).outcome == "ok"
+    assert world.ask("train", 3).code is Code.STEPS
+    assert len(reserve_lines(world.sites["a"])) == 2
+
+
+def test_a_round_that_was_overtaken_loses_its_key_and_keeps_its_charge(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_round", lambda *_, **__: (_ for _ in ()).throw(OSError))
+        world.ask("train", 1)
+    assert world.ask("train", 2).outcome == "ok"
+    assert world.ask("train", 1).code is Code.LOST
+    assert [run_id for run_id, _ in booked(world.sites["a"])] == ["study/1/train-1", "study/2/train-2"]
+
+
+def test_local_runs_and_studies_share_one_budget(world: World) -> None:
+    site = world.sites["a"]
+    mu_left = (mu_of(11.99, 1e-5) ** 2 - world.plan.moments_noise_multiplier**-2) ** 0.5  # after the study's moments next to nothing
+    local = MomentRelease(noise_multiplier=1 / mu_left, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
+    site.guard.ledger.reserve([local], purpose="a local run", run_id="local")
+    assert world.ask().outcome == "ok"
+    assert world.ask("train", 1).code is Code.BUDGET
+    assert len(reserve_lines(site)) == 2
+
+
+def test_join_costs_nothing_and_reads_no_patient(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "private_images", lambda *_: pytest.fail("patients were read"))
+    reply = world.ask("join")
+    assert reply.facts is not None
+    assert (reply.facts.declared_patients, reply.facts.ledger_epsilon, reply.facts.charged) == (100, 0.0, ())
+    assert not booked(world.sites["a"])
+
+
+def test_no_answer_tells_how_many_patients_there_are(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hospitals that differ in their true number alone: all but the noised arrays is the same."""
+    private = load_private(tmp_path / "keys" / "signing.key")
+    assert private.sign(b"") == world.private.sign(b"")
+    other = new_site(tmp_path / "b", name="a", seed=0, public_key=(tmp_path / "keys" / "signing.pub").read_bytes())
+    other.write_policy(data={**json.loads(other.policy.data.model_dump_json(exclude={"phantom"})), "phantom": {"num_patients": 90}})
+    other.policy.ledger.unlink()
+    other.policy.ledger.with_name("ledger.jsonl.head").unlink()
+    from dpsynth.data.fingerprint import open_ledger
+    from dpsynth.progress import silent
+    from federated.policy import load_policy
+
+    settings = config().model_copy(update={"data": load_policy(other.folder / "policy.yaml").data})
+    open_ledger(settings, path=other.policy.ledger, epsilon=12.0, delta=1e-5, max_gate_attempts=3, progress=silent)
+    other.restart()
+    assert other.guard.images.num_patients != world.sites["a"].guard.images.num_patients
+    for message in (world.request("join"), world.request(), world.request("train", 1), world.request("train", 1, message_id="x")):
+        replies = [decode_reply(site.guard.handle(message), largest_bytes=1 << 30)[0] for site in (world.sites["a"], other)]
+        first, second = (reply.model_dump(exclude={"body_sha256"}) for reply in replies)
+        assert first == second
+
+
+def test_a_guard_with_another_ledger_does_not_start(world: World) -> None:
+    site = world.sites["a"]
+    site.write_policy(epsilon=13.0)
+    with pytest.raises(ConfigError, match="the policy says 13, the ledger's first line 12"):
+        site.restart()
+
+
+def test_a_site_without_a_class_is_trained_with_the_others(new_world: Callable[..., World]) -> None:
+    world = new_world("a")
+    site = world.sites["a"]
+    images = site.guard.images
+    only = np.flatnonzero(np.bincount(images.patients, weights=images.labels) == 0)
+    site.guard.__dict__["images"] = images.subset(only)
+    reply, arrays = decode_reply(site.guard.handle(world.request()), largest_bytes=1 << 30)
+    assert reply.outcome == "ok"
+    counts = arrays[MOMENTS + "counts"]
+    assert counts[1] < 0.3 * counts[0]
+    assert world.ask("train", 1).outcome == "ok"

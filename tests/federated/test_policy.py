@@ -1,0 +1,61 @@
+"""The policy: what is unknown, contradictory or open to others is refused; hours run past midnight."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+from federation_cases import World
+
+from dpsynth.errors import ConfigError
+from federated.policy import OpeningHours, load_policy
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"smalest_noise": 1.0}, "smalest_noise: unknown setting"),
+        ({"data": {"format": "phantom", "nmae": "x"}}, "data.nmae: unknown setting"),
+        ({"study_epsilon": 13.0}, "study_epsilon is larger than epsilon"),
+        ({"coordinators": []}, "coordinators"),
+        ({"sampling_probability": [0.2, 0.1]}, "the smallest must not be above the largest"),
+        ({"epsilon": float("inf")}, "epsilon"),
+        ({"apps": ["abc"]}, "apps"),
+        ({"hours": [{"start": "25:00"}]}, "hours"),
+    ],
+)
+def test_a_wrong_policy_is_refused_by_the_name_of_its_key(world: World, changes: dict[str, object], words: str) -> None:
+    site = world.sites["a"]
+    site.write_policy(**changes)
+    with pytest.raises(ConfigError, match=words):
+        load_policy(site.folder / "policy.yaml")
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_policy_that_others_can_write_is_refused(world: World, mode: int) -> None:
+    path = world.sites["a"].folder / "policy.yaml"
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match="can be written by others"):
+        load_policy(path)
+
+
+@pytest.mark.parametrize(
+    ("now", "open_"),
+    [
+        ("2026-11-27 19:59", False),  # Friday
+        ("2026-11-27 20:00", True),
+        ("2026-11-28 05:59", True),  # Friday's night
+        ("2026-11-28 06:00", False),
+        ("2026-11-28 20:00", False),  # Saturday
+        ("2026-11-26 23:00", False),  # Thursday
+    ],
+)
+def test_hours_past_midnight_belong_to_the_day_they_began_on(now: str, open_: bool) -> None:
+    span = OpeningHours(days=("fri",), start="20:00", end="06:00")
+    assert span.holds(datetime.fromisoformat(now)) is open_
+
+
+def test_a_whole_day_ends_at_midnight() -> None:
+    span = OpeningHours(days=("sun",))
+    assert span.holds(datetime.fromisoformat("2026-11-29 23:59:59.9"))
+    assert not span.holds(datetime.fromisoformat("2026-11-30 00:00"))

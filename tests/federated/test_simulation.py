@@ -1,0 +1,26 @@
+"""Three hospitals in one process, from nothing to a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpsynth.generate import generate
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.progress import silent
+from federated.simulate import InProcess, coordinator_of, run_study
+
+
+def test_three_sites_train_a_generator_together(new_world: Callable[..., object], tmp_path: Path) -> None:
+    world = new_world("a", "b", "c")
+    transport = InProcess({name: site.guard.handle for name, site in world.sites.items()})
+    coordinator = coordinator_of(world.federation, private=world.private, transport=transport, folder=tmp_path / "study")
+    guarantee = run_study(coordinator, run_path=tmp_path / "run")
+    for site in world.sites.values():
+        assert len(site.guard.ledger.charges()) == 3
+        assert all(charge.settled for charge in site.guard.ledger.charges())
+        assert epsilon_pld(site.guard.ledger.charged_mechanisms(), 1e-5) == pytest.approx(guarantee.epsilon, rel=1e-6)
+    assert 9 < guarantee.epsilon <= 10
+    assert generate(tmp_path / "run", progress=silent).count == 500

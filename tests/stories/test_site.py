@@ -1,0 +1,107 @@
+"""The hospital's story: it writes its rules, opens its ledger, lets its guard listen, says no, is killed in a round, and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from federation_cases import POLICY, config, train_body
+from typer.testing import CliRunner
+
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.signing import generate_key, load_private
+from federated.cli import app
+from federated.federation import Federation, plan_of
+from federated.messages import Code, decode_reply, encode_request
+from federated.rounds import MOMENTS, Model
+from federated.serve import ask
+
+
+@contextmanager
+def guard(policy: Path) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "federated.cli", "serve", str(policy)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("listening: ")
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.slow  # half a minute: three processes that load torch
+def test_a_hospital_takes_part_refuses_is_killed_and_goes_on(tmp_path: Path) -> None:
+    private_path, _ = generate_key(tmp_path / "coordinator")
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY.replace("NAME", "a").replace("SEED", "1").replace("largest_steps_per_round: 4", "largest_steps_per_round: 500"))
+    path.write_text(path.read_text().replace("largest_steps: 20", "largest_steps: 500"))
+    path.chmod(0o600)
+    run("init", path)
+    diagnoses = json.loads(run("doctor", path, "--format", "json"))
+    assert {item["question"]: item["state"] for item in diagnoses}["data"] == "ok"
+
+    settings = Federation(study="study", sites=("a",), quorum=1, rounds=1, steps_per_round=120, config=config())
+    plan, private = plan_of(settings), load_private(private_path)
+    fields = {"study": "study", "site": "a", "plan": plan}
+    moments = encode_request({**fields, "kind": "moments", "round": 0, "message_id": "moments-0"}, {}, private=private)
+    body = train_body(Model.of(config()))
+    train = encode_request({**fields, "kind": "train", "round": 1, "message_id": "train-1"}, body, private=private)
+    greedy = {**fields, "plan": plan.model_copy(update={"noise_multiplier": 0.3}), "study": "greedy"}
+    too_much = encode_request({**greedy, "kind": "moments", "round": 0, "message_id": "x"}, {}, private=private)
+
+    with guard(path) as process:
+        reply, arrays = decode_reply(ask(tmp_path / "guard.sock", moments, seconds=60), largest_bytes=1 << 30)
+        assert reply.outcome == "ok"
+        assert np.isfinite(arrays[MOMENTS + "mean"]).all()
+        assert decode_reply(ask(tmp_path / "guard.sock", too_much, seconds=60), largest_bytes=1 << 20)[0].code is Code.NOISE
+        asking = subprocess.Popen(
+            [sys.executable, "-c", "import sys, pathlib; from federated.serve import ask; "
+             "ask(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]).read_bytes(), seconds=100)",
+             str(tmp_path / "guard.sock"), str(written(tmp_path / "train.frame", train))],
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        until(lambda: len(Ledger.load(tmp_path / "ledger.jsonl").charges()) == 2)
+        until(lambda: any(tmp_path.rglob("checkpoint.safetensors")))
+        process.send_signal(signal.SIGKILL)
+        assert asking.wait(timeout=60) != 0, "the answer must not have come before the kill"
+    assert [charge.settled for charge in Ledger.load(tmp_path / "ledger.jsonl").charges()] == [True, False]
+
+    with guard(path) as process:
+        answer = ask(tmp_path / "guard.sock", train, seconds=100)
+        assert decode_reply(answer, largest_bytes=1 << 30)[0].outcome == "ok"
+        assert ask(tmp_path / "guard.sock", train, seconds=60) == answer
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    summary = json.loads(run("ledger", path, "--format", "json"))
+    assert [charge["purpose"] for charge in summary["charges"]] == ["federation study, round 0", "federation study, round 1"]
+    assert 9 < summary["spent"] <= 10
+    assert not Ledger.problems_of(tmp_path / "ledger.jsonl")
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def until(condition: object) -> None:
+    end = time.monotonic() + 60
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.02)
