@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.features import encode, mirrored
+from dpsynth.checks.screening import Screening
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import Progress
@@ -29,6 +30,8 @@ class Evidence:
     accounting_problems: tuple[str, ...]
     ledger_problems: tuple[str, ...]
     uses_sgd: bool
+    screening: Screening | None = None  # of the synthetic images, on grounds that read no private image
+    withheld: int = 0  # synthetic images that the screening left out when they were drawn
 
 
 @dataclass(frozen=True, kw_only=True)

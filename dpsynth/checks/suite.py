@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dpsynth.checks.accounting import accounting
+from dpsynth.checks.content import content
 from dpsynth.checks.copying import copying
 from dpsynth.checks.evidence import Evidence, compute_features
 from dpsynth.checks.fidelity import fidelity
@@ -31,6 +32,7 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
         "copying": lambda: copying(evidence, features, gate, rng=rng(2)),
         "fidelity": lambda: fidelity(features, gate, rng=rng(3)),
         "utility": lambda: utility(evidence, gate, rng=rng(4), seed=seed, progress=progress),
+        "content": lambda: content(evidence.screening, gate.content, withheld=evidence.withheld),
     }
     return tuple(_guarded(name, check) for name, check in checks.items())
 

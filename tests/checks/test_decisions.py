@@ -212,7 +212,7 @@ def test_a_check_that_breaks_is_inconclusive_and_never_missing(monkeypatch: pyte
     for name in ("membership", "copying", "fidelity", "utility"):
         monkeypatch.setattr(suite, name, broken)
     verdicts = {verdict.check: verdict for verdict in suite.run_checks(sets, GATE, seed=0, progress=silent)}
-    assert set(verdicts) == {"accounting", "membership", "copying", "fidelity", "utility"}
+    assert set(verdicts) == {"accounting", "membership", "copying", "fidelity", "utility", "content"}
     assert verdicts["accounting"].outcome is Outcome.PASS
     for name in ("membership", "copying", "fidelity", "utility"):
         assert verdicts[name].outcome is Outcome.INCONCLUSIVE
