@@ -130,6 +130,17 @@ class DataConfig(_Settings):
     control_fraction: Fraction = Field(
         0.2, description="Each patient goes to the control set with this probability, by a keyed coin, and is not trained on."
     )
+    exclusions: Path | None = Field(
+        None,
+        description="CSV file with the columns image and reason: images that the data owner leaves out, as `dpsynth audit` proposes "
+        "them. It is part of what the ledger was opened for.",
+    )
+    permission_column: str | None = Field(
+        None, min_length=1, description="Column of table.csv, or DICOM keyword, that says whether an image may be used; none: all may."
+    )
+    permission_values: tuple[str, ...] = Field(
+        ("yes",), min_length=1, description="Values that mean yes. An image with another, or none, is refused unless it is excluded."
+    )
     medmnist_split: Literal["train", "val", "test"] = Field("train", description="Which arrays of a MedMNIST file to read.")
     phantom: PhantomConfig = PhantomConfig()
 
@@ -151,6 +162,8 @@ class DataConfig(_Settings):
     def _require_attributes(self) -> None:
         if self.attributes and self.format == "medmnist":
             raise ValueError("a MedMNIST file holds no attributes: leave data.attributes out, or use another format")
+        if self.permission_column and self.format in ("medmnist", "phantom"):
+            raise ValueError(f"format {self.format} says nothing of permission: leave data.permission_column out")
         if taken := [name for name in self.attributes if name in _TAKEN]:
             raise ValueError(f"an attribute cannot be called {taken[0]}: choose another name and set its column")
         if self.attributes and len(self.cells) > _LARGEST_NUMBER_OF_CELLS:
@@ -420,7 +433,7 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
     def absolute(path: Path | None) -> Path | None:
         return None if path is None else (base / path.expanduser()).resolve()
 
-    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    data = config.data.model_copy(update={"path": absolute(config.data.path), "exclusions": absolute(config.data.exclusions)})
     pretrain = config.pretrain.model_copy(update={"path": absolute(config.pretrain.path), "cache": absolute(config.pretrain.cache)})
     return config.model_copy(update={"data": data, "pretrain": pretrain})
 
