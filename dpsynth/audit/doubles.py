@@ -45,12 +45,12 @@ def doubles(images: Float32, patients: Int64, names: Sequence[str], *, progress:
 
 def _finding(pairs: list[tuple[int, int, float]], *, sizes: tuple[int, int], names: Sequence[str]) -> Finding:
     side = 1 if sizes[1] <= sizes[0] else 0
-    matched = sorted({pair[side] for pair in pairs})
+    matched = sorted({(a, b)[side] for a, b, _ in pairs})
     whole = len(matched) == sizes[side] >= 2
     strongest = max(pairs, key=lambda pair: pair[2])
     return Finding(
         kind=Kind.PERSON if whole else Kind.DOUBLE,
-        images=tuple(names[row] for row in sorted({row for first, second, _ in pairs for row in (first, second)})),
+        images=tuple(names[row] for row in sorted({a for a, _, _ in pairs} | {b for _, b, _ in pairs})),
         proposed=tuple(names[row] for row in matched),
         detail=f"{len(matched)} of {sizes[side]} images of one patient have a double among the {sizes[1 - side]} of another; "
         f"correlation up to {strongest[2]:.4f}",

@@ -11,6 +11,7 @@ from scipy import stats
 
 from dpsynth.checks import suite
 from dpsynth.checks.accounting import ALWAYS, REQUIRED, accounting
+from dpsynth.checks.arms import train_arms
 from dpsynth.checks.copying import copying
 from dpsynth.checks.evidence import Evidence, Features, first_images
 from dpsynth.checks.fidelity import fidelity
@@ -168,7 +169,7 @@ def bars(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def utility_of(images: np.ndarray, labels: np.ndarray, control: int = 300) -> Verdict:
     sets = evidence(image_set(*bars(200, 0)), image_set(*bars(control, 1)), images, labels)
-    return utility(sets, GATE, rng=np.random.default_rng(0), seed=0, progress=silent)
+    return utility(sets, GATE, arms=lambda: train_arms(sets, seed=0, progress=silent), rng=np.random.default_rng(0))
 
 
 def test_utility_passes_real_images_fails_shuffled_labels_and_cannot_tell_without_a_class() -> None:
