@@ -303,7 +303,7 @@ class ContentConfig(_Settings):
 class GateConfig(_Settings):
     """The policy by which a release is allowed; fixed before the checks run."""
 
-    required: tuple[Literal["accounting", "membership", "copying", "fidelity", "utility", "content"], ...] = Field(
+    required: tuple[Literal["accounting", "membership", "copying", "fidelity", "utility", "content", "fairness"], ...] = Field(
         ("accounting", "membership", "copying", "fidelity", "utility", "content"),
         description="Checks without which nothing is released; accounting, membership and copying always are.",
     )

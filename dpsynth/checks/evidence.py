@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Evidence:
     ledger_problems: tuple[str, ...]
     uses_sgd: bool
     screening: Screening | None = None  # of the synthetic images, on grounds that read no private image
+    synthetic_attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)  # by declared attribute, (n,)
     withheld: int = 0  # synthetic images that the screening left out when they were drawn
 
 

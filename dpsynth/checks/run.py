@@ -46,6 +46,7 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
         accounting_problems=trained.guarantee.problems(),
         ledger_problems=tuple(trained.ledger.verify()),
         uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in trained.guarantee.mechanisms),
+        synthetic_attributes=candidates.attributes,
         screening=screening,
         withheld=withheld(run),
     )

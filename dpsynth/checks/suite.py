@@ -14,6 +14,7 @@ from dpsynth.checks.content import content
 from dpsynth.checks.copying import copying
 from dpsynth.checks.description import describe
 from dpsynth.checks.evidence import Evidence, compute_features
+from dpsynth.checks.fairness import fairness
 from dpsynth.checks.fidelity import fidelity
 from dpsynth.checks.membership import membership
 from dpsynth.checks.utility import utility
@@ -36,6 +37,7 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
         "copying": lambda: copying(evidence, features, gate, rng=rng(2)),
         "fidelity": lambda: fidelity(features, gate, rng=rng(3), description=describe(evidence, features, rng=rng(5), progress=progress)),
         "utility": lambda: utility(evidence, gate, arms=arms, rng=rng(4)),
+        "fairness": lambda: fairness(evidence, features, gate, arms=arms, rng=rng(6)),
         "content": lambda: content(evidence.screening, gate.content, withheld=evidence.withheld),
     }
     return tuple(_guarded(name, check) for name, check in checks.items())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from dpsynth.checks.arms import Arms, brier, calibration_error, impossible
 from dpsynth.checks.classifier import auc, balanced_accuracy, recalls
@@ -77,9 +78,20 @@ def difference_interval(
     for _ in range(_RESAMPLES):
         rows = np.concatenate([rows_of[int(patient)] for patient in rng.integers(len(rows_of), size=len(rows_of))])
         if len(np.unique(labels[rows])) == len(np.unique(labels)):
-            differences.append(auc(first[rows], labels[rows]) - auc(second[rows], labels[rows]))
+            differences.append(rank_auc(first[rows], labels[rows]) - rank_auc(second[rows], labels[rows]))
     tail = (1 - confidence_level) / 2
     return float(np.quantile(differences, tail)), float(np.quantile(differences, 1 - tail))
+
+
+def rank_auc(probabilities: Array, labels: Int64) -> float:
+    """`auc` from rank sums, for the many resamples of an interval (Hanley and McNeil 1982)."""
+    present = (1,) if probabilities.shape[1] == 2 else np.unique(labels)
+    areas = []
+    for label in present:
+        inside = labels == label
+        m = int(inside.sum())
+        areas.append((stats.rankdata(probabilities[:, label])[inside].sum() - m * (m + 1) / 2) / (m * (len(labels) - m)))
+    return float(np.mean(areas))
 
 
 def _verdict(

@@ -11,9 +11,11 @@ from test_decisions import evidence, features, image_set
 
 from dpsynth.checks.arms import brier, calibration_error, train_arms
 from dpsynth.checks.bands import band_features
+from dpsynth.checks.classifier import auc
 from dpsynth.checks.description import describe, diversity, histogram_distance, kid_interval, scale_weights
 from dpsynth.checks.evidence import first_images
 from dpsynth.checks.radiomics import FIRST_ORDER, LEVELS, NAMES, benjamini_hochberg, cooccurrence, kolmogorov_smirnov, levels, radiomics
+from dpsynth.checks.utility import rank_auc
 from dpsynth.data.phantom import phantom_cohort
 from dpsynth.progress import silent
 
@@ -124,6 +126,13 @@ def test_each_figure_is_near_real_for_real_images_and_far_for_what_it_measures(f
     assert abs(honest[f"{figure}, synthetic"] - real) < 0.5 * abs(spoilt[f"{figure}, synthetic"] - real)
     assert spoilt[f"{figure}, real"] == real
     assert honest["radiomics that differ of 14, real"] <= 2
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_area_from_ranks_is_that_of_the_curve(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.dirichlet(np.ones(classes), 90).round(2), rng.integers(0, classes, 90)
+    assert rank_auc(probabilities, labels) == pytest.approx(auc(probabilities, labels), abs=1e-12)
 
 
 def test_calibration_by_hand() -> None:
