@@ -81,6 +81,22 @@ def plan(config: ConfigFile, output: Format = OutputFormat.TEXT) -> None:
 
 
 @app.command()
+def audit(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the page, its JSON and the proposed exclusions.")],
+) -> None:
+    """Look over the private images before training: doubles, labels, text, permission, subgroups. Nothing of it leaves."""
+    from dpsynth.audit.run import audit as audit_cohort
+    from dpsynth.config import load_config
+
+    with _progress() as progress:
+        result = audit_cohort(load_config(config), out=out, progress=progress)
+    for line in result.lines():
+        print(line)
+    print(f"Page: {out / 'audit.html'}. It shows patients and must not leave. To act on it: data.exclusions (docs/audit.md).")
+
+
+@app.command()
 def train(
     config: ConfigFile,
     run: Annotated[Path, typer.Option("--run", metavar="RUN", help="Run folder to make, or to resume after a crash.")],

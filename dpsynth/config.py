@@ -130,6 +130,17 @@ class DataConfig(_Settings):
     control_fraction: Fraction = Field(
         0.2, description="Each patient goes to the control set with this probability, by a keyed coin, and is not trained on."
     )
+    exclusions: Path | None = Field(
+        None,
+        description="CSV file with the columns image and reason: images that the data owner leaves out, as `dpsynth audit` proposes "
+        "them. It is part of what the ledger was opened for.",
+    )
+    permission_column: str | None = Field(
+        None, min_length=1, description="Column of table.csv, or DICOM keyword, that says whether an image may be used; none: all may."
+    )
+    permission_values: tuple[str, ...] = Field(
+        ("yes",), min_length=1, description="Values that mean yes. An image with another, or none, is refused unless it is excluded."
+    )
     medmnist_split: Literal["train", "val", "test"] = Field("train", description="Which arrays of a MedMNIST file to read.")
     phantom: PhantomConfig = PhantomConfig()
 
@@ -151,6 +162,8 @@ class DataConfig(_Settings):
     def _require_attributes(self) -> None:
         if self.attributes and self.format == "medmnist":
             raise ValueError("a MedMNIST file holds no attributes: leave data.attributes out, or use another format")
+        if self.permission_column and self.format in ("medmnist", "phantom"):
+            raise ValueError(f"format {self.format} says nothing of permission: leave data.permission_column out")
         if taken := [name for name in self.attributes if name in _TAKEN]:
             raise ValueError(f"an attribute cannot be called {taken[0]}: choose another name and set its column")
         if self.attributes and len(self.cells) > _LARGEST_NUMBER_OF_CELLS:
@@ -252,11 +265,46 @@ class GenerateConfig(_Settings):
     variation: Positive = Field(0.5, description="Noise level from which an image is drawn around the candidate that patients voted for.")
 
 
+Limits = tuple[float, float]
+
+
+class ContentConfig(_Settings):
+    """What a single synthetic image must be like. Two numbers are limits: beyond the first a person must look, beyond the second it is
+    withheld. Nothing here looks at a private image."""
+
+    contrast: Limits = Field((0.03, 0.015), description="Least standard deviation of an image's intensities, which lie in [-1, 1].")
+    saturated: Limits = Field((0.5, 0.9), description="Largest share of pixels at the upper end of the range.")
+    similarity: Limits = Field(
+        (0.9995, 0.9999), description="Largest correlation of the thumbnail with that of an earlier synthetic image; 1 is a double."
+    )
+    structure: Limits = Field(
+        (10.0, 25.0), description="Largest squared distance from the released mean of its cell in the low frequencies; 1 is usual."
+    )
+    detail: Limits = Field((10.0, 25.0), description="Largest energy of fine detail, as part of what was released for its cell.")
+    text: Literal["strokes", "ocr"] = Field(
+        "strokes",
+        description="How burned-in text is looked for: thin strokes, or read by RapidOCR (`dpsynth[ocr]`, about a second an image), which "
+        "misses far less. Images below 48 pixels can hold no readable text.",
+    )
+    largest_rejected: Fraction = Field(0.02, description="The check of content fails when a larger share of the drawn images is rejected.")
+    person_sees: int = Field(20, ge=0, description="Images that a person is shown whatever the filters say; a keyed random sample.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ContentConfig:
+        for name in ("saturated", "similarity", "structure", "detail"):
+            review, reject = getattr(self, name)
+            if not 0 < review <= reject:
+                raise ValueError(f"{name}: expected two rising limits above 0, review first, found {review:g} and {reject:g}")
+        if not 0 <= self.contrast[1] <= self.contrast[0] < 1:
+            raise ValueError("contrast: expected two falling limits below 1, review first")
+        return self
+
+
 class GateConfig(_Settings):
     """The policy by which a release is allowed; fixed before the checks run."""
 
-    required: tuple[Literal["accounting", "membership", "copying", "fidelity", "utility"], ...] = Field(
-        ("accounting", "membership", "copying", "fidelity", "utility"),
+    required: tuple[Literal["accounting", "membership", "copying", "fidelity", "utility", "content", "fairness"], ...] = Field(
+        ("accounting", "membership", "copying", "fidelity", "utility", "content"),
         description="Checks without which nothing is released; accounting, membership and copying always are.",
     )
     false_alarm_rate: Annotated[float, Field(ge=0.001, le=0.05)] = Field(0.01, description="Of each statistical check; 0.001 to 0.05.")
@@ -269,6 +317,7 @@ class GateConfig(_Settings):
         0.25, description="Fidelity fails when synthetic images differ from each other less than this part of what real ones do."
     )
     smallest_coverage: Fraction = Field(0.05, description="Fidelity fails when coverage lies below, as part of real against real.")
+    content: ContentConfig = ContentConfig()
 
 
 class ReleaseConfig(_Settings):
@@ -389,7 +438,7 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
     def absolute(path: Path | None) -> Path | None:
         return None if path is None else (base / path.expanduser()).resolve()
 
-    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    data = config.data.model_copy(update={"path": absolute(config.data.path), "exclusions": absolute(config.data.exclusions)})
     pretrain = config.pretrain.model_copy(update={"path": absolute(config.pretrain.path), "cache": absolute(config.pretrain.cache)})
     return config.model_copy(update={"data": data, "pretrain": pretrain})
 

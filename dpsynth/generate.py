@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.artifacts import RunFolder
+from dpsynth.artifacts import RunFolder, write_json
 from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, target_problem
-from dpsynth.config import GenerateConfig, parse_config
-from dpsynth.data.candidates import Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit
-from dpsynth.errors import UsageError
+from dpsynth.checks.plausibility import Reference
+from dpsynth.checks.screening import CONTENT, Decision, Screening, screen
+from dpsynth.config import ContentConfig, GenerateConfig, parse_config
+from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit, to_unit_range
+from dpsynth.errors import GateRefused, UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.progress import Progress
 
@@ -43,14 +45,32 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
     settings = _with_target(config.generate, target, config.data.cells)
     generator = Generator.load(run.folder("train"))
     run.reset("generate")
-    candidates = draw(generator, settings, progress=progress)
+    drawn = draw(generator, settings, progress=progress)
+    screening = screened(generator, drawn, config.gate.content, progress=progress)
+    rejected = screening.of(Decision.REJECT)
+    if rejected.all():
+        raise GateRefused(f"The policy rejects all {len(rejected)} drawn images: {screening.counts(Decision.REJECT)}. Train for longer.")
+    candidates = drawn.kept(~rejected)
     save_candidates(run, candidates)
+    log = screening.log(drawn.seeds)
+    write_json(run.folder("generate") / CONTENT, [row for row in log if row["decision"] == Decision.REJECT.value])
     rows = cell_rows(generator, candidates)
     if generator.attributes:
         save_cell_rows(run, rows)
-    facts = {"count": len(candidates.images), **({"target": settings.target} if settings.target else {})}
+    facts = {"count": len(candidates.images), WITHHELD: int(rejected.sum()), **({"target": settings.target} if settings.target else {})}
     run.complete("generate", needs=("train",), facts=facts)
-    return Drawn(count=len(candidates.images), warnings=small_cells(rows) if generator.attributes else ())
+    warnings = small_cells(rows) if generator.attributes else ()
+    if rejected.any():
+        grounds = ", ".join(f"{ground} {number}" for ground, number in screening.counts(Decision.REJECT).items())
+        warnings = (f"{int(rejected.sum())} of {len(rejected)} drawn images were withheld ({grounds})", *warnings)
+    return Drawn(count=len(candidates.images), warnings=warnings)
+
+
+def screened(generator: Generator, drawn: Candidates, policy: ContentConfig, *, progress: Progress) -> Screening:
+    """The drawn images against the generator's own released moments and the policy: grounds that read no private image."""
+    cells = generator.cells.index(drawn.labels, drawn.conditions())
+    images = to_unit_range(drawn.images)
+    return screen(images, cells, Reference.of(generator.moments), policy, sample_key=b"", progress=progress)
 
 
 def _with_target(settings: GenerateConfig, target: Target | None, cells: Cells) -> GenerateConfig:

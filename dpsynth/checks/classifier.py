@@ -81,3 +81,14 @@ def auc(probabilities: Array, labels: Int64) -> float:
 def balanced_accuracy(probabilities: Array, labels: Int64) -> float:
     """Mean recall over classes."""
     return float(balanced_accuracy_score(labels, probabilities.argmax(axis=1)))
+
+
+def worst_recall(probabilities: Array, labels: Int64) -> float:
+    """The smallest recall among the classes that occur in `labels` (n,). probabilities: (n, classes)."""
+    return min(recalls(probabilities, labels).values())
+
+
+def recalls(probabilities: Array, labels: Int64) -> dict[int, float]:
+    """Recall by class, of the classes that occur in `labels` (n,)."""
+    predicted = probabilities.argmax(axis=1)
+    return {int(label): float((predicted[labels == label] == label).mean()) for label in np.unique(labels)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.features import encode, mirrored
+from dpsynth.checks.screening import Screening
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import Progress
@@ -29,6 +30,9 @@ class Evidence:
     accounting_problems: tuple[str, ...]
     ledger_problems: tuple[str, ...]
     uses_sgd: bool
+    screening: Screening | None = None  # of the synthetic images, on grounds that read no private image
+    synthetic_attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)  # by declared attribute, (n,)
+    withheld: int = 0  # synthetic images that the screening left out when they were drawn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,8 +30,11 @@ def measures(real: Array, other: Array) -> dict[str, float]:
     return {"kid": kid(real, other), **neighbourhoods(real, other).__dict__}
 
 
-def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
-    """FAIL when precision or coverage, as part of what real images reach, lies below the policy's limit; INCONCLUSIVE with few images."""
+def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, description: Mapping[str, float] | None = None) -> Verdict:
+    """FAIL when precision or coverage, as part of what real images reach, lies below the policy's limit; INCONCLUSIVE with few images.
+
+    `description` holds further figures, which are reported and decide nothing.
+    """
     control, training = features.control, features.training
     size = min(len(control), len(training), len(features.synthetic), _MOST)
     synthetic_draws, real_draws = _draws(control, features.synthetic, training, size, rng)
@@ -61,7 +66,7 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator) 
         false_alarm_rate=0.025,
         reason=reason,
         limitation=LIMITATION,
-        figures={**figures, "spread as part of real": spread, "images a side": float(size)},
+        figures={**figures, "spread as part of real": spread, "images a side": float(size), **(description or {})},
     )
 
 

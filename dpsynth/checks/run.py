@@ -6,14 +6,18 @@ from pathlib import Path
 
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
 from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.plausibility import Reference
+from dpsynth.checks.screening import CONTENT, Screening, screen
 from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
-from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range
+from dpsynth.data.candidates import Candidates, candidates_digest, load_candidates, to_unit_range, withheld
+from dpsynth.data.cohort import Float32
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, restore_split
+from dpsynth.model.generator import Generator
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress
@@ -31,8 +35,10 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     split = _split(run, config, trained.ledger, progress)
     attempt = trained.ledger.record_gate_attempt(trained.charge.run_id)
     candidates = load_candidates(run)
+    synthetic = to_unit_range(candidates.images)
+    screening = _screened(run, config, candidates, synthetic, key=split.key, progress=progress)
     evidence = Evidence(
-        synthetic=to_unit_range(candidates.images),
+        synthetic=synthetic,
         synthetic_labels=candidates.labels,
         training=split.training,
         control=split.control,
@@ -40,15 +46,27 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
         accounting_problems=trained.guarantee.problems(),
         ledger_problems=tuple(trained.ledger.verify()),
         uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in trained.guarantee.mechanisms),
+        synthetic_attributes=candidates.attributes,
+        screening=screening,
+        withheld=withheld(run),
     )
     verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress)
     run.reset("check")
     facts = {"attempt": attempt, "candidates_sha256": candidates_digest(run)}
     record = run.folder("check") / VERDICTS
     write_json(record, {**facts, "verdicts": [verdict.to_json() for verdict in verdicts]}, private=True)
+    write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
     trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
     run.complete("check", needs=("train", "generate"), facts=facts)
     return verdicts
+
+
+def _screened(run: RunFolder, config: Config, candidates: Candidates, synthetic: Float32, *, key: bytes, progress: Progress) -> Screening:
+    """Every candidate against released moments and the policy; the split's key, which stays at the site, chooses what a person is shown."""
+    generator = Generator.load(run.folder("train"))
+    cells = generator.cells.index(candidates.labels, candidates.conditions())
+    reference = Reference.of(generator.moments)
+    return screen(synthetic, cells, reference, config.gate.content, sample_key=key, progress=progress)
 
 
 def _split(run: RunFolder, config: Config, ledger: Ledger, progress: Progress) -> Split:

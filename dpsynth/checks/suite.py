@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 from dpsynth.checks.accounting import accounting
+from dpsynth.checks.arms import train_arms
+from dpsynth.checks.content import content
 from dpsynth.checks.copying import copying
+from dpsynth.checks.description import describe
 from dpsynth.checks.evidence import Evidence, compute_features
+from dpsynth.checks.fairness import fairness
 from dpsynth.checks.fidelity import fidelity
 from dpsynth.checks.membership import membership
 from dpsynth.checks.utility import utility
@@ -25,12 +30,15 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([seed, number])
 
+    arms = cache(lambda: train_arms(evidence, seed=seed, progress=progress))  # several checks look at them
     checks: dict[str, Callable[[], Verdict]] = {
         "accounting": lambda: accounting(evidence),
         "membership": lambda: membership(features, gate, rng=rng(1)),
         "copying": lambda: copying(evidence, features, gate, rng=rng(2)),
-        "fidelity": lambda: fidelity(features, gate, rng=rng(3)),
-        "utility": lambda: utility(evidence, gate, rng=rng(4), seed=seed, progress=progress),
+        "fidelity": lambda: fidelity(features, gate, rng=rng(3), description=describe(evidence, features, rng=rng(5), progress=progress)),
+        "utility": lambda: utility(evidence, gate, arms=arms, rng=rng(4)),
+        "fairness": lambda: fairness(evidence, features, gate, arms=arms, rng=rng(6)),
+        "content": lambda: content(evidence.screening, gate.content, withheld=evidence.withheld),
     }
     return tuple(_guarded(name, check) for name, check in checks.items())
 

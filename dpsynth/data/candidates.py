@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
 from dpsynth.errors import ArtifactError
 
+WITHHELD = "withheld"  # public fact of the stage
 FILE, CELLS = "candidates.npz", "cells.json"
 _ATTRIBUTE = "attribute_"  # begins the name of an attribute's array
 
@@ -24,6 +25,11 @@ class Candidates:
     labels: NDArray[np.int64]
     seeds: NDArray[np.uint64]
     attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+
+    def kept(self, rows: NDArray[np.bool_]) -> Candidates:
+        """Those of the rows (n,) that are true."""
+        attributes = {name: values[rows] for name, values in self.attributes.items()}
+        return Candidates(images=self.images[rows], labels=self.labels[rows], seeds=self.seeds[rows], attributes=attributes)
 
     def conditions(self) -> list[dict[str, str]]:
         """The attributes of each image."""
@@ -59,6 +65,11 @@ def load_candidates(run: RunFolder) -> Candidates:
             return Candidates(images=arrays["images"], labels=arrays["labels"], seeds=arrays["seeds"], attributes=attributes)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"Expected readable candidates in {FILE}: {error}. Run `dpsynth generate` again.") from error
+
+
+def withheld(run: RunFolder) -> int:
+    """How many drawn images were left out of the candidates on grounds that read no private image."""
+    return int(run.require("generate").facts.get(WITHHELD, 0))
 
 
 def save_candidates(run: RunFolder, candidates: Candidates) -> None:

@@ -10,6 +10,7 @@ import hmac
 import secrets
 from pathlib import Path
 
+from dpsynth.artifacts import sha256_file
 from dpsynth.config import Config, DataConfig
 from dpsynth.data.cohort import Cohort
 from dpsynth.data.source import read_cohort
@@ -21,12 +22,14 @@ from dpsynth.progress import Progress
 
 
 def fingerprint(cohort: Cohort, data: DataConfig, *, salt: bytes, progress: Progress) -> str:
-    """Salted digest over patients, labels and decoded pixels, whatever the order of files.
+    """Salted digest over patients, labels, decoded pixels and the list of exclusions, whatever the order of files.
 
     Raises DataError for broken images, and for images of different sizes unless the configuration allows them.
     """
     dimensions, first = len(data.spatial_shape), None
     total = hmac.new(salt, digestmod=hashlib.sha256)
+    if data.exclusions is not None:
+        total.update(b"exclusions:" + bytes.fromhex(sha256_file(data.exclusions)))
     records = sorted(cohort.records, key=lambda record: (record.patient_id, record.name))
     for index, record in enumerate(records):
         image = decoded(record, dimensions=dimensions, channels=data.channels)

@@ -27,7 +27,7 @@ def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageS
     images = np.empty((len(records), config.channels, *config.spatial_shape), dtype=np.float32)
     for index, record in enumerate(records):
         stored = decoded(record, dimensions=len(config.spatial_shape), channels=config.channels)
-        _require_in_range(stored.voxels, record.name, config.intensity_range)
+        require_in_range(stored.voxels, record.name, config.intensity_range)
         images[index] = transform(stored.voxels, spacing_mm=stored.spacing_mm)
         if images[index].min() == images[index].max():
             raise _nothing_left(record.name, config.intensity_range)
@@ -45,7 +45,8 @@ def prepare(cohort: Cohort, config: DataConfig, *, progress: Progress) -> ImageS
     )
 
 
-def _require_in_range(stored: Float32, name: str, intensity_range: IntensityRange) -> None:
+def require_in_range(stored: Float32, name: str, intensity_range: IntensityRange) -> None:
+    """Raise DataError when the stored values cannot be meant for this range."""
     if intensity_range == "each":
         if np.ptp(np.percentile(stored, _PERCENTILES)) == 0:  # there would be nothing to scale by
             raise _nothing_left(name, intensity_range)

@@ -6,6 +6,7 @@ from dpsynth.config import DataConfig
 from dpsynth.data.attributes import columns, with_declared_values
 from dpsynth.data.cohort import Cohort
 from dpsynth.data.dicom import read_dicom
+from dpsynth.data.exclusions import require_permission, without_excluded
 from dpsynth.data.medmnist import read_medmnist
 from dpsynth.data.nifti import read_nifti
 from dpsynth.data.phantom import phantom_cohort
@@ -14,11 +15,17 @@ from dpsynth.errors import DataError
 
 
 def read_cohort(config: DataConfig) -> Cohort:
-    """List the images of `config` without decoding them, each declared attribute with a public value. Raises DataError."""
-    return with_declared_values(_listed(config), config)
+    """List the images of `config` without decoding them, without the excluded ones, each declared attribute with a public value.
+
+    Raises DataError, also for an image that is there without permission.
+    """
+    cohort = without_excluded(listed(config), config)
+    require_permission(cohort, config)
+    return with_declared_values(cohort, config)
 
 
-def _listed(config: DataConfig) -> Cohort:
+def listed(config: DataConfig) -> Cohort:
+    """List all images of `config`, as the files have them. Raises DataError."""
     if config.format == "phantom":
         return phantom_cohort(
             anatomy=config.phantom.anatomy,
@@ -53,6 +60,6 @@ def _listed(config: DataConfig) -> Cohort:
             classes=config.classes,
             label_column=config.label_column,
             dimensions=dimensions,
-            attribute_columns=columns(config),
+            attribute_columns=(*columns(config), *([config.permission_column] if config.permission_column else [])),
         )
     return read_nifti(path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column)

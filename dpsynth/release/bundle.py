@@ -31,6 +31,7 @@ from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress
 from dpsynth.release.gate import Allowed
 from dpsynth.release.mark import DISCLOSURE, data_card, marking
+from dpsynth.release.metadata import require_expected_metadata
 from dpsynth.signing import STATEMENT_TYPE, sign_statement
 
 MANIFEST, SIGNATURE, ARCHIVE = "manifest.json", "manifest.dsse.json", "synthetic.npz"
@@ -71,6 +72,7 @@ def write_release(release: Release, *, out: Path, private: Ed25519PrivateKey, pr
         building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _write_contents(release, building, progress)
+        require_expected_metadata(building, release.candidates.attributes)
         manifest = _manifest(release, building)
         write_json(building / MANIFEST, manifest)
         write_json(building / SIGNATURE, sign_statement(_statement(release, manifest, building), private))

@@ -355,6 +355,7 @@ def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, de
             *(f"the values of {name}, {json.dumps(list(values))}" for name, values in config.data.cells.attributes),
             f"image size {list(config.data.spatial_shape)}, {config.data.channels} channels, "
             f"intensity range {json.dumps(config.data.intensity_range)}",
+            *(["which images the data owner left out before training"] if config.data.exclusions else []),
             f"constants and pre-training from {pretraining}",
             "the training schedule",
             "the outcome word of each check, that the gate allowed the release, and how often it was asked",

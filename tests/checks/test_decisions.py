@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from scipy import stats
 
 from dpsynth.checks import suite
 from dpsynth.checks.accounting import ALWAYS, REQUIRED, accounting
+from dpsynth.checks.arms import Arms
+from dpsynth.checks.classifier import train_and_predict
 from dpsynth.checks.copying import copying
 from dpsynth.checks.evidence import Evidence, Features, first_images
 from dpsynth.checks.fidelity import fidelity
@@ -166,9 +169,26 @@ def bars(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(images, -1, 1), labels
 
 
+@cache
+def real_arm(control: int) -> np.ndarray:
+    return train_and_predict(*single_precision(200, 0), single_precision(control, 1)[0], classes=2, seed=0, task="", progress=silent)
+
+
+def single_precision(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = bars(count, seed)
+    return images.astype(np.float32), labels.astype(np.int64)
+
+
+def arms_of(sets: Evidence) -> Arms:
+    """The two arms that decide; the real one, which is the same in all calls, is trained once. `train_arms` is tested by itself."""
+    real = real_arm(len(sets.control.images))
+    ours = train_and_predict(sets.synthetic, sets.synthetic_labels, sets.control.images, classes=2, seed=0, task="", progress=silent)
+    return Arms(synthetic=ours, real=real, both=real, synthetic_by_real=np.eye(2)[sets.synthetic_labels])
+
+
 def utility_of(images: np.ndarray, labels: np.ndarray, control: int = 300) -> Verdict:
     sets = evidence(image_set(*bars(200, 0)), image_set(*bars(control, 1)), images, labels)
-    return utility(sets, GATE, rng=np.random.default_rng(0), seed=0, progress=silent)
+    return utility(sets, GATE, arms=lambda: arms_of(sets), rng=np.random.default_rng(0))
 
 
 def test_utility_passes_real_images_fails_shuffled_labels_and_cannot_tell_without_a_class() -> None:
@@ -209,10 +229,11 @@ def test_a_check_that_breaks_is_inconclusive_and_never_missing(monkeypatch: pyte
     monkeypatch.setattr(
         suite, "compute_features", lambda *_, **__: features(points(60, np.random.default_rng(0)), *[images.reshape(60, -1)] * 2)
     )
+    monkeypatch.setattr(suite, "describe", lambda *_, **__: {})
     for name in ("membership", "copying", "fidelity", "utility"):
         monkeypatch.setattr(suite, name, broken)
     verdicts = {verdict.check: verdict for verdict in suite.run_checks(sets, GATE, seed=0, progress=silent)}
-    assert set(verdicts) == {"accounting", "membership", "copying", "fidelity", "utility"}
+    assert set(verdicts) == {"accounting", "membership", "copying", "fidelity", "utility", "content", "fairness"}
     assert verdicts["accounting"].outcome is Outcome.PASS
     for name in ("membership", "copying", "fidelity", "utility"):
         assert verdicts[name].outcome is Outcome.INCONCLUSIVE

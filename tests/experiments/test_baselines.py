@@ -13,11 +13,13 @@ import pytest
 import torch
 import tutorial_loop
 from edm import EdmDenoiser, unet
-from measure import band_features, frechet_distance, worst_recall
 from opacus import GradSampleModule
 from private import Task, booked_sgd, labels_like, noised_sum, one_release, private_steps, spent
 from scipy.ndimage import gaussian_filter
 
+from dpsynth.checks.bands import band_features
+from dpsynth.checks.classifier import worst_recall
+from dpsynth.checks.gaussian_distance import frechet_distance
 from dpsynth.checks.statistics import kid
 from dpsynth.config import GenerateConfig
 from dpsynth.data.cohort import ImageSet

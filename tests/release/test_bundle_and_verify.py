@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -9,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
+from PIL import Image, PngImagePlugin
 
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import ReleaseConfig
@@ -23,6 +27,7 @@ from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.progress import silent
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.gate import Allowed
+from dpsynth.release.metadata import require_expected_metadata
 from dpsynth.release.verify import verify
 from dpsynth.signing import generate_key, load_private
 
@@ -234,3 +239,74 @@ def test_verification_runs_without_torch(out: Path, keys: Path, without_torch: C
     result = without_torch(f"sys.argv = {arguments!r}\nfrom dpsynth.cli import main\nmain()")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "true"
+
+
+def _png_with_exif(path: Path) -> None:
+    with Image.open(path) as picture:
+        exif = picture.getexif()
+        exif[0x013B] = "Dr. Grey"
+        picture.save(path, exif=exif)
+
+
+def _png_with_text(path: Path) -> None:
+    marks = PngImagePlugin.PngInfo()
+    marks.add_itxt("Source", "/data/hospital/secret.png")
+    with Image.open(path) as picture:
+        picture.save(path, pnginfo=marks)
+
+
+def _png_with_a_tail(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"MRN-4711")
+
+
+def _nifti_with_description(path: Path) -> None:
+    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes()))
+    image.header["descrip"] = b"FSL 6.0, /home/grey"
+    path.write_bytes(gzip.compress(image.to_bytes()))
+
+
+def _dicom_with(keyword: str, value: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        dataset = pydicom.dcmread(path)
+        setattr(dataset, keyword, value)
+        dataset.save_as(path)
+
+    return change
+
+
+def _dicom_with_a_private_tag(path: Path) -> None:
+    dataset = pydicom.dcmread(path)
+    dataset.private_block(0x11, "HOSPITAL", create=True).add_new(0x01, "LO", "MRN-4711")
+    dataset.save_as(path)
+
+
+RIDERS = {
+    "exif": ("images/synthetic-000000.png", _png_with_exif),
+    "text": ("images/synthetic-000000.png", _png_with_text),
+    "tail": ("images/synthetic-000001.png", _png_with_a_tail),
+    "nifti": ("images/synthetic-000002.nii.gz", _nifti_with_description),
+    "institution": ("images/synthetic-000000.dcm", _dicom_with("InstitutionName", "St. Elsewhere")),
+    "a real name": ("images/synthetic-000000.dcm", _dicom_with("PatientName", "DOE^JOHN")),
+    "a birth date": ("images/synthetic-000000.dcm", _dicom_with("PatientBirthDate", "19500101")),
+    "private tag": ("images/synthetic-000003.dcm", _dicom_with_a_private_tag),
+}
+
+
+@pytest.mark.parametrize("rider", RIDERS)
+def test_metadata_that_ride_along_stop_the_release(rider: str, out: Path) -> None:
+    name, change = RIDERS[rider]
+    for signed in ("manifest.json", "manifest.dsse.json"):
+        (out / signed).unlink()
+    require_expected_metadata(out, ())
+    change(out / name)
+    with pytest.raises(GateRefused, match=name.rpartition("/")[2]):
+        require_expected_metadata(out, ())
+
+
+@pytest.mark.parametrize("name", ["images/DOE-JOHN.png", "notes.txt", "images/synthetic-000000.jpg"])
+def test_a_file_that_no_release_has_stops_it(name: str, out: Path) -> None:
+    (out / name).write_bytes(b"x")
+    for signed in ("manifest.json", "manifest.dsse.json"):
+        (out / signed).unlink()
+    with pytest.raises(GateRefused, match="file name"):
+        require_expected_metadata(out, ())

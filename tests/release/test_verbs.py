@@ -89,6 +89,25 @@ def let_out(clinic: Path, ledger: str = "ledger") -> Path:
     )
 
 
+def test_images_that_the_policy_rejects_are_withheld_when_drawn_and_counted(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is blank, one is a double. What is left is what the check sees, and no private image was opened."""
+    honest = load_candidates(RunFolder.open(clinic / "run"))
+    spoilt = replace(honest, images=honest.images.copy())
+    spoilt.images[7], spoilt.images[40] = 128, spoilt.images[12]
+    monkeypatch.setattr("dpsynth.generate.draw", lambda *_, **__: spoilt)
+    monkeypatch.setattr("dpsynth.data.raster.read_image", None)
+    drawn = generate(clinic / "run", progress=silent)
+    assert drawn.count == 98
+    assert "2 of 100 drawn images were withheld (contrast 1, similarity 1)" in drawn.warnings[0]
+    left = load_candidates(RunFolder.open(clinic / "run"))
+    np.testing.assert_array_equal(left.seeds, np.delete(honest.seeds, [7, 40]))
+    log = json.loads((clinic / "run" / "generate" / "content.json").read_text())
+    assert [(row["index"], row["grounds"]) for row in log] == [(7, ["contrast"]), (40, ["similarity"])]
+    spoilt.images[:] = 128
+    with pytest.raises(GateRefused, match="rejects all 100"):
+        generate(clinic / "run", progress=silent)
+
+
 def seal(clinic: Path, stage: str) -> None:
     """Make the stage's record fit its files again, as someone who owns the run folder can."""
     run = RunFolder.open(clinic / "run")
@@ -113,6 +132,9 @@ def test_the_honest_run_is_released_and_nothing_computed_on_patients_leaves(clin
     split = json.loads((clinic / "run" / "train" / "site" / "split.json").read_text())
     secrets, numbers = ["MRN-", str(clinic), "must not leave", f"draw of {len(split['control'])}"], []
     for verdict in record["verdicts"]:
+        assert verdict["public"] == (verdict["check"] == "content"), "only what reads no patient may leave with its numbers"
+        if verdict["public"]:
+            continue
         secrets.append(verdict["reason"])
         if verdict["check"] != "accounting":
             numbers += [f"{n:.4g}" for n in (verdict["statistic"], *verdict["interval"], *verdict["figures"].values())]

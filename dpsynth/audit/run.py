@@ -1,0 +1,167 @@
+"""The verb audit: read the cohort as it is, write down what is wrong with it and what could be left out. Nothing is changed or booked.
+
+It needs neither a ledger nor a run, so that it comes before both. Its folder is for the data owner: it names files and shows patients.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpsynth import __version__
+from dpsynth.artifacts import write_bytes, write_json
+from dpsynth.audit.doubles import doubles
+from dpsynth.audit.finding import Finding, Kind
+from dpsynth.audit.labels import doubtful_labels
+from dpsynth.audit.page import render
+from dpsynth.audit.subgroups import Group, groups
+from dpsynth.checks.bands import band_features
+from dpsynth.checks.burned_text import LIMITS, readable, text_scores
+from dpsynth.config import Config, DataConfig
+from dpsynth.data.attributes import with_declared_values
+from dpsynth.data.cohort import Cohort, Float32, Record
+from dpsynth.data.exclusions import COLUMNS, has_permission, without_excluded
+from dpsynth.data.preprocess import Preprocess, require_in_range
+from dpsynth.data.source import listed
+from dpsynth.data.validate import decoded
+from dpsynth.errors import ArtifactError, DataError
+from dpsynth.progress import Progress, silent
+
+PAGE, RECORD, PROPOSED = "audit.html", "audit.json", "exclusions.csv"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What was found. accuracy: mean recall of the classifier that judged the labels, 0 when none could be trained."""
+
+    findings: tuple[Finding, ...]
+    groups: tuple[Group, ...]
+    patients: int
+    images: int
+    label_accuracy: float
+    text_reader: str
+
+    def lines(self) -> list[str]:
+        """A line for each kind, and for the small subgroups."""
+        counts = Counter(finding.kind for finding in self.findings)
+        small = [group.name for group in self.groups if group.small]
+        found = [f"{counts[kind]:>5}  {kind.value}" for kind in Kind]
+        return [f"{self.images} images of {self.patients} patients", *found, f"{len(small):>5}  small subgroups" + _first(small)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pictures."""
+        return {
+            "schema": SCHEMA,
+            "dpsynth": __version__,
+            "images": self.images,
+            "patients": self.patients,
+            "text_reader": self.text_reader,
+            "label_accuracy": self.label_accuracy,
+            "findings": [finding.to_json() for finding in self.findings],
+            "groups": [{**asdict(group), "small": group.small} for group in self.groups],
+        }
+
+
+def _first(names: list[str]) -> str:
+    return f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
+
+
+def audit(config: Config, *, out: Path, progress: Progress) -> Audit:
+    """Write audit.html, audit.json and exclusions.csv into the new folder `out`. Raises ArtifactError when something is there, DataError
+    for data that cannot be listed."""
+    if out.exists():
+        raise ArtifactError(f"Expected {out} not to exist. Name another folder.")
+    cohort = without_excluded(listed(config.data), config.data)
+    images, rows, findings = _decoded(cohort, config, progress)
+    usable = [cohort.records[row] for row in rows]
+    names = [record.name for record in usable]
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(record.patient_id for record in usable))}
+    patients = np.array([numbers[record.patient_id] for record in usable], dtype=np.int64)
+    labels = np.array([record.label for record in usable], dtype=np.int64)
+    findings += [_without_permission(record) for record in cohort.records if not has_permission(record, config.data)]
+    accuracy = 0.0
+    if usable:
+        findings += doubles(images, patients, names, progress=progress)
+        found, accuracy = doubtful_labels(band_features(images), labels, patients, names, cohort.classes, progress=progress)
+        findings += found
+    result = Audit(
+        findings=tuple(sorted(findings, key=lambda finding: list(Kind).index(finding.kind))),
+        groups=tuple(groups(_with_values(cohort, config.data), cohort.classes, tuple(config.data.attributes))),
+        patients=cohort.num_patients,
+        images=len(cohort.records),
+        label_accuracy=accuracy,
+        text_reader=config.gate.content.text,
+    )
+    write_json(out / RECORD, result.to_json(), private=True)
+    write_bytes(out / PROPOSED, proposed_exclusions(result.findings).encode(), private=True)
+    write_bytes(out / PAGE, render(result.to_json(), result.findings, images, name=config.data.name).encode(), private=True)
+    return result
+
+
+def _with_values(cohort: Cohort, config: DataConfig) -> tuple[Record, ...]:
+    try:
+        return with_declared_values(cohort, config).records
+    except DataError:  # an image without a declared value is a fault of its own, which `train` names; here it counts under "(none)"
+        return cohort.records
+
+
+def _decoded(cohort: Cohort, config: Config, progress: Progress) -> tuple[Float32, list[int], list[Finding]]:
+    """Images as they would be trained on, with their rows in the cohort; findings on single images: unusable, and text as stored."""
+    transform = Preprocess(config.data.spatial_shape, config.data.intensity_range)
+    kept: list[Float32] = []
+    rows: list[int] = []
+    findings: list[Finding] = []
+    for row, record in enumerate(cohort.records):
+        try:
+            stored = decoded(record, dimensions=len(config.data.spatial_shape), channels=config.data.channels)
+            require_in_range(stored.voxels, record.name, config.data.intensity_range)
+            image = transform(stored.voxels, spacing_mm=stored.spacing_mm)
+        except DataError as error:
+            findings.append(Finding(kind=Kind.UNUSABLE, images=(record.name,), proposed=(record.name,), detail=str(error)))
+            continue
+        finding = _image_finding(record, stored.voxels, image, config, row=len(kept))
+        findings += [finding] if finding else []
+        kept.append(image)
+        rows.append(row)
+        if row % 20 == 19 or row + 1 == len(cohort.records):
+            progress("read images", row + 1, len(cohort.records))
+    shape = (0, config.data.channels, *config.data.spatial_shape)
+    return (np.stack(kept) if kept else np.empty(shape, dtype=np.float32)), rows, findings
+
+
+def _image_finding(record: Record, stored: Float32, image: Float32, config: Config, *, row: int) -> Finding | None:
+    if (share := float((image >= 1).mean())) > config.gate.content.saturated[1] or image.std() < config.gate.content.contrast[1]:
+        detail = f"{share:.0%} of it is at the upper end, standard deviation {image.std():.3f}"
+        return Finding(kind=Kind.UNUSABLE, images=(record.name,), proposed=(record.name,), detail=detail, rows=(row,))
+    reader = config.gate.content.text
+    low, high = float(stored.min()), float(stored.max())
+    whole = np.asarray((stored - low) / (high - low) * 2 - 1, dtype=np.float32)
+    score = float(text_scores(whole[None], reader=reader, task="images", progress=silent)[0]) if readable(whole.shape) else 0.0
+    if score <= LIMITS[reader]:
+        return None
+    detail = f"{score:.0f} letters on a line" if reader == "strokes" else f"read with confidence {score:.2f}"
+    return Finding(kind=Kind.TEXT, images=(record.name,), proposed=(record.name,), detail=detail, rows=(row,))
+
+
+def _without_permission(record: Record) -> Finding:
+    return Finding(kind=Kind.PERMISSION, images=(record.name,), proposed=(record.name,), detail="its permission is not one that means yes")
+
+
+def proposed_exclusions(findings: tuple[Finding, ...]) -> str:
+    """CSV text that `data.exclusions` reads; an image with several faults has one line."""
+    reasons: dict[str, list[str]] = {}
+    for finding in findings:
+        for name in finding.proposed:
+            reasons.setdefault(name, []).append(finding.kind.value)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows((name, "; ".join(dict.fromkeys(why))) for name, why in reasons.items())
+    return text.getvalue()

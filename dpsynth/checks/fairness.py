@@ -1,0 +1,163 @@
+"""Are the images as good for every subgroup as they are on average? Noise hits small groups hardest, so each is asked about.
+
+Subgroups are the values of the declared attributes and the crossings of two of them. Own few lines instead of fairlearn's MetricFrame: the
+intervals must be by patient, and it gives point estimates alone and brings pandas.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsynth.checks.arms import Arms, impossible
+from dpsynth.checks.classifier import auc
+from dpsynth.checks.evidence import Evidence, Features
+from dpsynth.checks.statistics import neighbourhoods
+from dpsynth.checks.utility import difference_interval
+from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.config import GateConfig
+from dpsynth.data.cohort import ImageSet
+
+Array = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+QUESTION = "Are the synthetic images as useful for every subgroup as the policy asks of them on average?"
+LIMITATION = (
+    "It compares declared attributes only, on this site's control patients; a group with too few of them is named and not judged, and that "
+    "is where differential privacy costs most."
+)
+SMALLEST_GROUP = 20  # control patients, and at least `SMALLEST_CLASS` of each class among their images
+SMALLEST_CLASS = 5
+_FAMILY_CONFIDENCE = 0.95
+_FEWEST_NEIGHBOURS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subgroup:
+    """Rows of a group among the control, the training and the synthetic images."""
+
+    name: str
+    control: Bools
+    training: Bools
+    synthetic: Bools
+
+
+def subgroups(evidence: Evidence) -> list[Subgroup]:
+    """Every value of every declared attribute, and every crossing of two, that any image has."""
+    names = list(evidence.synthetic_attributes)
+    synthetic = {name: np.asarray(values) for name, values in evidence.synthetic_attributes.items()}
+    control, training = ({name: _values(side, name) for name in names} for side in (evidence.control, evidence.training))
+    found = []
+    for chosen in (*((name,) for name in names), *itertools.combinations(names, 2)):
+        seen = [sorted({*synthetic[name], *control[name], *training[name]}) for name in chosen]
+        for values in itertools.product(*seen):
+            wanted = dict(zip(chosen, values, strict=True))
+            name = ", ".join(f"{key} {value}" for key, value in wanted.items())
+            rows = [_rows(side, wanted) for side in (control, training, synthetic)]
+            found.append(Subgroup(name=name, control=rows[0], training=rows[1], synthetic=rows[2]))
+    return found
+
+
+def _values(images: ImageSet, name: str) -> NDArray[np.str_]:
+    return np.array([mapping.get(name, "") for mapping in images.attributes])
+
+
+def _rows(columns: Mapping[str, NDArray[np.str_]], wanted: Mapping[str, str]) -> Bools:
+    return np.asarray(np.logical_and.reduce([columns[name] == value for name, value in wanted.items()]), dtype=np.bool_)
+
+
+def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: Callable[[], Arms], rng: np.random.Generator) -> Verdict:
+    """FLAG when the loss of AUC in some group is surely above the policy's margin, the intervals widened for the number of groups;
+    INCONCLUSIVE without attributes or without a group that can be judged. The worst group is named at the site."""
+    groups = subgroups(evidence)
+    if not groups or impossible(evidence):
+        return _verdict(Outcome.INCONCLUSIVE, impossible(evidence) or "no attribute is declared, so no subgroup is known", 0.0, gate, {})
+    figures: dict[str, float] = {}
+    judged: dict[str, tuple[float, float, float]] = {}
+    small = [group.name for group in groups if not _large_enough(group, evidence)]
+    confidence = 1 - (1 - _FAMILY_CONFIDENCE) / max(1, len(groups) - len(small))
+    for group in groups:
+        figures |= {f"{group.name}: {key}": value for key, value in _described(group, evidence, features, arms()).items()}
+        if group.name not in small:
+            judged[group.name] = _loss(group, evidence, arms(), confidence, rng)
+            figures |= {
+                f"{group.name}: {key}": v for key, v in zip(("AUC gap", "AUC gap, low", "AUC gap, high"), judged[group.name], strict=True)
+            }
+    left_out = f"; too small to be judged: {', '.join(small)}" if small else ""
+    if not judged:
+        return _verdict(Outcome.INCONCLUSIVE, f"no subgroup has {SMALLEST_GROUP} control patients{left_out}", 0.0, gate, figures)
+    worst = min(judged, key=lambda name: judged[name][0])
+    gap, low, high = judged[worst]
+    text = f"worst subgroup {worst}: AUC {gap:+.3f} against real images ({low:+.3f} to {high:+.3f}){left_out}"
+    surely = [name for name, (_, _, upper) in judged.items() if upper < -gate.utility_margin]
+    outcome = Outcome.FLAG if surely else Outcome.PASS
+    return _verdict(
+        outcome,
+        text if not surely else f"loss above {gate.utility_margin:g} for {', '.join(surely)}; {text}",
+        gap,
+        gate,
+        figures,
+        (low, high),
+    )
+
+
+def _large_enough(group: Subgroup, evidence: Evidence) -> bool:
+    patients = len(np.unique(evidence.control.patients[group.control]))
+    counts = np.bincount(evidence.control.labels[group.control], minlength=len(evidence.control.classes))
+    return patients >= SMALLEST_GROUP and int(counts.min()) >= SMALLEST_CLASS
+
+
+def _loss(group: Subgroup, evidence: Evidence, arms: Arms, confidence: float, rng: np.random.Generator) -> tuple[float, float, float]:
+    rows = np.flatnonzero(group.control)
+    owners = evidence.control.patients[rows]
+    rows_of = [np.flatnonzero(owners == patient) for patient in np.unique(owners)]
+    labels, ours, theirs = evidence.control.labels[rows], arms.synthetic[rows], arms.real[rows]
+    low, high = difference_interval(ours, theirs, labels, rows_of, rng, confidence_level=confidence)
+    return auc(ours, labels) - auc(theirs, labels), low, high
+
+
+def _described(group: Subgroup, evidence: Evidence, features: Features, arms: Arms) -> dict[str, float]:
+    """Numbers, shares, whether the labels are what they look like, and coverage beside real images of the group."""
+    first_control, first_training = (np.array([rows[0] for rows in side.rows_of()]) for side in (evidence.control, evidence.training))
+    control, training = features.control[group.control[first_control]], features.training[group.training[first_training]]
+    synthetic = features.synthetic[group.synthetic]
+    figures = {
+        "control patients": float(len(np.unique(evidence.control.patients[group.control]))),
+        "share of synthetic images": float(group.synthetic.mean()),
+        "share of training images": float(group.training.mean()),
+    }
+    if group.synthetic.any():
+        agrees = arms.synthetic_by_real.argmax(axis=1)[group.synthetic] == evidence.synthetic_labels[group.synthetic]
+        figures["label agreement, synthetic"] = float(agrees.mean())
+    size = min(len(control), len(training), len(synthetic))
+    if size >= _FEWEST_NEIGHBOURS:
+        figures["coverage, synthetic"] = neighbourhoods(control[:size], synthetic[:size]).coverage
+        figures["coverage, real"] = neighbourhoods(control[:size], training[:size]).coverage
+    return figures
+
+
+def _verdict(
+    outcome: Outcome,
+    reason: str,
+    statistic: float,
+    gate: GateConfig,
+    figures: dict[str, float],
+    interval: tuple[float, float] = (-1.0, 1.0),
+) -> Verdict:
+    return Verdict(
+        check="fairness",
+        question=QUESTION,
+        outcome=outcome,
+        statistic_name="AUC trained on synthetic minus AUC trained on real, worst subgroup",
+        statistic=statistic,
+        interval=interval,
+        threshold=-gate.utility_margin,
+        confidence_level=_FAMILY_CONFIDENCE,
+        false_alarm_rate=(1 - _FAMILY_CONFIDENCE) / 2,
+        reason=reason,
+        limitation=LIMITATION,
+        figures=figures,
+    )

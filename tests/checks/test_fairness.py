@@ -1,0 +1,104 @@
+"""A subgroup that the images serve badly is named; groups that are served alike raise no flag; small ones are not judged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_decisions import GATE, evidence, features, image_set
+
+from dpsynth.checks.arms import Arms
+from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.fairness import fairness, subgroups
+from dpsynth.checks.verdict import Outcome, Verdict
+
+
+def cohort(count: int, rng: np.random.Generator, *, rare: float = 0.4) -> tuple[Evidence, np.ndarray, np.ndarray]:
+    """Evidence with attributes sex and site but images of noise; the sexes and the labels of the control patients."""
+    sets = [image_set(rng.uniform(-1, 1, (count, 1, 4, 4)), rng.integers(0, 2, count)) for _ in range(2)]
+    sexes = [np.where(rng.random(count) < rare, "F", "M") for _ in range(3)]
+    sites = [np.where(rng.random(count) < 0.5, "A", "B") for _ in range(3)]
+    for number in range(2):
+        attributes = tuple({"sex": sex, "site": site} for sex, site in zip(sexes[number], sites[number], strict=True))
+        sets[number] = replace(sets[number], attributes=attributes)
+    whole = evidence(sets[0], sets[1], rng.uniform(-1, 1, (count, 1, 4, 4)), rng.integers(0, 2, count))
+    return replace(whole, synthetic_attributes={"sex": sexes[2], "site": sites[2]}), sexes[1], sets[1].labels
+
+
+def predictions(labels: np.ndarray, skill: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Probabilities whose ranking of the classes is better the larger `skill` is."""
+    p = 1 / (1 + np.exp(-(skill * (2 * labels - 1) + rng.normal(0, 1, len(labels)))))
+    return np.stack([1 - p, p], axis=1)
+
+
+def judged(whole: Evidence, skill: np.ndarray, rng: np.random.Generator) -> Verdict:
+    labels, good = whole.control.labels, np.full(len(whole.control.labels), 2.0)
+    real = predictions(labels, good, rng)
+    arms = Arms(
+        synthetic=predictions(labels, skill, rng),
+        real=real,
+        both=real,
+        synthetic_by_real=predictions(whole.synthetic_labels, good, rng),
+    )
+    encoded = features(*(rng.normal(size=(len(labels), 6)) for _ in range(3)))
+    return fairness(whole, encoded, GATE, arms=lambda: arms, rng=rng)
+
+
+def test_a_subgroup_that_is_served_badly_is_named_and_goes_to_a_person() -> None:
+    rng = np.random.default_rng(0)
+    whole, sexes, _ = cohort(500, rng)
+    verdict = judged(whole, np.where(sexes == "F", 0.0, 2.0), rng)
+    assert verdict.outcome is Outcome.FLAG
+    assert "sex F" in verdict.reason
+    assert "sex M," not in verdict.reason.partition(";")[0]
+    assert verdict.figures["sex F: AUC gap"] < -0.3
+    assert not verdict.public
+
+
+def test_groups_that_are_served_alike_raise_no_flag() -> None:
+    flags = 0
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        whole, _, labels = cohort(200, rng)
+        flags += judged(whole, np.full(len(labels), 2.0), rng).outcome is Outcome.FLAG
+    assert flags == 0
+
+
+def test_a_small_group_is_named_and_not_judged() -> None:
+    rng = np.random.default_rng(1)
+    whole, sexes, _ = cohort(300, rng, rare=0.03)
+    verdict = judged(whole, np.where(sexes == "F", 0.0, 2.0), rng)
+    assert verdict.outcome is Outcome.PASS
+    assert "too small to be judged: sex F" in verdict.reason
+    assert "sex F: AUC gap" not in verdict.figures
+    assert verdict.figures["sex F: control patients"] == (sexes == "F").sum()
+
+
+def test_without_attributes_it_cannot_tell() -> None:
+    rng = np.random.default_rng(2)
+    whole, _, _ = cohort(100, rng)
+    verdict = judged(replace(whole, synthetic_attributes={}), np.full(100, 2.0), rng)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "no attribute" in verdict.reason
+
+
+def test_the_groups_are_values_and_their_crossings() -> None:
+    whole, sexes, _ = cohort(80, np.random.default_rng(3))
+    found = {group.name: group for group in subgroups(whole)}
+    assert set(found) == {"sex F", "sex M", "site A", "site B", "sex F, site A", "sex F, site B", "sex M, site A", "sex M, site B"}
+    np.testing.assert_array_equal(found["sex F"].control, sexes == "F")
+    total = sum(found[name].synthetic.astype(int) for name in found if "," in name)
+    assert (total == 1).all()
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_a_chosen_mix_shows_in_the_shares(target: float) -> None:
+    """What `generate --target` is for: the share of a group among the synthetic images is the wanted one, whatever it was in training."""
+    rng = np.random.default_rng(4)
+    whole, _, _ = cohort(200, rng, rare=0.2)
+    mixed = np.where(np.arange(200) < 200 * target, "F", "M")
+    whole = replace(whole, synthetic_attributes={"sex": mixed})
+    figures = judged(whole, np.full(200, 2.0), rng).figures
+    assert figures["sex F: share of synthetic images"] == pytest.approx(target)
+    assert figures["sex F: share of training images"] < 0.3
