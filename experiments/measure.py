@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.checks.bands import band_features
 from dpsynth.checks.classifier import auc, balanced_accuracy, train_and_predict, worst_recall
 from dpsynth.checks.features import encode
 from dpsynth.checks.gaussian_distance import frechet_distance
@@ -18,6 +17,7 @@ from dpsynth.config import Config
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
+from dpsynth.model.descriptors import descriptors
 from dpsynth.progress import silent
 
 Array = NDArray[np.float64]
@@ -58,7 +58,7 @@ def measured(
     against = training.images[order[:size]]
     other = images[order[size : 2 * size]] if real else images[rng.permutation(len(images))[:size]]
     ours, theirs = features(against), features(other)
-    ours_by_band, theirs_by_band = band_features(against), band_features(other)
+    ours_by_band, theirs_by_band = descriptors(against), descriptors(other)
     return {
         **(utility(images, labels, test, len(training.classes), seed) if len(training.classes) > 1 else {}),
         "kid": kid(ours[: len(theirs)], theirs),

@@ -172,7 +172,7 @@ class Guard:
         """What is to be booked: the plan's numbers, the site's own declared number of patients, clip norms of the public constants."""
         plan = request.plan
         if request.kind == "moments":
-            return MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(model.reference))
+            return MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(model.reference, num_labels=1))
         mechanism = PoissonDpSgd(
             noise_multiplier=plan.noise_multiplier,
             clip_norm=plan.clip_norm,

@@ -21,7 +21,6 @@ from dpsynth.audit.finding import Finding, Kind
 from dpsynth.audit.labels import doubtful_labels
 from dpsynth.audit.page import render
 from dpsynth.audit.subgroups import Group, groups
-from dpsynth.checks.bands import band_features
 from dpsynth.checks.burned_text import LIMITS, readable, text_scores
 from dpsynth.config import Config, DataConfig
 from dpsynth.data.attributes import with_declared_values
@@ -31,6 +30,7 @@ from dpsynth.data.preprocess import Preprocess, require_in_range
 from dpsynth.data.source import listed
 from dpsynth.data.validate import decoded
 from dpsynth.errors import ArtifactError, DataError
+from dpsynth.model.descriptors import descriptors
 from dpsynth.progress import Progress, silent
 
 PAGE, RECORD, PROPOSED = "audit.html", "audit.json", "exclusions.csv"
@@ -89,7 +89,7 @@ def audit(config: Config, *, out: Path, progress: Progress) -> Audit:
     accuracy = 0.0
     if usable:
         findings += doubles(images, patients, names, progress=progress)
-        found, accuracy = doubtful_labels(band_features(images), labels, patients, names, cohort.classes, progress=progress)
+        found, accuracy = doubtful_labels(descriptors(images), labels, patients, names, cohort.classes, progress=progress)
         findings += found
     result = Audit(
         findings=tuple(sorted(findings, key=lambda finding: list(Kind).index(finding.kind))),

@@ -10,12 +10,12 @@ import torch
 from monai.metrics.regression import compute_ms_ssim
 from numpy.typing import NDArray
 
-from dpsynth.checks.bands import band_features, log_spectrum
 from dpsynth.checks.evidence import Evidence, Features, first_images
 from dpsynth.checks.gaussian_distance import frechet_distance
 from dpsynth.checks.radiomics import NAMES, benjamini_hochberg, kolmogorov_smirnov, radiomics
 from dpsynth.checks.statistics import kid
 from dpsynth.data.cohort import Float32
+from dpsynth.model.descriptors import descriptors, log_spectrum
 from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]
@@ -62,7 +62,7 @@ def _appearance(control: Float32, other: Float32) -> dict[str, float]:
     spectra = log_spectrum(control).mean(axis=0), log_spectrum(other).mean(axis=0)
     statistic, p = kolmogorov_smirnov(radiomics(control), radiomics(other))
     return {
-        "FD of bands": frechet_distance(band_features(control), band_features(other)),
+        "FD of bands": frechet_distance(descriptors(control), descriptors(other)),
         "spectrum distance (dB)": float(np.sqrt(np.mean((spectra[0] - spectra[1]) ** 2)) * _NATS_TO_DB),
         "histogram distance": histogram_distance(control, other),
         f"radiomics that differ of {len(NAMES)}": float(benjamini_hochberg(p, FALSE_DISCOVERIES).sum()),

@@ -3,8 +3,7 @@
 Images are taken to the orthonormal cosine domain. Of each class four noised sums are released, each query using the results of the
 ones before: count and sum of the low frequencies; log-energies of their residuals and of the rings of frequency above them (scales); the
 same energies in units of these; second moments of the residuals.
-A patient's contribution to a query is the mean over their images of class-indexed vectors that were clipped to the query's clip
-norm, so by convexity it is never longer than the clip norm, whatever and however many the images are.
+How a patient's contribution is bounded: `noised_sums`.
 
 All constants (centre, axes, clip norms, typical log-energies) are computed on public images, never on private ones. Another hospital's
 images may be several times as strong, so energies are released as logarithms, which no factor drives out of the clip norm, and residuals
@@ -17,7 +16,7 @@ Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
 
+from dpsynth.model.descriptors import PublicDescriptors, public_descriptors
+from dpsynth.model.labelling import label_queries
+from dpsynth.model.noised_sums import NoisedSums, Record, clipped
 from dpsynth.model.pooling import Variances, consistent_counts, joined_sum, pooled_covariances, pooled_means, towards_one
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
 from dpsynth.privacy.noise import NoiseStream
@@ -32,7 +34,6 @@ from dpsynth.privacy.noise import NoiseStream
 Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
-Record = Callable[[str, Array, Array], None]
 
 _BLOCK = 256  # images that are transformed at once
 BANDS = 14  # rings of frequency above the low block, per channel
@@ -107,6 +108,7 @@ class PublicReference:
     spectrum: Array
     typical: Array
     log_energies: Array
+    descriptors: PublicDescriptors
     clip_low: float
     clip_residual: float
     clip_scales: float
@@ -187,6 +189,7 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
         spectrum=np.maximum(spectrum, _SMALLEST_VARIANCE),
         typical=typical,
         log_energies=log_energies,
+        descriptors=public_descriptors(images),
         # Another hospital's images may be brighter than all of these: means get room for it, residuals are taken around the means.
         clip_low=1.5 * float(np.quantile(norms, 0.95)),
         clip_residual=float(np.quantile(norms, _CLIPPED)),
@@ -208,8 +211,10 @@ def _logarithms(energies: Array, typical: Array) -> Array:
     return np.asarray(np.log(energies / typical + _SMALLEST_ENERGY))
 
 
-def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
-    """The queries of the release with their clip norms."""
+def moment_queries(reference: PublicReference, *, num_labels: int) -> tuple[GaussianQuery, ...]:
+    """The queries of the release with their clip norms, those for the labels included where there are several."""
+    of_labels = label_queries(reference.descriptors) if num_labels > 1 else ()
+    left = 1 - sum(query.share for query in of_labels)
     weight = _COUNT_WEIGHT * reference.clip_low
     norms = {
         "means": float(np.hypot(weight, reference.clip_low)),
@@ -217,7 +222,7 @@ def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
         "energies": reference.clip_energies,
         "second_moments": reference.clip_residual**2,
     }
-    return tuple(GaussianQuery(name=name, share=share, clip_norm=norms[name]) for name, share in _SHARES.items())
+    return (*(GaussianQuery(name=name, share=left * share, clip_norm=norms[name]) for name, share in _SHARES.items()), *of_labels)
 
 
 def release_moments(
@@ -237,16 +242,14 @@ def release_moments(
     With attributes `labels` are cells, and `labels_of_cells` (classes,) holds the label that each of them leans on.
     `record` is told each query's name, its exact sums and its noised sums, (classes, width) each, so that a monitor can compare.
     """
-    if (mechanism is None) != (stream is None):
-        raise ValueError("Expected a mechanism and a noise stream, or neither.")
     layout = frequencies(reference.shape, reference.low_frequencies)
     groups = np.arange(num_classes) if labels_of_cells is None else labels_of_cells
-    release = _Release(labels, patients, num_classes, mechanism, stream, groups, record)
+    release = NoisedSums(labels=labels, patients=patients, num_classes=num_classes, mechanism=mechanism, stream=stream, record=record)
     low, bands, _ = _summaries(images, layout)
-    counts, mean = _release_means(low, release, reference)
+    counts, mean = _release_means(low, release, groups, reference)
     shaped = reference.shaped(low - mean[labels])
-    ratio = _release_energies(bands, shaped, release, counts, reference)
-    covariance = _release_second_moments(shaped, release, counts, reference, ratio[:, -1])
+    ratio = _release_energies(bands, shaped, release, groups, counts, reference)
+    covariance = _release_second_moments(shaped, release, groups, counts, reference, ratio[:, -1])
     variance = np.maximum(ratio[:, layout.band] * reference.spectrum, _SMALLEST_VARIANCE)
     variance[:, layout.low] = 0
     return Moments(
@@ -259,58 +262,16 @@ def release_moments(
     )
 
 
-@dataclass(frozen=True)
-class _Release:
-    """Sums over patients with noise from the mechanism, and nothing else touches the images."""
-
-    labels: Int64
-    patients: Int64
-    num_classes: int
-    mechanism: MomentRelease | None
-    stream: NoiseStream | None
-    labels_of_cells: Int64
-    record: Record | None = None
-
-    def noised_sum(self, name: str, rows: Array, clip_norm: float) -> Array:
-        """Sum over patients of the mean over their rows of class-indexed, clipped vectors: (classes, width). rows: (n, width)."""
-        if self.mechanism is not None and clip_norm != self.mechanism.query(name).clip_norm:
-            raise ValueError(f"The clip norm of query {name!r} is not the booked one.")
-        total = patient_sum(rows, self.labels, self.patients, self.num_classes, clip_norm)
-        noised = np.asarray(total + self.noise_stddev(name) * self._normal(name, total.size).reshape(total.shape))
-        if self.record is not None:
-            self.record(name, total, noised)
-        return noised
-
-    def noise_stddev(self, name: str) -> float:
-        return 0.0 if self.mechanism is None else self.mechanism.noise_stddev(name)
-
-    def _normal(self, name: str, size: int) -> Array:
-        return np.zeros(size) if self.stream is None else self.stream.normal(f"moments/{name}", 0, size)
-
-
-def patient_sum(rows: Array, labels: Int64, patients: Int64, num_classes: int, clip_norm: float) -> Array:
-    """(classes, width): each patient adds a vector of norm at most `clip_norm`. Rows that are not finite count as zero."""
-    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
-    norms = np.linalg.norm(rows, axis=1)
-    factor = np.minimum(1.0, clip_norm / np.maximum(norms, 1e-12))
-    images_of = np.bincount(patients)
-    weighted = rows * (factor / images_of[patients])[:, None]
-    total = np.zeros((num_classes, rows.shape[1]))
-    for label in range(num_classes):
-        total[label] = weighted[labels == label].sum(axis=0)
-    return total
-
-
 def count_stddev(mechanism: MomentRelease, reference: PublicReference) -> float:
     """Standard deviation of the noise on the count of each class, in patients."""
     return mechanism.noise_stddev("means") / (_COUNT_WEIGHT * reference.clip_low)
 
 
-def _release_means(low: Array, release: _Release, reference: PublicReference) -> tuple[Array, Array]:
+def _release_means(low: Array, release: NoisedSums, groups: Int64, reference: PublicReference) -> tuple[Array, Array]:
     weight = _COUNT_WEIGHT * reference.clip_low
     query = float(np.hypot(weight, reference.clip_low))
-    clipped = _clipped(reference.shaped(low - reference.centre), reference.clip_low)
-    stacked = np.concatenate([np.full((len(low), 1), weight), clipped], axis=1)
+    kept = clipped(reference.shaped(low - reference.centre), reference.clip_low)
+    stacked = np.concatenate([np.full((len(low), 1), weight), kept], axis=1)
     total = release.noised_sum("means", stacked, query)
     stddev = release.noise_stddev("means")
     counts = consistent_counts(total[:, 0] / weight, max(1.0, 2 * stddev / weight))
@@ -318,16 +279,11 @@ def _release_means(low: Array, release: _Release, reference: PublicReference) ->
     uncertain_count = (stddev / weight * joined / max(count, 1e-12)) ** 2
     public = reference.shaped_variances  # patients scatter, and classes are thought to differ, as public images do
     variances = Variances(noise=stddev**2 + uncertain_count, scatter=public if stddev else 0 * public, shape=public)
-    mean = pooled_means(total[:, 1:], counts, release.labels_of_cells, variances)
+    mean = pooled_means(total[:, 1:], counts, groups, variances)
     return counts, reference.centre + reference.unshaped(mean)
 
 
-def _clipped(rows: Array, norm: float) -> Array:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows * np.minimum(1.0, norm / np.maximum(norms, 1e-12)))
-
-
-def _release_energies(bands: Array, shaped: Array, release: _Release, counts: Array, reference: PublicReference) -> Array:
+def _release_energies(bands: Array, shaped: Array, release: NoisedSums, groups: Int64, counts: Array, reference: PublicReference) -> Array:
     """Mean energies of rings and, last, of the shaped residual, as multiples of the public ones: (classes, bands + 1).
 
     Their scale first, which may be far from the public one, from logarithms; then the energies themselves in units of that scale.
@@ -344,11 +300,13 @@ def _release_energies(bands: Array, shaped: Array, release: _Release, counts: Ar
 
     sums = release.noised_sum("energies", energies / (reference.typical * scales), reference.clip_energies)
     stddev = release.noise_stddev("energies")
-    own = pooled_means(sums, counts, release.labels_of_cells, Variances(noise=stddev**2 * ones, scatter=0 * ones, shape=ones))
+    own = pooled_means(sums, counts, groups, Variances(noise=stddev**2 * ones, scatter=0 * ones, shape=ones))
     return np.asarray(scales * towards_one(own, stddev / size))
 
 
-def _release_second_moments(shaped: Array, release: _Release, counts: Array, reference: PublicReference, energies: Array) -> Array:
+def _release_second_moments(
+    shaped: Array, release: NoisedSums, groups: Int64, counts: Array, reference: PublicReference, energies: Array
+) -> Array:
     """Covariance of the low block, (classes, low, low), positive definite. energies: (classes,), of the residuals beside public ones.
 
     Most images are cut down to the clip norm, which tells their directions at half the noise; how strong they are the energies tell.
@@ -357,8 +315,8 @@ def _release_second_moments(shaped: Array, release: _Release, counts: Array, ref
     rows, columns = np.triu_indices(width)
     weight = np.where(rows == columns, 1.0, np.sqrt(2.0))  # the norm of the weighted half is the norm of the matrix
     size = float(counts @ energies / counts.sum())
-    clipped = _clipped(shaped / np.sqrt(size), reference.clip_residual)
-    halves = clipped[:, rows] * clipped[:, columns] * weight
+    kept = clipped(shaped / np.sqrt(size), reference.clip_residual)
+    halves = kept[:, rows] * kept[:, columns] * weight
     total = release.noised_sum("second_moments", halves, reference.clip_residual**2)
     matrices = np.zeros((len(counts), width, width))
     matrices[:, rows, columns] = total / weight
@@ -366,7 +324,7 @@ def _release_second_moments(shaped: Array, release: _Release, counts: Array, ref
     covariances = pooled_covariances(
         matrices,
         counts,
-        release.labels_of_cells,
+        groups,
         stddev=release.noise_stddev("second_moments"),
         prior=np.diag(reference.shaped_variances),
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.model.moments import Record
+from dpsynth.model.noised_sums import Record
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.plan import VOTES
 from dpsynth.privacy.mechanism import MomentRelease

@@ -16,7 +16,7 @@ from private import Clock, Made, Task, booked_sgd, labels_like, noised_sum, one_
 from scipy.ndimage import median_filter, zoom
 
 from dpsynth.data.cohort import Float32, Int64
-from dpsynth.model.moments import patient_sum
+from dpsynth.model.noised_sums import patient_sum
 from dpsynth.privacy.mechanism import MomentRelease
 
 Array = NDArray[np.float64]

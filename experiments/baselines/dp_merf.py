@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpsynth.checks.statistics import pairwise
 from dpsynth.data.cohort import Float32, Int64
-from dpsynth.model.moments import patient_sum
+from dpsynth.model.noised_sums import patient_sum
 
 Array = NDArray[np.float64]
 FEATURES = 2000  # cosines and sines together

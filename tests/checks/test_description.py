@@ -10,13 +10,13 @@ from scipy import stats
 from test_decisions import evidence, features, image_set
 
 from dpsynth.checks.arms import brier, calibration_error, train_arms
-from dpsynth.checks.bands import band_features
 from dpsynth.checks.classifier import auc
 from dpsynth.checks.description import describe, diversity, histogram_distance, kid_interval, scale_weights
 from dpsynth.checks.evidence import first_images
 from dpsynth.checks.radiomics import FIRST_ORDER, LEVELS, NAMES, benjamini_hochberg, cooccurrence, kolmogorov_smirnov, levels, radiomics
 from dpsynth.checks.utility import rank_auc
 from dpsynth.data.phantom import phantom_cohort
+from dpsynth.model.descriptors import descriptors
 from dpsynth.progress import silent
 
 
@@ -118,7 +118,7 @@ def test_each_figure_is_near_real_for_real_images_and_far_for_what_it_measures(f
 
     def described(images: np.ndarray) -> dict[str, float]:
         sets = evidence(sides[0], sides[1], images, synthetic[1])
-        encoded = [band_features(side) for side in (sets.synthetic, first_images(sets.training), first_images(sets.control))]
+        encoded = [descriptors(side) for side in (sets.synthetic, first_images(sets.training), first_images(sets.control))]
         return describe(sets, features(*encoded), rng=np.random.default_rng(0), progress=silent)
 
     honest, spoilt = described(synthetic[0]), described(SPOILT[figure](synthetic[0]))

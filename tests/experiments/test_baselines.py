@@ -17,13 +17,13 @@ from opacus import GradSampleModule
 from private import Task, booked_sgd, labels_like, noised_sum, one_release, private_steps, spent
 from scipy.ndimage import gaussian_filter
 
-from dpsynth.checks.bands import band_features
 from dpsynth.checks.classifier import worst_recall
 from dpsynth.checks.gaussian_distance import frechet_distance
 from dpsynth.checks.statistics import kid
 from dpsynth.config import GenerateConfig
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.phantom import phantom_images
+from dpsynth.model.descriptors import descriptors
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.train.loop import images_in_turn
 
@@ -218,7 +218,7 @@ def test_the_second_extractor_does_not_reward_blur(shape: tuple[int, ...]) -> No
     noisy = np.clip(second + level * np.random.default_rng(5).normal(size=second.shape), -1, 1).astype(np.float32)
     blurred = np.asarray(gaussian_filter(second, (0, 0, *(1 for _ in shape))), dtype=np.float32)
     for distance in (frechet_distance, kid):
-        same, blur, noise = (distance(band_features(first), band_features(x)) for x in (second, blurred, noisy))
+        same, blur, noise = (distance(descriptors(first), descriptors(x)) for x in (second, blurred, noisy))
         assert blur - same > 1.3 * (noise - same) > 0
 
 

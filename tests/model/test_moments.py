@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dpsynth.model import moments as module
+from dpsynth.model import noised_sums
+from dpsynth.model.labelling import release_labelling
 from dpsynth.model.moments import (
     Moments,
     frequencies,
     from_frequencies,
     moment_queries,
-    patient_sum,
     public_reference,
     release_moments,
     sample_moment_images,
     to_frequencies,
 )
+from dpsynth.model.noised_sums import NoisedSums, patient_sum
 from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.privacy.noise import NoiseStream
 
@@ -40,7 +42,7 @@ REFERENCE = public_reference(PUBLIC, low_frequencies=LOW)
 
 
 def booked(noise_multiplier: float = 2.0) -> MomentRelease:
-    return MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(REFERENCE))
+    return MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(REFERENCE, num_labels=2))
 
 
 def test_frequencies_and_back() -> None:
@@ -107,16 +109,19 @@ def sums(
     owners: np.ndarray,
     answers: dict[str, np.ndarray] | None,
     labels_of_cells: np.ndarray | None = None,
-) -> tuple[dict[str, np.ndarray], Moments]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     recorder = _Sums(answers)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Release, "noised_sum", lambda self, name, rows, clip: recorder(self, name, rows, clip))
-        patch.setattr(module._Release, "noise_stddev", lambda self, name: 0.0 if labels_of_cells is None else 0.5)
+        patch.setattr(NoisedSums, "noised_sum", lambda self, name, rows, clip: recorder(self, name, rows, clip))
+        patch.setattr(NoisedSums, "noise_stddev", lambda self, name: 0.0 if labels_of_cells is None else 0.5)
         made = release_moments(
             images, labels, owners, num_classes=2 if labels_of_cells is None else len(labels_of_cells), mechanism=None,
             reference=REFERENCE, stream=None, labels_of_cells=labels_of_cells,
         )  # fmt: skip
-    return recorder.seen, made
+        groups = np.arange(2) if labels_of_cells is None else labels_of_cells
+        asked = NoisedSums(labels=labels, patients=owners, num_classes=len(groups), mechanism=None, stream=None)
+        labelling = release_labelling(images, asked, counts=made.counts, groups=groups, public=REFERENCE.descriptors)
+    return recorder.seen, {**made.to_arrays(), **labelling.__dict__}
 
 
 def require_bound(one: list[tuple[int, str]], classes: int, labels_of_cells: np.ndarray | None = None) -> None:
@@ -130,8 +135,8 @@ def require_bound(one: list[tuple[int, str]], classes: int, labels_of_cells: np.
         with_patient, first = sums(images, labels, owners, answers, labels_of_cells)
         without, second = sums(others, labels[:30], owners[:30], answers, labels_of_cells)
     # What comes out depends on the patients through the noised sums alone.
-    assert all(np.array_equal(first.to_arrays()[name], array) for name, array in second.to_arrays().items())
-    for query in moment_queries(REFERENCE):
+    assert all(np.array_equal(first[name], array) for name, array in second.items())
+    for query in moment_queries(REFERENCE, num_labels=2):
         change = np.linalg.norm(with_patient[query.name] - without[query.name])
         assert change <= query.clip_norm * (1 + 1e-9), query.name
 
@@ -162,7 +167,7 @@ def test_that_oracle_sees_a_bound_for_each_cell_instead_of_each_patient(monkeypa
         return bounded(rows, labels, patients * classes + labels, classes, clip_norm)
 
     monkeypatch.setitem(globals(), "patient_sum", per_cell)
-    monkeypatch.setattr(module, "patient_sum", per_cell)
+    monkeypatch.setattr(noised_sums, "patient_sum", per_cell)
     with pytest.raises(AssertionError, match="means"):
         test_a_patient_with_images_in_many_cells_changes_each_sum_by_no_more.hypothesis.inner_test([(0, "white"), (1, "white")])
 
@@ -173,11 +178,11 @@ def noise_p(noise_multiplier: float, claimed: MomentRelease) -> float:
     rows, draws = np.ones((50, 40)) * 0.01, []
     for key in range(60):
         stream = NoiseStream(key=bytes([key]) * 32)
-        release = module._Release(labels, np.arange(50), classes, booked(noise_multiplier), stream, np.arange(classes))
-        for query in moment_queries(REFERENCE):
+        release = NoisedSums(labels=labels, patients=np.arange(50), num_classes=classes, mechanism=booked(noise_multiplier), stream=stream)
+        for query in moment_queries(REFERENCE, num_labels=2):
             exact = patient_sum(rows, labels, np.arange(50), classes, query.clip_norm)
             draws.append((release.noised_sum(query.name, rows, query.clip_norm) - exact) / claimed.noise_stddev(query.name))
-    groups = len(moment_queries(REFERENCE)) * classes
+    groups = len(moment_queries(REFERENCE, num_labels=2)) * classes
     blocks = np.array(draws).reshape(60, groups, 40).transpose(1, 0, 2).reshape(groups, -1)
     correlation = np.corrcoef(blocks) - np.eye(len(blocks))
     assert np.abs(correlation).max() < 6 / np.sqrt(blocks.shape[1]), "classes or queries share noise"
@@ -191,15 +196,17 @@ def test_the_noise_has_the_booked_scale_and_other_scales_are_rejected() -> None:
         assert noise_p(wrong, booked(2.0)) < 1e-4
 
 
-@pytest.mark.parametrize("name", [query.name for query in moment_queries(REFERENCE)])
+@pytest.mark.parametrize("name", [query.name for query in moment_queries(REFERENCE, num_labels=2)])
 def test_another_clip_norm_than_the_booked_one_is_refused_for_each_query(name: str) -> None:
-    queries = tuple(replace(query, clip_norm=(1 + (query.name == name)) * query.clip_norm) for query in moment_queries(REFERENCE))
+    queries = tuple(
+        replace(query, clip_norm=(1 + (query.name == name)) * query.clip_norm) for query in moment_queries(REFERENCE, num_labels=2)
+    )
     mechanism = MomentRelease(noise_multiplier=1.0, queries=queries)
+    labels, owners, stream = np.zeros(200, dtype=np.int64), np.arange(200), NoiseStream(key=b"k" * 32)
+    asked = NoisedSums(labels=labels, patients=owners, num_classes=1, mechanism=mechanism, stream=stream)
     with pytest.raises(ValueError, match=f"{name!r} is not the booked one"):
-        release_moments(
-            PUBLIC, np.zeros(200, dtype=np.int64), np.arange(200), num_classes=1, mechanism=mechanism, reference=REFERENCE,
-            stream=NoiseStream(key=b"k" * 32),
-        )  # fmt: skip
+        release_moments(PUBLIC, labels, owners, num_classes=1, mechanism=mechanism, reference=REFERENCE, stream=stream)
+        release_labelling(PUBLIC, asked, counts=np.ones(1), groups=labels[:1], public=REFERENCE.descriptors)
 
 
 def test_a_mechanism_without_a_stream_is_refused() -> None:

@@ -1,0 +1,127 @@
+"""Labels that mean in synthetic images what they mean in private ones: as few are exchanged as give the released class means.
+
+A generator's noise falls on hundreds of numbers of each class, and a classifier that learns from its images takes the differences that
+noise made for signs of the class. The class means of a few descriptors (`descriptors`) are known far better for the same epsilon. So the
+images are drawn as ever, and then labels are exchanged among them until the class means of the descriptors are the released ones, as
+nearly as these are known: of all such exchanges the one of least Kullback-Leibler divergence from leaving all labels alone, which is
+an exponential tilt (Csiszar 1975), its constraints relaxed by their noise (Dudik et al. 2007). How often a label occurs stays what it was.
+The release is two queries: where the descriptors lie, with a wide clip norm and of all classes together; and how each class lies to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment, minimize
+from scipy.special import logsumexp, softmax
+
+from dpsynth.cells import Cells
+from dpsynth.model.descriptors import PublicDescriptors, descriptors
+from dpsynth.model.noised_sums import NoisedSums, clipped
+from dpsynth.model.pooling import Variances, joined_sum, pooled_means
+from dpsynth.privacy.mechanism import GaussianQuery
+
+Array = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+_SHARES = {"descriptor_location": 0.02, "descriptors": 0.1}
+_BLOCK = 500  # labels are exchanged among so many images: the time of an assignment is cubic
+_EXCHANGED = 0.03  # probability, before the tilt, that an image's label is drawn anew
+_RIDGE = 1e-3  # of the tilt, in standard deviations: descriptors that hardly vary among the images are not leaned on
+_ROUNDS = 300
+
+
+def label_queries(public: PublicDescriptors) -> tuple[GaussianQuery, ...]:
+    """The queries of the release with their clip norms."""
+    norms = {"descriptor_location": public.clip_location, "descriptors": public.clip_norm}
+    return tuple(GaussianQuery(name=name, share=share, clip_norm=norms[name]) for name, share in _SHARES.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """Noised class means. projection: (features, features) takes descriptors to shaped ones; means: (cells, features) of these, up to a
+    common vector; variances: (cells, features), how uncertain they are.
+    """
+
+    projection: Array
+    means: Array
+    variances: Array
+
+    def labelled(self, images: Float32, cells: Int64, layout: Cells, *, seed: int) -> Int64:
+        """Cells (n,) in which labels are exchanged among images (n, channel, *space) of the same attributes.
+
+        A function of the images, cells and seed alone. How often each cell occurs does not change.
+        """
+        found, rng = cells.copy(), np.random.default_rng(seed)
+        shaped = descriptors(images) @ self.projection
+        step = len(layout) // len(layout.classes)  # between the cells of two labels: the label varies slowest
+        for value in range(step):
+            rows = np.flatnonzero(cells % step == value)
+            labels = layout.labels(cells[rows])
+            present = np.unique(labels)
+            if len(present) < 2:
+                continue
+            of_labels = present * step + value
+            likely = tilted(shaped[rows], np.searchsorted(present, labels), self.means[of_labels], self.variances[of_labels])
+            drawn = np.log(likely + 1e-12) + rng.gumbel(size=likely.shape)  # the largest of a row is a draw from its probabilities
+            found[rows] = of_labels[exchanged(drawn, np.searchsorted(present, labels))]
+        return found
+
+
+def tilted(rows: Array, labels: Int64, means: Array, variances: Array) -> Array:
+    """Probabilities of each label, (n, labels), given an image and the label it was drawn for.
+
+    rows: (n, features); labels: (n,), each occurring; means, variances: (labels, features), of the wanted class means.
+    """
+    n = len(rows)
+    counts = np.bincount(labels, minlength=len(means)).astype(np.float64)
+    shares, scale = counts / n, rows.std(axis=0) + 1e-9
+    rows = (rows - rows.mean(axis=0)) / scale
+    wanted = counts[:, None] * (means - shares @ means) / scale
+    uncertain = counts[:, None] ** 2 * variances / scale**2 + _RIDGE * n
+    prior = np.log(_EXCHANGED * shares + (1 - _EXCHANGED) * np.eye(len(means)))[labels]
+    rows = np.concatenate([rows, np.ones((n, 1))], axis=1)  # the last constraint is the counts
+    wanted, uncertain = np.column_stack([wanted, counts]), np.column_stack([uncertain, np.zeros(len(counts))])
+
+    def dual(flat: Array) -> tuple[float, Array]:
+        tilt = flat.reshape(wanted.shape)
+        logits = prior + rows @ tilt.T
+        total = logsumexp(logits, axis=1)
+        reached = np.exp(logits - total[:, None]).T @ rows
+        value = total.sum() - (tilt * wanted).sum() + (uncertain * tilt**2).sum() / 2
+        return float(value) / n, np.asarray(reached - wanted + uncertain * tilt).ravel() / n
+
+    found = minimize(dual, np.zeros(wanted.size), jac=True, method="L-BFGS-B", options={"maxiter": _ROUNDS})
+    return np.asarray(softmax(prior + rows @ found.x.reshape(wanted.shape).T, axis=1))
+
+
+def exchanged(scores: Array, labels: Int64) -> Int64:
+    """The labels (n,) exchanged among images, in blocks, so that the sum of their scores (n, labels) is the largest (Kuhn 1955)."""
+    found = labels.copy()
+    for start in range(0, len(labels), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        image, place = linear_sum_assignment(scores[block][:, labels[block]], maximize=True)
+        found[start + image] = labels[block][place]
+    return found
+
+
+def release_labelling(images: Float32, sums: NoisedSums, *, counts: Array, groups: Int64, public: PublicDescriptors) -> Labelling:
+    """Noised class means of the descriptors of images (n, channel, *space).
+
+    counts: (cells,), as released; groups: (cells,), the label that each cell leans on.
+    """
+    shaped = public.shaped(descriptors(images))
+    variances = public.shaped_variances
+    size = max(float(np.linalg.norm(counts)), 1e-12)
+    total, _ = joined_sum(sums.noised_sum("descriptor_location", shaped, public.clip_location), counts)
+    noise = sums.noise_stddev("descriptor_location") / size
+    location = variances / (variances + noise**2) * total / size  # the nearer to the public centre the less is known
+    rows = clipped(shaped - location, public.clip_norm)
+    stddev = sums.noise_stddev("descriptors")
+    known = Variances(noise=np.full(len(variances), stddev**2), scatter=variances if stddev else 0 * variances, shape=variances)
+    means = pooled_means(sums.noised_sum("descriptors", rows, public.clip_norm), counts, groups, known)
+    patients = np.maximum(counts, 1.0)[:, None]
+    return Labelling(projection=public.projection, means=means, variances=(stddev**2 + patients * variances) / patients**2)
