@@ -89,7 +89,7 @@ def audit(
     from dpsynth.audit.run import audit as audit_cohort
     from dpsynth.config import load_config
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = audit_cohort(load_config(config), out=out, progress=progress)
     for line in result.lines():
         print(line)

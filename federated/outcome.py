@@ -41,7 +41,9 @@ class Spending:
 def charged(coordinator: Coordinator) -> dict[str, tuple[Mechanism, ...]]:
     """What each site may have released, by the coordinator's own count: every round that it was asked for and did not refuse."""
     plan, federation, known = coordinator.plan, coordinator.federation, coordinator.facts
-    moments = MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(coordinator.model.reference))
+    moments = MomentRelease(
+        noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(coordinator.model.reference, num_labels=1)
+    )
     found: dict[str, tuple[Mechanism, ...]] = {}
     for site, rounds in coordinator.asked.items():
         steps = sum(number > 0 for number in rounds) * plan.steps_per_round
@@ -97,7 +99,9 @@ def _generator(coordinator: Coordinator, state: State) -> Generator:
     load_weights(denoiser, state.arrays)
     load_weights(denoiser, {name.removeprefix(EMA): array for name, array in state.arrays.items() if name.startswith(EMA)})
     denoiser.transplant(moments)
-    release = MomentRelease(noise_multiplier=coordinator.plan.moments_noise_multiplier, queries=moment_queries(model.reference))
+    release = MomentRelease(
+        noise_multiplier=coordinator.plan.moments_noise_multiplier, queries=moment_queries(model.reference, num_labels=1)
+    )
     answered = sum(0 in rounds for rounds in coordinator.asked.values())
     return Generator(
         classes=config.data.classes,

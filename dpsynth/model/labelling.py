@@ -4,7 +4,8 @@ A generator's noise falls on hundreds of numbers of each class, and a classifier
 noise made for signs of the class. The class means of a few descriptors (`descriptors`) are known far better for the same epsilon. So the
 images are drawn as ever, and then labels are exchanged among them until the class means of the descriptors are the released ones, as
 nearly as these are known: of all such exchanges the one of least Kullback-Leibler divergence from leaving all labels alone, which is
-an exponential tilt (Csiszar 1975), its constraints relaxed by their noise (Dudik et al. 2007). How often a label occurs stays what it was.
+an exponential tilt (Csiszar 1975) with each constraint relaxed by its standard error (Dudik et al. 2007), so that what noise alone can
+explain exchanges nothing. How often a label occurs stays what it was.
 The release is two queries: where the descriptors lie, with a wide clip norm and of all classes together; and how each class lies to that.
 """
 
@@ -30,7 +31,7 @@ Int64 = NDArray[np.int64]
 _SHARES = {"descriptor_location": 0.02, "descriptors": 0.1}
 _BLOCK = 500  # labels are exchanged among so many images: the time of an assignment is cubic
 _EXCHANGED = 0.03  # probability, before the tilt, that an image's label is drawn anew
-_RIDGE = 1e-3  # of the tilt, in standard deviations: descriptors that hardly vary among the images are not leaned on
+_LARGEST_TILT = 20.0  # log-odds for one standard deviation of a descriptor: that an unreachable mean stays unreached
 _ROUNDS = 300
 
 
@@ -42,11 +43,13 @@ def label_queries(public: PublicDescriptors) -> tuple[GaussianQuery, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling:
-    """Noised class means. projection: (features, features) takes descriptors to shaped ones; means: (cells, features) of these, up to a
-    common vector; variances: (cells, features), how uncertain they are.
+    """Noised class means. projection: (features, features) takes descriptors to shaped ones, which lie around location (features,) and are
+    clipped to clip_norm (1,) from there; means: (cells, features) of these; variances: (cells, features), how uncertain they are.
     """
 
     projection: Array
+    location: Array
+    clip_norm: Array
     means: Array
     variances: Array
 
@@ -56,7 +59,7 @@ class Labelling:
         A function of the images, cells and seed alone. How often each cell occurs does not change.
         """
         found, rng = cells.copy(), np.random.default_rng(seed)
-        shaped = descriptors(images) @ self.projection
+        shaped = clipped(descriptors(images) @ self.projection - self.location, float(self.clip_norm[0]))  # as the private ones were
         step = len(layout) // len(layout.classes)  # between the cells of two labels: the label varies slowest
         for value in range(step):
             rows = np.flatnonzero(cells % step == value)
@@ -81,21 +84,24 @@ def tilted(rows: Array, labels: Int64, means: Array, variances: Array) -> Array:
     shares, scale = counts / n, rows.std(axis=0) + 1e-9
     rows = (rows - rows.mean(axis=0)) / scale
     wanted = counts[:, None] * (means - shares @ means) / scale
-    uncertain = counts[:, None] ** 2 * variances / scale**2 + _RIDGE * n
+    room = counts[:, None] * np.sqrt(variances / scale**2 + 1 / counts[:, None])  # the synthetic images are a sample, too
     prior = np.log(_EXCHANGED * shares + (1 - _EXCHANGED) * np.eye(len(means)))[labels]
     rows = np.concatenate([rows, np.ones((n, 1))], axis=1)  # the last constraint is the counts
-    wanted, uncertain = np.column_stack([wanted, counts]), np.column_stack([uncertain, np.zeros(len(counts))])
+    wanted, room = np.column_stack([wanted, counts]), np.column_stack([room, np.zeros(len(counts))])
 
     def dual(flat: Array) -> tuple[float, Array]:
-        tilt = flat.reshape(wanted.shape)
+        up, down = flat.reshape(2, *wanted.shape)
+        tilt = up - down
         logits = prior + rows @ tilt.T
         total = logsumexp(logits, axis=1)
-        reached = np.exp(logits - total[:, None]).T @ rows
-        value = total.sum() - (tilt * wanted).sum() + (uncertain * tilt**2).sum() / 2
-        return float(value) / n, np.asarray(reached - wanted + uncertain * tilt).ravel() / n
+        excess = np.exp(logits - total[:, None]).T @ rows - wanted
+        value = total.sum() - (tilt * wanted).sum() + (room * (up + down)).sum()
+        return float(value) / n, np.concatenate([(room + excess).ravel(), (room - excess).ravel()]) / n
 
-    found = minimize(dual, np.zeros(wanted.size), jac=True, method="L-BFGS-B", options={"maxiter": _ROUNDS})
-    return np.asarray(softmax(prior + rows @ found.x.reshape(wanted.shape).T, axis=1))
+    bounds = [(0.0, _LARGEST_TILT)] * (2 * wanted.size)
+    found = minimize(dual, np.zeros(2 * wanted.size), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _ROUNDS})
+    up, down = found.x.reshape(2, *wanted.shape)
+    return np.asarray(softmax(prior + rows @ (up - down).T, axis=1))
 
 
 def exchanged(scores: Array, labels: Int64) -> Int64:
@@ -124,4 +130,10 @@ def release_labelling(images: Float32, sums: NoisedSums, *, counts: Array, group
     known = Variances(noise=np.full(len(variances), stddev**2), scatter=variances if stddev else 0 * variances, shape=variances)
     means = pooled_means(sums.noised_sum("descriptors", rows, public.clip_norm), counts, groups, known)
     patients = np.maximum(counts, 1.0)[:, None]
-    return Labelling(projection=public.projection, means=means, variances=(stddev**2 + patients * variances) / patients**2)
+    return Labelling(
+        projection=public.projection,
+        location=public.centre @ public.projection + location,
+        clip_norm=np.array([public.clip_norm]),
+        means=means,
+        variances=(stddev**2 + patients * variances) / patients**2,
+    )

@@ -170,7 +170,7 @@ def test_both_bounds_over_sites_are_those_of_their_mechanisms(empty: World, tmp_
 def _queries(world: World) -> tuple[object, ...]:
     from dpsynth.model.moments import moment_queries
 
-    return moment_queries(world.model.reference)
+    return moment_queries(world.model.reference, num_labels=1)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_the_tilt_meets_the_wanted_means_when_they_are_certain() -> None:
     likely = tilted(rows, labels, wanted, np.zeros((3, 4)))
     assert np.allclose(likely.sum(0), np.bincount(labels), rtol=1e-3)
     reached = likely.T @ (rows - rows.mean(0)) / likely.sum(0)[:, None]
-    assert np.abs(reached - wanted).max() < 0.02
+    assert np.abs(reached - wanted).max() < 0.04  # a standard error of 1,000 images
     uncertain = tilted(rows, labels, wanted, np.full((3, 4), 10.0))
     assert np.abs(uncertain.T @ (rows - rows.mean(0)) / 1000).max() < 0.1
 

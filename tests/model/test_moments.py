@@ -204,9 +204,13 @@ def test_another_clip_norm_than_the_booked_one_is_refused_for_each_query(name: s
     mechanism = MomentRelease(noise_multiplier=1.0, queries=queries)
     labels, owners, stream = np.zeros(200, dtype=np.int64), np.arange(200), NoiseStream(key=b"k" * 32)
     asked = NoisedSums(labels=labels, patients=owners, num_classes=1, mechanism=mechanism, stream=stream)
-    with pytest.raises(ValueError, match=f"{name!r} is not the booked one"):
+
+    def release() -> None:
         release_moments(PUBLIC, labels, owners, num_classes=1, mechanism=mechanism, reference=REFERENCE, stream=stream)
         release_labelling(PUBLIC, asked, counts=np.ones(1), groups=labels[:1], public=REFERENCE.descriptors)
+
+    with pytest.raises(ValueError, match=f"{name!r} is not the booked one"):
+        release()
 
 
 def test_a_mechanism_without_a_stream_is_refused() -> None:
