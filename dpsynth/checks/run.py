@@ -14,6 +14,8 @@ from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, restore_split
+from dpsynth.errors import ArtifactError
+from dpsynth.privacy.audit import CANARIES
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress
@@ -28,15 +30,20 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     run.require("generate")
     config = parse_config(run.config_text, base=run.path)
     trained = load_trained(run, config.data, ledger_path=ledger_path)
-    split = _split(run, config, trained.ledger, progress)
+    split = _split(run, config, trained.ledger, trained.charge.coins_sha256, progress)
     attempt = trained.ledger.record_gate_attempt(trained.charge.run_id)
     candidates = load_candidates(run)
+    site = run.folder("train") / "site"
     evidence = Evidence(
         synthetic=to_unit_range(candidates.images),
         synthetic_labels=candidates.labels,
         training=split.training,
         control=split.control,
-        selfcheck=read_json(run.folder("train") / "site" / "selfcheck.json"),
+        in_pool=split.in_pool,
+        epsilon=trained.guarantee.epsilon,
+        delta=trained.guarantee.delta,
+        selfcheck=read_json(site / "selfcheck.json"),
+        canaries=read_json(site / CANARIES),
         accounting_problems=trained.guarantee.problems(),
         ledger_problems=tuple(trained.ledger.verify()),
         uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in trained.guarantee.mechanisms),
@@ -51,9 +58,12 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     return verdicts
 
 
-def _split(run: RunFolder, config: Config, ledger: Ledger, progress: Progress) -> Split:
+def _split(run: RunFolder, config: Config, ledger: Ledger, committed: str, progress: Progress) -> Split:
     """The patients as they were trained on: the same images, by the ledger's fingerprint, and the same sides."""
     cohort = read_cohort(config.data)
     require_data(cohort, config.data, ledger, progress=progress)
     images = prepare(cohort, config.data, progress=progress)
-    return restore_split(images, read_json(run.folder("train") / "site" / "split.json"))
+    split = restore_split(images, read_json(run.folder("train") / "site" / "split.json"))
+    if split.key_commitment != committed:
+        raise ArtifactError("The patients' coins are not those that the ledger noted before training. Restore train/site/split.json.")
+    return split

@@ -10,7 +10,10 @@ import numpy as np
 from dpsynth.checks.accounting import accounting
 from dpsynth.checks.copying import copying
 from dpsynth.checks.evidence import Evidence, compute_features
+from dpsynth.checks.family import decide_family
 from dpsynth.checks.fidelity import fidelity
+from dpsynth.checks.groups import groups
+from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.membership import membership
 from dpsynth.checks.utility import utility
 from dpsynth.checks.verdict import Outcome, Verdict
@@ -19,7 +22,7 @@ from dpsynth.progress import Progress
 
 
 def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Progress) -> tuple[Verdict, ...]:
-    """One verdict per check, always all of them. A check that breaks is INCONCLUSIVE, never left out."""
+    """One verdict per check, always all of them, the privacy checks after Holm. A check that breaks is INCONCLUSIVE, never left out."""
     features = compute_features(evidence, progress=progress)
 
     def rng(number: int) -> np.random.Generator:
@@ -27,12 +30,14 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
 
     checks: dict[str, Callable[[], Verdict]] = {
         "accounting": lambda: accounting(evidence),
-        "membership": lambda: membership(features, gate, rng=rng(1)),
+        "mechanism": lambda: mechanism(evidence, gate),
+        "membership": lambda: membership(evidence, features, gate, rng=rng(1)),
         "copying": lambda: copying(evidence, features, gate, rng=rng(2)),
+        "groups": lambda: groups(evidence, features, gate, rng=rng(5)),
         "fidelity": lambda: fidelity(features, gate, rng=rng(3)),
         "utility": lambda: utility(evidence, gate, rng=rng(4), seed=seed, progress=progress),
     }
-    return tuple(_guarded(name, check) for name, check in checks.items())
+    return decide_family([_guarded(name, check) for name, check in checks.items()], gate.family_error)
 
 
 def _guarded(name: str, check: Callable[[], Verdict]) -> Verdict:

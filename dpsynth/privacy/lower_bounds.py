@@ -7,8 +7,9 @@ of cases allows: 100 guesses, all right, prove epsilon 3.5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,10 +103,15 @@ def one_run_curve_p_value(*, cases: int, guesses: int, correct: int, inverse: In
     if _curve_allows(1.0, cases, guesses, correct, inverse):
         return 1.0
     low, high = -700.0, 0.0  # logarithm of the probability
-    for _ in range(40):
+    for _ in range(26):
         middle = (low + high) / 2
         low, high = (middle, high) if _curve_allows(math.exp(middle), cases, guesses, correct, inverse) else (low, middle)
     return math.exp(high)
+
+
+def one_run_curve_refutes(*, cases: int, guesses: int, correct: int, inverse: InverseBlowUp, failure: float) -> bool:
+    """Whether that p-value is below `failure`, without finding it: a millisecond instead of a second."""
+    return correct > 0 and not _curve_allows(failure, cases, guesses, correct, inverse)
 
 
 def one_run_curve_epsilon(*, cases: int, guesses: int, correct: int, delta: float, failure: float = FAILURE) -> float:
@@ -139,7 +145,8 @@ def pair_inverse(epsilon: float, delta: float) -> InverseBlowUp:
     return lambda y: max(0.0, (y - delta) * math.exp(-epsilon), 1 - delta - math.exp(epsilon) * (1 - y))
 
 
-def mechanism_inverse(mechanisms: Sequence[Mechanism]) -> InverseBlowUp:
+@lru_cache(maxsize=16)
+def mechanism_inverse(mechanisms: tuple[Mechanism, ...]) -> InverseBlowUp:
     """Of what the accountant says of these mechanisms, from their whole delta(epsilon) curve; it assumes nothing about their shape."""
     epsilons = np.concatenate([np.linspace(0, 5, 101), np.linspace(5.2, 60, 120)])
     deltas = delta_curve(mechanisms, epsilons.tolist())

@@ -148,5 +148,6 @@ def _curve(guarantee: Guarantee) -> list[tuple[float, float]]:
 
 def _verdict(verdict: Verdict, *, site: bool) -> dict[str, Any]:
     values = verdict.to_json() if site else verdict.to_public_json()
+    values.pop("listed", None)  # patients are named in the run's folder of checks alone
     shown = {"symbol": _SYMBOLS[verdict.outcome], "word": _WORDS[verdict.outcome], "numbers": "statistic" in values}
     return {**values, **shown}
