@@ -75,7 +75,9 @@ def compute_features(evidence: Evidence, *, progress: Progress) -> Features:
     real = np.concatenate([evidence.training.images, evidence.control.images])
     patients = np.concatenate([evidence.training.patients, evidence.control.patients + evidence.training.num_patients])
     firsts = np.concatenate([training, control])[evidence.pool]
-    chance = approaches(firsts, real, patients, own=evidence.pool, task="pool patients", progress=progress)
+    queries = np.concatenate([evidence.synthetic, firsts])  # one search for both: laying down the real images takes longest
+    own = np.concatenate([np.full(len(evidence.synthetic), -1, dtype=np.int64), evidence.pool])
+    found = approaches(queries, real, patients, own=own, progress=progress)
     return Features(
         synthetic=encode(evidence.synthetic, task="synthetic images", progress=progress),
         training=encode(training, task="training images", progress=progress),
@@ -83,8 +85,8 @@ def compute_features(evidence: Evidence, *, progress: Progress) -> Features:
         synthetic_thumbnails=thumbnails(evidence.synthetic),
         training_thumbnails=thumbnails(training),
         control_thumbnails=thumbnails(control),
-        synthetic_approaches=approaches(evidence.synthetic, real, patients, task="synthetic images", progress=progress),
-        real_ratios=chance.per_item(len(firsts))[0],
+        synthetic_approaches=found.of(0, len(evidence.synthetic)),
+        real_ratios=found.of(len(evidence.synthetic), len(queries)).per_item(len(firsts))[0],
     )
 
 

@@ -45,6 +45,11 @@ class Approaches:
         np.minimum.at(smallest, self.patient, self.ratio)
         return smallest
 
+    def of(self, start: int, stop: int) -> Approaches:
+        """Those of the images numbered `start` to `stop`, numbered from 0."""
+        own = (self.item >= start) & (self.item < stop)
+        return Approaches(item=self.item[own] - start, patient=self.patient[own], ratio=self.ratio[own])
+
     def per_item(self, num_items: int) -> tuple[Array, Int64]:
         """Smallest ratio of each image and the patient whom it approaches, (num_items,) each."""
         order = np.lexsort((self.ratio, self.item))
@@ -52,8 +57,8 @@ class Approaches:
         return self.ratio[first], self.patient[first]
 
 
-def approaches(images: Float32, real: Float32, patients: Int64, *, own: Int64 | None = None, task: str, progress: Progress) -> Approaches:
-    """Search `images` (n, channel, *space) among the `real` ones of `patients`, leaving out each one's `own` patient when given."""
+def approaches(images: Float32, real: Float32, patients: Int64, *, own: Int64 | None = None, progress: Progress) -> Approaches:
+    """Search `images` (n, channel, *space) among the `real` ones of `patients`, leaving out each one's `own` patient (-1: nobody)."""
     parts = []
     kinds = [_whole] if images.ndim == 4 else [_whole, *(_along(axis) for axis in (2, 3, 4))]
     for number, kind in enumerate(kinds):
@@ -61,7 +66,7 @@ def approaches(images: Float32, real: Float32, patients: Int64, *, own: Int64 | 
         excluded = None if own is None else own[item]
 
         def note(done: int, total: int, number: int = number) -> None:
-            progress(f"search for copies, {task}", number * total + done, len(kinds) * total)
+            progress("search for copies", number * total + done, len(kinds) * total)
 
         nearest = nearest_patients(queries, _blocks(real, patients, kind, note), own=excluded)
         ratio = (nearest.first + _SOFTENING) / (nearest.second + _SOFTENING)

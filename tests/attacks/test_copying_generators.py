@@ -62,14 +62,14 @@ class Site:
     def searched(self, synthetic: Float32) -> Approaches:
         real = np.concatenate([self.split.training.images, self.split.control.images])
         owners = np.concatenate([self.split.training.patients, self.split.control.patients + self.split.training.num_patients])
-        return approaches(synthetic, real, owners, task="", progress=silent)
+        return approaches(synthetic, real, owners, progress=silent)
 
     def real_ratios(self) -> np.ndarray:
         sets = self.evidence(self.others)
         real = np.concatenate([self.split.training.images, self.split.control.images])
         owners = np.concatenate([self.split.training.patients, self.split.control.patients + self.split.training.num_patients])
         firsts = np.array([np.flatnonzero(owners == patient)[0] for patient in sets.pool])
-        return approaches(real[firsts], real, owners, own=sets.pool, task="", progress=silent).per_item(len(firsts))[0]
+        return approaches(real[firsts], real, owners, own=sets.pool, progress=silent).per_item(len(firsts))[0]
 
     def judge(self, synthetic: Float32, found: Approaches, real_ratios: np.ndarray) -> Verdict:
         """The verdict of the check for copies, which sees pixels and needs no encoder."""
@@ -153,9 +153,7 @@ def judged(site: Site, attacks: dict[str, Attack]) -> dict[str, Verdict]:
     drawn = {name: attack(site) for name, attack in attacks.items()}
     whole, chance, start, verdicts = site.searched(np.concatenate(list(drawn.values()))), site.real_ratios(), 0, {}
     for name, images in drawn.items():
-        own = (whole.item >= start) & (whole.item < start + len(images))
-        found = Approaches(item=whole.item[own] - start, patient=whole.patient[own], ratio=whole.ratio[own])
-        verdicts[name] = site.judge(images, found, chance)
+        verdicts[name] = site.judge(images, whole.of(start, start + len(images)), chance)
         start += len(images)
     return verdicts
 

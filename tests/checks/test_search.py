@@ -42,9 +42,9 @@ def test_blocks_by_patient_hold_every_image_once_however_small(monkeypatch: pyte
     rng = np.random.default_rng(0)
     real, patients = rng.uniform(-1, 1, (30, 1, 12, 12)).astype(np.float32), rng.permutation(np.repeat(np.arange(10), 3))
     queries = rng.uniform(-1, 1, (8, 1, 12, 12)).astype(np.float32)
-    whole = approaches(queries, real, patients, task="", progress=silent)
+    whole = approaches(queries, real, patients, progress=silent)
     monkeypatch.setattr(search, "_ROWS_PER_BLOCK", 1)
-    small = approaches(queries, real, patients, task="", progress=silent)
+    small = approaches(queries, real, patients, progress=silent)
     assert np.array_equal(small.patient, whole.patient)
     assert np.allclose(small.ratio, whole.ratio, atol=1e-5)
 
@@ -59,8 +59,8 @@ def test_a_copied_slice_of_a_volume_is_found_along_every_axis_and_empty_slices_a
     copied[0, 0, 4] = real[7, 0, 6]
     copied[1, 0, :, 3] = real[8, 0, :, 3]
     copied[2, 0, :, :, 9] = real[9, 0, :, :, 2]
-    clean = approaches(honest, real, np.arange(12), task="", progress=silent).per_item(3)[0]
-    ratios, patients = approaches(copied, real, np.arange(12), task="", progress=silent).per_item(3)
+    clean = approaches(honest, real, np.arange(12), progress=silent).per_item(3)[0]
+    ratios, patients = approaches(copied, real, np.arange(12), progress=silent).per_item(3)
     assert patients.tolist() == [7, 8, 9]
     assert float(ratios.max()) < 0.1
     assert float(clean.min()) > 0.5
