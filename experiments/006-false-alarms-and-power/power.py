@@ -167,8 +167,7 @@ def usual(hospital: Hospital, synthetic: Array) -> dict[str, bool]:
     own = nearest(real, real, own=np.arange(len(real)))[0]
     two_real = np.partition(pairwise(control, real), 1, axis=1)[:, :2]
     two = np.partition(pairwise(synthetic, real), 1, axis=1)[:, :2]
-    _, row = nearest(real, synthetic)
-    authentic = float(np.mean(own < np.linalg.norm(real - synthetic[row], axis=1)))
+    authentic = float(np.mean(own[nearest(synthetic, real)[1]] < to_training))  # Alaa et al. 2022
     return {
         "distance to closest record, share nearer to training above 0.55": float(nearer.mean()) > 0.55,
         "distance to closest record, 5th percentile below that of held-out patients": bool(
@@ -213,12 +212,14 @@ def tables(path: Path) -> str:
     """The two tables of the README."""
     results = known(path)
     rows = ["| generator | pool | membership | copying | groups | family | screening | stopped |", "|---|---|---|---|---|---|---|---|"]
-    for name, r in results.items():
+    names = [f"{generator}, pool {pool}" for generator in (*NULL, *PLANTED) for pool in (100, 400, 1000)]
+    for name in (name for name in names if name in results):
+        r = results[name]
         generator, pool = name.rsplit(", pool ", 1)
         cells = [r["accuses"][check] for check in ("membership", "copying", "groups")]
         cells += [r["family"], r["screening shows somebody"], r["release stopped"]]
         rows.append(f"| {generator} | {pool} | " + " | ".join(f"{100 * value:.1f} %" for value in cells) + " |")
-    at = {name.rsplit(", pool ", 1)[0]: r for name, r in results.items() if name.endswith(", pool 400")}
+    at = {generator: results[f"{generator}, pool 400"] for generator in (*NULL, *PLANTED) if f"{generator}, pool 400" in results}
     measures = list(next(iter(at.values()))["usual measures"]) if at else []
     rows += ["", "| at a pool of 400 | " + " | ".join(at) + " |", "|---|" + "---|" * len(at)]
     rows.append("| this gate stops the release | " + " | ".join(f"{100 * r['release stopped']:.0f} %" for r in at.values()) + " |")
