@@ -127,8 +127,10 @@ class DataConfig(_Settings):
         description="Stored intensities that map to -1 and 1, values outside are clamped: public constants, or each: the 0.5th and 99.5th "
         "percentile of every image by itself (for MRI, whose units are arbitrary).",
     )
-    control_fraction: Fraction = Field(
-        0.2, description="Each patient goes to the control set with this probability, by a keyed coin, and is not trained on."
+    control_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.2,
+        description="Each patient goes to the control set with this probability, by a keyed coin, and is not trained on; as many, on "
+        "average, are trained on and form the audit pool with them.",
     )
     exclusions: Path | None = Field(
         None,
@@ -303,11 +305,15 @@ class ContentConfig(_Settings):
 class GateConfig(_Settings):
     """The policy by which a release is allowed; fixed before the checks run."""
 
-    required: tuple[Literal["accounting", "membership", "copying", "fidelity", "utility", "content", "fairness"], ...] = Field(
-        ("accounting", "membership", "copying", "fidelity", "utility", "content"),
-        description="Checks without which nothing is released; accounting, membership and copying always are.",
+    required: tuple[
+        Literal["accounting", "mechanism", "membership", "copying", "groups", "fidelity", "utility", "content", "fairness"], ...
+    ] = Field(
+        ("accounting", "mechanism", "membership", "copying", "groups", "fidelity", "utility", "content"),
+        description="Checks without which nothing is released; accounting, mechanism, membership and copying always are.",
     )
-    false_alarm_rate: Annotated[float, Field(ge=0.001, le=0.05)] = Field(0.01, description="Of each statistical check; 0.001 to 0.05.")
+    family_error: Annotated[float, Field(ge=0.001, le=0.05)] = Field(
+        0.05, description="Probability that any of mechanism, membership, copying and groups accuses without cause (Holm); 0.001 to 0.05."
+    )
     utility_margin: Fraction = Field(0.10, description="Largest loss of AUC of train-on-synthetic against train-on-real.")
     largest_membership_auc: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.70, description="Membership is inconclusive when a smaller AUC than this could not have been seen."

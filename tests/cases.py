@@ -10,7 +10,7 @@ from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.release.gate import Question
 
 RELEASE = MomentRelease(noise_multiplier=1.0, queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
-CHECKS = ("accounting", "membership", "copying")
+CHECKS = ("accounting", "mechanism", "membership", "copying")
 
 
 def verdict(check: str, outcome: Outcome = Outcome.PASS) -> Verdict:

@@ -9,24 +9,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.checks.features import encode, mirrored
+from dpsynth.checks.features import encode
 from dpsynth.checks.screening import Screening
+from dpsynth.checks.search import Approaches, approaches
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]
+Bool = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Images and what the trainer proved. synthetic: (n, channel, *space) in [-1, 1]."""
+    """Images and what the trainer proved. synthetic: (n, channel, *space) in [-1, 1].
+
+    in_pool: which training patients are in the audit pool (training patients,); all control patients are. epsilon, delta: the claim.
+    canaries: outcome of the audits by gradient canaries, as the trainer wrote it; empty without DP-SGD.
+    """
 
     synthetic: Float32
     synthetic_labels: Int64
     training: ImageSet
     control: ImageSet
+    in_pool: Bool
+    epsilon: float
+    delta: float
     selfcheck: Mapping[str, Any]
+    canaries: Mapping[str, Any]
     accounting_problems: tuple[str, ...]
     ledger_problems: tuple[str, ...]
     uses_sgd: bool
@@ -34,30 +44,53 @@ class Evidence:
     synthetic_attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)  # by declared attribute, (n,)
     withheld: int = 0  # synthetic images that the screening left out when they were drawn
 
+    @property
+    def pool(self) -> Int64:
+        """Numbers of the pool's patients, training patients first, then control patients counted on from them."""
+        return np.flatnonzero(np.concatenate([self.in_pool, np.ones(self.control.num_patients, dtype=bool)])).astype(np.int64)
+
+    @property
+    def inside(self) -> Bool:
+        """For each patient of the pool whether the coin put them into training."""
+        return np.asarray(self.pool < self.training.num_patients)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Encoder features, of one image a patient since tests count patients; thumbnails of all images, the synthetic ones also mirrored."""
+    """Encoder features and thumbnails, of one image a patient since tests count patients; and what lies next to what.
+
+    synthetic_approaches: of every synthetic image among all patients (numbered as in `Evidence.pool`). real_ratios: of each first
+    image of the pool among all other patients, the smallest ratio: how near people come to each other by chance.
+    """
 
     synthetic: Array
     training: Array
     control: Array
     synthetic_thumbnails: Array
-    mirrored_thumbnails: Array
     training_thumbnails: Array
     control_thumbnails: Array
+    synthetic_approaches: Approaches
+    real_ratios: Array
 
 
 def compute_features(evidence: Evidence, *, progress: Progress) -> Features:
     """Features of the evidence."""
+    training, control = first_images(evidence.training), first_images(evidence.control)
+    real = np.concatenate([evidence.training.images, evidence.control.images])
+    patients = np.concatenate([evidence.training.patients, evidence.control.patients + evidence.training.num_patients])
+    firsts = np.concatenate([training, control])[evidence.pool]
+    queries = np.concatenate([evidence.synthetic, firsts])  # one search for both: laying down the real images takes longest
+    own = np.concatenate([np.full(len(evidence.synthetic), -1, dtype=np.int64), evidence.pool])
+    found = approaches(queries, real, patients, own=own, progress=progress)
     return Features(
         synthetic=encode(evidence.synthetic, task="synthetic images", progress=progress),
-        training=encode(first_images(evidence.training), task="training images", progress=progress),
-        control=encode(first_images(evidence.control), task="control images", progress=progress),
+        training=encode(training, task="training images", progress=progress),
+        control=encode(control, task="control images", progress=progress),
         synthetic_thumbnails=thumbnails(evidence.synthetic),
-        mirrored_thumbnails=thumbnails(mirrored(evidence.synthetic)),
-        training_thumbnails=thumbnails(evidence.training.images),
-        control_thumbnails=thumbnails(evidence.control.images),
+        training_thumbnails=thumbnails(training),
+        control_thumbnails=thumbnails(control),
+        synthetic_approaches=found.of(0, len(evidence.synthetic)),
+        real_ratios=found.of(len(evidence.synthetic), len(queries)).per_item(len(firsts))[0],
     )
 
 

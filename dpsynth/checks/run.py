@@ -17,7 +17,9 @@ from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, restore_split
+from dpsynth.errors import ArtifactError
 from dpsynth.model.generator import Generator
+from dpsynth.privacy.audit import CANARIES
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress
@@ -32,17 +34,22 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     run.require("generate")
     config = parse_config(run.config_text, base=run.path)
     trained = load_trained(run, config.data, ledger_path=ledger_path)
-    split = _split(run, config, trained.ledger, progress)
+    split = _split(run, config, trained.ledger, trained.charge.coins_sha256, progress)
     attempt = trained.ledger.record_gate_attempt(trained.charge.run_id)
     candidates = load_candidates(run)
     synthetic = to_unit_range(candidates.images)
     screening = _screened(run, config, candidates, synthetic, key=split.key, progress=progress)
+    site = run.folder("train") / "site"
     evidence = Evidence(
         synthetic=synthetic,
         synthetic_labels=candidates.labels,
         training=split.training,
         control=split.control,
-        selfcheck=read_json(run.folder("train") / "site" / "selfcheck.json"),
+        in_pool=split.in_pool,
+        epsilon=trained.guarantee.epsilon,
+        delta=trained.guarantee.delta,
+        selfcheck=read_json(site / "selfcheck.json"),
+        canaries=read_json(site / CANARIES),
         accounting_problems=trained.guarantee.problems(),
         ledger_problems=tuple(trained.ledger.verify()),
         uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in trained.guarantee.mechanisms),
@@ -69,9 +76,12 @@ def _screened(run: RunFolder, config: Config, candidates: Candidates, synthetic:
     return screen(synthetic, cells, reference, config.gate.content, sample_key=key, progress=progress)
 
 
-def _split(run: RunFolder, config: Config, ledger: Ledger, progress: Progress) -> Split:
+def _split(run: RunFolder, config: Config, ledger: Ledger, committed: str, progress: Progress) -> Split:
     """The patients as they were trained on: the same images, by the ledger's fingerprint, and the same sides."""
     cohort = read_cohort(config.data)
     require_data(cohort, config.data, ledger, progress=progress)
     images = prepare(cohort, config.data, progress=progress)
-    return restore_split(images, read_json(run.folder("train") / "site" / "split.json"))
+    split = restore_split(images, read_json(run.folder("train") / "site" / "split.json"))
+    if split.key_commitment != committed:
+        raise ArtifactError("The patients' coins are not those that the ledger noted before training. Restore train/site/split.json.")
+    return split

@@ -9,21 +9,32 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
-_BLOCK = 1024
+_QUERIES, _REFERENCES = 1024, 8192
 
 
-def nearest(queries: Array, references: Array, *, exclude_self: bool = False) -> tuple[Array, NDArray[np.int64]]:
-    """Distance to and row of the nearest reference, (n,) each, in blocks so that memory stays small."""
-    distances = np.empty(len(queries))
-    rows = np.empty(len(queries), dtype=np.int64)
-    for start in range(0, len(queries), _BLOCK):
-        block = pairwise(queries[start : start + _BLOCK], references)
-        if exclude_self:
-            index = np.arange(len(block))
-            block[index, index + start] = np.inf
-        rows[start : start + len(block)] = block.argmin(axis=1)
-        distances[start : start + len(block)] = block.min(axis=1)
-    return distances, rows
+def nearest(queries: Array, references: Array, *, own: NDArray[np.int64] | None = None) -> tuple[Array, NDArray[np.int64]]:
+    """Distance to and row of the nearest reference, (n,) each; `own` names for each query a row that does not count.
+
+    Both sides come in blocks, so that memory does not grow with their product; float32 finds the row, float64 its distance.
+    """
+    centre = references.mean(axis=0)
+    left, right = (queries - centre).astype(np.float32), (references - centre).astype(np.float32)
+    lengths = np.einsum("ij,ij->i", right, right)
+    smallest, rows = np.full(len(queries), np.inf, dtype=np.float32), np.zeros(len(queries), dtype=np.int64)
+    for begin in range(0, len(references), _REFERENCES):
+        block = slice(begin, begin + _REFERENCES)
+        for start in range(0, len(queries), _QUERIES):
+            part = slice(start, start + _QUERIES)
+            squared = lengths[None, block] - 2 * left[part] @ right[block].T
+            if own is not None:
+                index = np.flatnonzero((own[part] >= begin) & (own[part] < begin + squared.shape[1]))
+                squared[index, own[part][index] - begin] = np.inf
+            column = squared.argmin(axis=1)
+            found = squared[np.arange(len(column)), column]
+            better = found < smallest[part]
+            rows[part] = np.where(better, column + begin, rows[part])
+            smallest[part] = np.where(better, found, smallest[part])
+    return np.linalg.norm(queries - references[rows], axis=1), rows
 
 
 def pairwise(first: Array, second: Array) -> Array:
@@ -79,6 +90,46 @@ def auc_interval(positive: Array, negative: Array, confidence_level: float) -> t
     stddev = float(np.sqrt(np.var(v10, ddof=1) / m + np.var(v01, ddof=1) / n)) if min(m, n) > 1 else 0.5
     half = float(stats.norm.ppf((1 + confidence_level) / 2)) * stddev
     return float(auc), max(0.0, float(auc) - half), min(1.0, float(auc) + half)
+
+
+def coin_flip_p(scores: Array, inside: NDArray[np.bool_], *, rng: np.random.Generator, flips: int = 9999) -> float:
+    """p-value that patients who are `inside` by a fair coin each have higher scores (n,), exact: the coins are flipped again.
+
+    The statistic is the sum of the centred ranks of those inside; scores must not depend on the coins.
+    """
+    ranks = stats.rankdata(scores) - (len(scores) + 1) / 2
+    observed, reached = float(ranks[inside].sum()), 0
+    for count in _parts(flips, len(scores)):
+        reached += int(np.sum(_coins(count, len(scores), rng) @ ranks >= observed - 1e-9))
+    return (1 + reached) / (1 + flips)
+
+
+def coin_flip_count_p(
+    nested: NDArray[np.bool_], inside: NDArray[np.bool_], *, rng: np.random.Generator, flips: int = 9999
+) -> tuple[float, int]:
+    """p-value that sets of patients hold more who are inside than fair coins make, and the row of the most telling set, exact.
+
+    nested: (sets, n), chosen without the coins. The statistic is the largest (a - b) / sqrt(a + b) over the sets, a inside and b outside.
+    """
+    sizes = np.maximum(nested.sum(axis=1), 1)
+
+    def statistic(coins: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray((2 * coins - 1) @ nested.T.astype(np.float32) / np.sqrt(sizes).astype(np.float32))
+
+    observed, reached = statistic(inside[None].astype(np.float32))[0], 0
+    for count in _parts(flips, nested.shape[1]):
+        reached += int(np.sum(statistic(_coins(count, nested.shape[1], rng)).max(axis=1) >= observed.max() - 1e-5))
+    return (1 + reached) / (1 + flips), int(observed.argmax())
+
+
+def _coins(count: int, patients: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    return rng.integers(0, 2, (count, patients), dtype=np.int8).astype(np.float32)
+
+
+def _parts(total: int, patients: int) -> list[int]:
+    """Sizes of blocks of coins of about a million each."""
+    size = max(1, min(total, 1_000_000 // max(patients, 1)))
+    return [size] * (total // size) + ([total % size] if total % size else [])
 
 
 def smallest_detectable_auc(num_training: int, num_control: int, *, false_alarm_rate: float, power: float = 0.8) -> float:

@@ -15,7 +15,10 @@ from dpsynth.checks.copying import copying
 from dpsynth.checks.description import describe
 from dpsynth.checks.evidence import Evidence, compute_features
 from dpsynth.checks.fairness import fairness
+from dpsynth.checks.family import decide_family
 from dpsynth.checks.fidelity import fidelity
+from dpsynth.checks.groups import groups
+from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.membership import membership
 from dpsynth.checks.utility import utility
 from dpsynth.checks.verdict import Outcome, Verdict
@@ -24,7 +27,7 @@ from dpsynth.progress import Progress
 
 
 def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Progress) -> tuple[Verdict, ...]:
-    """One verdict per check, always all of them. A check that breaks is INCONCLUSIVE, never left out."""
+    """One verdict per check, always all of them, the privacy checks after Holm. A check that breaks is INCONCLUSIVE, never left out."""
     features = compute_features(evidence, progress=progress)
 
     def rng(number: int) -> np.random.Generator:
@@ -33,14 +36,16 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
     arms = cache(lambda: train_arms(evidence, seed=seed, progress=progress))  # several checks look at them
     checks: dict[str, Callable[[], Verdict]] = {
         "accounting": lambda: accounting(evidence),
-        "membership": lambda: membership(features, gate, rng=rng(1)),
+        "mechanism": lambda: mechanism(evidence, gate),
+        "membership": lambda: membership(evidence, features, gate, rng=rng(1)),
         "copying": lambda: copying(evidence, features, gate, rng=rng(2)),
+        "groups": lambda: groups(evidence, features, gate, rng=rng(7)),
         "fidelity": lambda: fidelity(features, gate, rng=rng(3), description=describe(evidence, features, rng=rng(5), progress=progress)),
         "utility": lambda: utility(evidence, gate, arms=arms, rng=rng(4)),
         "fairness": lambda: fairness(evidence, features, gate, arms=arms, rng=rng(6)),
         "content": lambda: content(evidence.screening, gate.content, withheld=evidence.withheld),
     }
-    return tuple(_guarded(name, check) for name, check in checks.items())
+    return decide_family([_guarded(name, check) for name, check in checks.items()], gate.family_error)
 
 
 def _guarded(name: str, check: Callable[[], Verdict]) -> Verdict:

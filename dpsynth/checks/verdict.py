@@ -41,10 +41,20 @@ class Verdict:
     limitation: str
     public: bool = False
     figures: Mapping[str, float] = field(default_factory=dict)
+    p_value: float | None = None  # before Holm; none: the check is not one of the family
+    accusation: str = ""  # what is said in place of `reason` when Holm rejects
+    lower_bound: float | None = None  # on epsilon, as far as this check could see
+    listed: tuple[tuple[int, str], ...] = ()  # numbers of synthetic images, and the patient each resembles, for a person at the site
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for the site's own files."""
-        return {**self.__dict__, "outcome": self.outcome.value, "interval": list(self.interval), "figures": dict(self.figures)}
+        return {
+            **self.__dict__,
+            "outcome": self.outcome.value,
+            "interval": list(self.interval),
+            "figures": dict(self.figures),
+            "listed": [list(pair) for pair in self.listed],
+        }
 
     def to_public_json(self) -> dict[str, Any]:
         """What may leave: numbers only when the verdict is public."""
@@ -56,4 +66,5 @@ class Verdict:
     def from_json(cls, value: Mapping[str, Any]) -> Verdict:
         """Inverse of `to_json`."""
         interval = (float(value["interval"][0]), float(value["interval"][1]))
-        return cls(**{**value, "outcome": Outcome(value["outcome"]), "interval": interval})
+        listed = tuple((int(image), str(patient)) for image, patient in value["listed"])
+        return cls(**{**value, "outcome": Outcome(value["outcome"]), "interval": interval, "listed": listed})

@@ -1,4 +1,9 @@
-"""Training and control patients, by a keyed coin for each patient."""
+"""Training and control patients, by a keyed coin for each patient; and those whose coin was a fair one: the audit pool.
+
+One number u in [0, 1) for each patient, a function of the run's key and the patient's id alone. u < f: control; f <= u < 2f: in the
+pool and trained on; the others are trained on without a coin. So a patient is in the pool with probability 2f, whoever else takes part,
+and a patient of the pool is trained on by a fair coin. Why there is one mechanism and no second draw: docs/adr/0015.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpsynth.data.cohort import ImageSet
 from dpsynth.errors import DataError, SelfCheckFailed
@@ -28,12 +34,24 @@ class Split:
         if problems:
             raise SelfCheckFailed("split: " + "; ".join(problems))
 
+    @property
+    def key_commitment(self) -> str:
+        """SHA-256 of the key, hexadecimal: the ledger notes it before training, so the coins cannot be chosen afterwards."""
+        return hashlib.sha256(self.key).hexdigest()
+
+    @property
+    def in_pool(self) -> NDArray[np.bool_]:
+        """Which training patients are in the audit pool (num_patients,). All control patients are. ValueError above one half."""
+        if self.control_fraction > 0.5:
+            raise ValueError(f"Expected a control fraction of at most 0.5 for fair coins, got {self.control_fraction}.")
+        return np.array([_coin(self.key, patient_id) < 2 * self.control_fraction for patient_id in self.training.patient_ids])
+
     def record(self) -> dict[str, Any]:
         """What the site keeps: which patient is where, and the key, so that the split can be made again."""
         return {
             "control_fraction": self.control_fraction,
             "key": self.key.hex(),
-            "key_commitment": hashlib.sha256(self.key).hexdigest(),
+            "key_commitment": self.key_commitment,
             "training": list(self.training.patient_ids),
             "control": list(self.control.patient_ids),
         }

@@ -61,6 +61,7 @@ class Charge:
     config_sha256: str
     mechanisms: tuple[Mechanism, ...]
     settled: bool
+    coins_sha256: str = ""  # of the key that says who is trained on, noted before training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +222,13 @@ class Ledger:
 
     # -- what changes it ---------------------------------------------------------------------------------------------
 
-    def reserve(self, mechanisms: Sequence[Mechanism], *, purpose: str, run_id: str, config_sha256: str = "") -> str:
+    def reserve(
+        self, mechanisms: Sequence[Mechanism], *, purpose: str, run_id: str, config_sha256: str = "", coins_sha256: str = ""
+    ) -> str:
         """Charge `mechanisms` in full before the data is touched; returns the reservation. Raises BudgetExceeded.
 
         The configuration's digest is booked too: one reservation pays for one training, not for two that differ and share their noise.
+        So is the digest of the key of the patients' coins: which of them are trained on cannot be chosen after looking at the result.
         """
         with self._locked():
             lines = self._recovered()
@@ -235,6 +239,7 @@ class Ledger:
                 "purpose": purpose,
                 "run_id": run_id,
                 "config_sha256": config_sha256,
+                "coins_sha256": coins_sha256,
                 "mechanisms": [to_json(mechanism) for mechanism in mechanisms],
             }
             self._append("reserve", fields, lines=lines)
@@ -255,12 +260,13 @@ class Ledger:
                 "Lower privacy.epsilon, or ask the data owner; `dpsynth ledger show` lists the charges."
             )
 
-    def resume(self, reservation: str, mechanisms: Sequence[Mechanism], *, config_sha256: str = "") -> None:
+    def resume(self, reservation: str, mechanisms: Sequence[Mechanism], *, config_sha256: str = "", coins_sha256: str = "") -> None:
         """Note that a killed run goes on inside its reservation. Raises LedgerError when it is settled or differs."""
         with self._locked():
             lines = self._recovered()
             charge = _open_charge(lines, reservation)
-            if tuple(mechanisms) != charge.mechanisms or config_sha256 != charge.config_sha256:
+            same = (tuple(mechanisms), config_sha256, coins_sha256) == (charge.mechanisms, charge.config_sha256, charge.coins_sha256)
+            if not same:
                 raise LedgerError("The run's mechanisms or settings differ from those that were reserved. Start a new run.")
             self._append("resume", {"reservation": reservation}, lines=lines)
 
@@ -492,6 +498,7 @@ def _charges(lines: tuple[Line, ...]) -> tuple[Charge, ...]:
                 purpose=entry["purpose"],
                 run_id=entry["run_id"],
                 config_sha256=entry["config_sha256"],
+                coins_sha256=str(entry.get("coins_sha256", "")),
                 mechanisms=tuple(from_json(value) for value in entry["mechanisms"]),
                 settled=False,
             )

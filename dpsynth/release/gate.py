@@ -13,7 +13,7 @@ from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import Mechanism
 
-ALWAYS_REQUIRED = ("accounting", "membership", "copying")  # no policy can do without them
+ALWAYS_REQUIRED = ("accounting", "mechanism", "membership", "copying")  # no policy can do without them
 
 
 @dataclass(frozen=True, kw_only=True)

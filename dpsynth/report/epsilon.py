@@ -85,6 +85,7 @@ def epsilon_report(
         "unprotected": list(guarantee.unprotected),
         "not_claimed": list(_NOT_CLAIMED),
         "verdicts": [{**_verdict(verdict, site=site), "required": verdict.check in required} for verdict in verdicts],
+        "lower_bounds": _lower_bounds(verdicts, guarantee) if site else [],
         "cells": [{**row, "small": row["noisy_patients"] < FEWEST_PATIENTS} for row in cells],
         "fewest_patients": FEWEST_PATIENTS,
         "decision": dict(decision),
@@ -146,7 +147,17 @@ def _curve(guarantee: Guarantee) -> list[tuple[float, float]]:
     return [(float(fpr), float(np.clip(tpr, 0, 1))) for fpr, tpr in zip(_CURVE_FPRS, rates, strict=True)]
 
 
+def _lower_bounds(verdicts: Sequence[Verdict], guarantee: Guarantee) -> list[dict[str, Any]]:
+    """Claim and lower bound side by side. The bounds were computed on real patients or canaries and stay at the site."""
+    return [
+        {"check": verdict.check, "proved": verdict.lower_bound, "claimed": _number(guarantee.epsilon), "limitation": verdict.limitation}
+        for verdict in verdicts
+        if verdict.lower_bound is not None
+    ]
+
+
 def _verdict(verdict: Verdict, *, site: bool) -> dict[str, Any]:
     values = verdict.to_json() if site else verdict.to_public_json()
+    values.pop("listed", None)  # patients are named in the run's folder of checks alone
     shown = {"symbol": _SYMBOLS[verdict.outcome], "word": _WORDS[verdict.outcome], "numbers": "statistic" in values}
     return {**values, **shown}

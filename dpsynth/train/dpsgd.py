@@ -21,6 +21,23 @@ def private_mean(total: Tensor, *, mechanism: PoissonDpSgd, stream: NoiseStream,
     return (total.double() + mechanism.noise_stddev * noise) / mechanism.expected_batch_size
 
 
+def clipped_total(
+    gradients: PatientGradients, row_losses: Callable[[slice], Tensor], *, rows: int, rows_per_chunk: int, clip_norm: float, engine: Engine
+) -> tuple[Tensor, float]:
+    """Clipped sum over the patients of `rows` rows (total length,), in chunks, and the largest contribution. No rows are a zero sum.
+
+    `row_losses` gives the losses of a slice of the rows; a chunk holds whole patients.
+    """
+    total = torch.zeros(sum(parameter.numel() for parameter in gradients.parameters))
+    largest = 0.0
+    for start in range(0, rows, rows_per_chunk):
+        part = slice(start, min(start + rows_per_chunk, rows))
+        clipped, norms = engine.clip(gradients.per_patient(lambda part=part: row_losses(part)), clip_norm=clip_norm)  # type: ignore[misc]
+        total += clipped
+        largest = max(largest, float(norms.max()))
+    return total, largest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """Sampler, per-patient gradients, clip and noise of DP-SGD. Anything but the defaults exists only to show that the checks catch it."""

@@ -14,10 +14,12 @@ from dpsynth.config import DiffusionConfig
 from dpsynth.data.cohort import ImageSet, Int64
 from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.ema import Ema
+from dpsynth.privacy.audit import outcome
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
+from dpsynth.train.canaries import NUMBER, Canaries
 from dpsynth.train.checkpoint import load_checkpoint, save_checkpoint
-from dpsynth.train.dpsgd import ENGINE, Engine, write_gradient
+from dpsynth.train.dpsgd import ENGINE, Engine, clipped_total, write_gradient
 from dpsynth.train.gradients import PatientGradients
 from dpsynth.train.monitor import Monitor
 
@@ -53,11 +55,17 @@ def fit(
     optimizer = torch.optim.Adam(gradients.parameters, settings.learning_rate, betas=(0.9, 0.99))
     ema = Ema(denoiser.net, decay=settings.ema_decay)
     done, monitor = load_checkpoint(checkpoint, net=denoiser.net, ema=ema, optimizer=optimizer, binding=binding)
-    rows_of = training.rows_of()
+    rows_of, patients = training.rows_of(), training.num_patients
+    canaries = Canaries.drawn(stream, scores=monitor.canary_scores, number=NUMBER)
     for step in range(done, mechanism.steps):
-        chosen = engine.sample(stream, step=step, probability=mechanism.sampling_probability, num_patients=training.num_patients)
+        drawn = engine.sample(stream, step=step, probability=mechanism.sampling_probability, num_patients=patients + len(canaries.inside))
+        chosen = drawn[drawn < patients]
         total, contribution = _clipped_total(denoiser, gradients, training, rows_of, chosen, mechanism, settings, stream, step, engine)
-        mean = engine.noise(total, mechanism=mechanism, stream=stream, step=step)
+        planted = canaries.total(drawn[drawn >= patients] - patients, clip_norm=mechanism.clip_norm, engine=engine)
+        noised = engine.noise(torch.cat([total, planted]), mechanism=mechanism, stream=stream, step=step)
+        mean = noised[: len(total)]  # the canaries' coordinates belong to no weight
+        canaries.record(noised[len(total) :], mechanism)
+        monitor.canary_scores = canaries.scores.tolist()
         monitor.record(batch_size=len(chosen), contribution=contribution, total=total, mean=mean, mechanism=mechanism)
         write_gradient(gradients.parameters, mean)
         optimizer.step()
@@ -66,6 +74,7 @@ def fit(
             save_checkpoint(checkpoint, step=step + 1, net=denoiser.net, ema=ema, optimizer=optimizer, monitor=monitor, binding=binding)
         callback(step + 1)
     gradients.close()
+    monitor.canaries = outcome(canaries.scores, canaries.inside, mechanism)
     ema.copy_to(denoiser.net)
     return monitor
 
@@ -82,25 +91,22 @@ def _clipped_total(
     step: int,
     engine: Engine,
 ) -> tuple[Tensor, float]:
-    """Clipped sum over the chosen patients, in chunks, and the largest contribution. An empty batch is a zero sum."""
-    total = torch.zeros(sum(parameter.numel() for parameter in gradients.parameters))
-    largest = 0.0
+    """Clipped sum over the chosen patients and the largest contribution."""
     if not len(chosen):
-        return total, largest
+        return torch.zeros(sum(parameter.numel() for parameter in gradients.parameters)), 0.0
     rows = draw_rows(training, rows_of, chosen, draws=settings.draws, stream=stream, step=step)
-    for start in range(0, len(rows.clean), settings.patients_per_chunk * settings.draws):
-        part = slice(start, start + settings.patients_per_chunk * settings.draws)
-        clipped, norms = engine.clip(
-            gradients.per_patient(
-                lambda part=part: denoiser.row_losses(  # type: ignore[misc]
-                    rows.clean[part], rows.labels[part], sigma=rows.sigma[part], noise=rows.noise[part]
-                )
-            ),
-            clip_norm=mechanism.clip_norm,
-        )
-        total += clipped
-        largest = max(largest, float(norms.max()))
-    return total, largest
+
+    def losses(part: slice) -> Tensor:
+        return denoiser.row_losses(rows.clean[part], rows.labels[part], sigma=rows.sigma[part], noise=rows.noise[part])
+
+    return clipped_total(
+        gradients,
+        losses,
+        rows=len(rows.clean),
+        rows_per_chunk=settings.patients_per_chunk * settings.draws,
+        clip_norm=mechanism.clip_norm,
+        engine=engine,
+    )
 
 
 def draw_rows(training: ImageSet, rows_of: list[Int64], chosen: Int64, *, draws: int, stream: NoiseStream, step: int) -> Rows:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from dpsynth.privacy.audit import Audit
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
 from dpsynth.train.selfcheck import FALSE_ALARM, Finding, dispersion_p, noise_finding
 
@@ -51,6 +52,8 @@ class Monitor:
     largest_contribution: float = 0.0
     noise_energy: float = 0.0
     noise_numbers: int = 0
+    canary_scores: list[float] = field(default_factory=list)  # so far; kept for a run that is killed and goes on
+    canaries: Audit | None = None  # their outcome, once training is over
 
     def record(self, *, batch_size: int, contribution: float, total: Tensor, mean: Tensor, mechanism: PoissonDpSgd) -> None:
         """Note one step: the clipped sum that went in and the noised mean that came out."""
@@ -82,7 +85,7 @@ class Monitor:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for checkpoints."""
-        return {**self.__dict__}
+        return {name: value for name, value in self.__dict__.items() if name != "canaries"}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Monitor:

@@ -34,6 +34,7 @@ from dpsynth.model.noised_sums import NoisedSums
 from dpsynth.model.votes import num_candidates, release_votes
 from dpsynth.plan import VOTES, planned_mechanisms
 from dpsynth.privacy.accountant import FINE, account, epsilon_pld
+from dpsynth.privacy.audit import BEFORE, CANARIES, DURING, Audit
 from dpsynth.privacy.calibrate import delta_limit, resolve_delta
 from dpsynth.privacy.guarantee import Guarantee, claim
 from dpsynth.privacy.ledger import Charge, Ledger
@@ -41,6 +42,7 @@ from dpsynth.privacy.mechanism import Mechanism, MomentRelease, NonPrivate, Pois
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from dpsynth.progress import Progress
 from dpsynth.train import selfcheck
+from dpsynth.train.canaries import require_audit, start_up_audit
 from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor
 from dpsynth.train.non_private import fit_non_private
@@ -72,6 +74,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         ledger.require_affordable(mechanisms)  # before minutes of pre-training; the reservation asks again
     denoiser = _pretrained(config, public_set, reference, progress)
     findings = prove_bound(config, denoiser, reference, mechanisms)
+    audits = _start_up_audit(mechanisms)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
     with run.alone("train/site") as site:
         charge, stream, split = _reserve(run, ledger, mechanisms, config, images)
@@ -81,7 +84,9 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         monitor = None if release is None else MomentMonitor(mechanism=release)
         moments = noised_moments(config, split, reference, monitor, stream)
         labelling = _labelling(config, split, reference, moments, monitor, stream)
-        findings |= _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
+        found, audited = _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
+        findings |= found
+        audits |= audited
         generator = Generator(
             classes=config.data.classes,
             moments=moments,
@@ -95,6 +100,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         if monitor is not None:
             generator = _voted(config, generator, split, monitor, stream, progress)
             findings |= monitor.findings()
+        write_json(site / CANARIES, {name: audit.to_json() for name, audit in audits.items()}, private=True)
         write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
         _require_live(findings, site)
         generator.save(run.folder("train"))
@@ -208,6 +214,15 @@ def prove_bound(
     return findings
 
 
+def _start_up_audit(mechanisms: tuple[Mechanism, ...]) -> dict[str, Audit]:
+    """Canaries on a toy net by the engine that will train; none without DP-SGD."""
+    if not any(isinstance(m, PoissonDpSgd) for m in mechanisms):
+        return {}
+    audit = start_up_audit()
+    require_audit(audit)
+    return {BEFORE: audit}
+
+
 def require_claimable(mechanisms: tuple[Mechanism, ...], delta: float) -> None:
     """Raise ClaimRefused before anything is charged when the accountants will not agree on these mechanisms."""
     accounting = account(mechanisms, delta, second_opinion=prv_epsilon)
@@ -236,13 +251,16 @@ def _reserve(
         write_bytes(site / _KEY, fresh_key(), private=True)
         try:
             drawn = split()  # before the charge: it fails when one side stays empty
-            reservation = ledger.reserve(mechanisms, purpose=f"train {config.method}", run_id=run_id, config_sha256=digest)
+            coins = drawn[1].key_commitment
+            reservation = ledger.reserve(
+                mechanisms, purpose=f"train {config.method}", run_id=run_id, config_sha256=digest, coins_sha256=coins
+            )
         except (BudgetExceeded, DataError):
             shutil.rmtree(run.path)  # nothing was charged or trained, so nothing is left behind
             raise
     elif (site / _KEY).is_file():
         reservation, drawn = known.reservation, split()
-        ledger.resume(reservation, mechanisms, config_sha256=digest)
+        ledger.resume(reservation, mechanisms, config_sha256=digest, coins_sha256=drawn[1].key_commitment)
     else:
         raise ArtifactError("This run is charged and its secret key is gone, so it cannot go on. Its charge stays; train in a new folder.")
     write_booking(run, reservation)
@@ -324,17 +342,17 @@ def _fit(
     site: Path,
     reservation: str,
     progress: Progress,
-) -> dict[str, selfcheck.Finding]:
-    """Train the denoiser in place; returns what the monitor found."""
+) -> tuple[dict[str, selfcheck.Finding], dict[str, Audit]]:
+    """Train the denoiser in place; returns what the monitor found and what the canaries showed."""
     if denoiser is None:
-        return {}
+        return {}, {}
     denoiser.transplant(moments)
     sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
     if any(isinstance(m, NonPrivate) for m in mechanisms):
         fit_non_private(denoiser, split.training, config.diffusion, stream=stream, progress=progress)
-        return {}
+        return {}, {}
     if sgd is None:  # everything is spent on moments and votes
-        return {}
+        return {}, {}
     notes = _running_epsilon(mechanisms, sgd, resolve_delta(config.privacy.delta, config.data.declared_patients))
 
     def callback(step: int) -> None:
@@ -350,7 +368,7 @@ def _fit(
         binding=reservation,
         callback=callback,
     )
-    return monitor.findings(sgd, split.training.num_patients)
+    return monitor.findings(sgd, split.training.num_patients), {} if monitor.canaries is None else {DURING: monitor.canaries}
 
 
 def _running_epsilon(mechanisms: tuple[Mechanism, ...], sgd: PoissonDpSgd, delta: float) -> dict[int, float]:

@@ -76,6 +76,7 @@ def measure(count: int, side: int) -> dict[str, float]:
         seconds["screening"] = time.perf_counter() - start
         evidence = Evidence(
             synthetic=synthetic.images, synthetic_labels=synthetic.labels, training=split.training, control=split.control,
+            in_pool=split.in_pool, epsilon=10.0, delta=1e-5, canaries={},
             selfcheck={name: {"ok": True, "detail": ""} for name in (*ALWAYS, *REQUIRED)}, accounting_problems=(), ledger_problems=(),
             uses_sgd=True, screening=screening,
             synthetic_attributes={"sex": np.array([mapping["sex"] for mapping in synthetic.attributes])},

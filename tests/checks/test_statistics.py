@@ -8,9 +8,12 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score
 
+from dpsynth.checks import statistics
 from dpsynth.checks.statistics import (
     auc_interval,
     clopper_pearson,
+    coin_flip_count_p,
+    coin_flip_p,
     kid,
     nearest,
     neighbourhoods,
@@ -29,7 +32,7 @@ def test_distances_and_nearest() -> None:
     distances, rows = nearest(a, b)
     assert np.array_equal(rows, cdist(a, b).argmin(1))
     assert np.allclose(distances, cdist(a, b).min(1), atol=1e-6)
-    own, rows = nearest(a, a, exclude_self=True)
+    own, rows = nearest(a, a, own=np.arange(len(a)))
     alone = cdist(a, a)
     np.fill_diagonal(alone, np.inf)
     assert np.array_equal(rows, alone.argmin(1))
@@ -102,3 +105,45 @@ def test_the_smallest_detectable_auc_is_found_as_often_as_stated() -> None:
     for _ in range(repetitions):
         found += stats.mannwhitneyu(rng.normal(shift, 1, 150), rng.normal(0, 1, 80), alternative="greater").pvalue < 0.01
     assert 0.7 < found / repetitions < 0.9
+
+
+def test_blocks_do_not_change_the_nearest_and_copies_lie_at_distance_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = normal(300, 0, shift=50.0), normal(200, 1, shift=50.0)  # far from the origin, where float32 alone would lose digits
+    a[:20] = b[30:50]
+    whole = nearest(a, b)
+    monkeypatch.setattr(statistics, "_QUERIES", 7)
+    monkeypatch.setattr(statistics, "_REFERENCES", 13)
+    distances, rows = nearest(a, b, own=None)
+    assert np.array_equal(rows, whole[1])
+    assert np.array_equal(rows, cdist(a, b).argmin(1))
+    assert np.allclose(distances, cdist(a, b).min(1), atol=1e-9)
+    assert float(distances[:20].max()) == 0
+    own = nearest(a, b, own=rows)[0]
+    assert np.allclose(own, np.sort(cdist(a, b), axis=1)[:, 1], atol=1e-9)
+
+
+def test_the_coin_flip_test_is_the_rank_test_when_the_sides_are_equal() -> None:
+    rng = np.random.default_rng(0)
+    scores, inside = rng.normal(0, 1, 200), np.arange(200) < 100
+    scores[inside] += 0.25
+    exact = stats.mannwhitneyu(scores[inside], scores[~inside], alternative="greater").pvalue
+    assert coin_flip_p(scores, inside, rng=rng) == pytest.approx(exact, rel=0.35)
+
+
+def test_coin_flips_have_the_stated_false_alarms_and_find_an_excess() -> None:
+    rng, low, repetitions = np.random.default_rng(1), {"ranks": 0, "counts": 0}, 300
+    for _ in range(repetitions):
+        inside = rng.random(60) < 0.5
+        scores = rng.normal(0, 1, 60)
+        low["ranks"] += coin_flip_p(scores, inside, rng=rng, flips=199) <= 0.05
+        low["counts"] += coin_flip_count_p(np.array([scores > 1.5, scores > 0.5, scores > -0.5]), inside, rng=rng, flips=199)[0] <= 0.05
+    for count in low.values():
+        assert stats.binom.sf(count - 1, repetitions, 0.05) > 1e-4, low
+    inside = np.arange(60) < 30
+    seven = np.zeros((2, 60), dtype=bool)
+    seven[0, :8] = True
+    seven[1, :8] = seven[1, 20:40] = True
+    p, telling = coin_flip_count_p(seven, inside, rng=rng)
+    assert telling == 0
+    assert p == pytest.approx(0.5**8, rel=1.2)
+    assert coin_flip_count_p(np.zeros((2, 60), dtype=bool), inside, rng=rng, flips=99)[0] == 1

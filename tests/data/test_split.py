@@ -103,3 +103,23 @@ def test_a_record_of_other_patients_is_refused(side: str) -> None:
     left = tuple(name for name in ids(60) if name != record[side][0])
     with pytest.raises(DataError, match="not those"):
         restore_split(images_of(left, [1] * 59), record)
+
+
+def test_the_pool_is_chosen_and_its_coins_fall_as_stated_whoever_else_takes_part() -> None:
+    """Of 4,000 patients at f = 0.1: a fifth in the pool, half of them trained on, and nobody's place moves when others leave."""
+    everyone = split_patients(images_of(ids(4000), [1] * 4000), control_fraction=0.1, key=KEY)
+    inside = {name for name, chosen in zip(everyone.training.patient_ids, everyone.in_pool, strict=True) if chosen}
+    outside = set(everyone.control.patient_ids)
+    assert abs(len(inside | outside) / 4000 - 0.2) < 5 * np.sqrt(0.16 / 4000)
+    assert abs(len(inside) / len(inside | outside) - 0.5) < 5 * 0.5 / np.sqrt(800)
+    some = ids(4000)[1000:1400]
+    fewer = split_patients(images_of(some, [1] * 400), control_fraction=0.1, key=KEY)
+    left = {name for name, chosen in zip(fewer.training.patient_ids, fewer.in_pool, strict=True) if chosen}
+    assert left == inside & set(some)
+
+
+def test_coins_that_are_not_fair_make_no_pool() -> None:
+    everyone = split_patients(images_of(ids(60), [1] * 60), control_fraction=0.5, key=KEY)
+    assert everyone.in_pool.all()
+    with pytest.raises(ValueError, match="fair coins"):
+        _ = split_patients(images_of(ids(60), [1] * 60), control_fraction=0.6, key=KEY).in_pool

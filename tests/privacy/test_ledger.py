@@ -106,6 +106,8 @@ def test_a_reservation_is_resumed_only_as_it_was_and_settled_only_once(ledger: L
         ledger.resume(reservation, (SMALL, replace(SGD, steps=60)))
     with pytest.raises(LedgerError, match="differ"):
         ledger.resume(reservation, RUN, config_sha256="of another configuration")
+    with pytest.raises(LedgerError, match="differ"):
+        ledger.resume(reservation, RUN, coins_sha256="of other coins")
     ledger.settle(reservation, mechanisms=RUN)
     for again in (lambda: ledger.settle(reservation, mechanisms=RUN), lambda: ledger.resume(reservation, RUN)):
         with pytest.raises(LedgerError, match="open reservation"):

@@ -21,6 +21,7 @@ from dpsynth.data.fingerprint import open_ledger
 from dpsynth.data.phantom import phantom_cohort
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
+from dpsynth.data.split import split_patients
 from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, UsageError
 from dpsynth.generate import generate
 from dpsynth.privacy.ledger import Ledger
@@ -236,6 +237,17 @@ def test_a_ledger_of_ones_own_allows_nothing(clinic: Path) -> None:
 def test_images_that_changed_after_training_are_not_checked(clinic: Path) -> None:
     Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)).save(clinic / "xrays" / "i003.png")
     with pytest.raises(LedgerError, match="other data"):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+
+
+def test_coins_that_were_not_committed_to_before_training_are_refused(clinic: Path) -> None:
+    """Whoever owns the run folder draws the split again until the checks like it: the ledger knows the coins of the training."""
+    path = clinic / "run" / "train" / "site" / "split.json"
+    config = load_config(clinic / "config.yaml")
+    images = prepare(read_cohort(config.data), config.data, progress=silent)
+    write_json(path, split_patients(images, control_fraction=0.3, key=b"w" * 32).record(), private=True)
+    seal(clinic, "train")
+    with pytest.raises(ArtifactError, match="coins are not those"):
         checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import cache
@@ -52,6 +53,8 @@ def verdict(outcome: Outcome) -> Verdict:
         reason=f"7 of 16 patients {INJECTION}",
         limitation="Only whole pictures.",
         figures={"patients": 16.0},
+        lower_bound=1.375,
+        listed=((3, "MRN-7"),),
     )
 
 
@@ -173,3 +176,20 @@ def test_the_public_card_holds_no_number_of_a_check() -> None:
 
 def test_equal_reports_are_equal_pages() -> None:
     assert page(view()) == page(view())
+
+
+def test_claim_and_lower_bound_stand_side_by_side_at_the_site_alone() -> None:
+    at_site = view()
+    assert at_site["lower_bounds"] == [
+        {"check": "copying", "proved": 1.375, "claimed": at_site["epsilon"], "limitation": "Only whole pictures."}
+    ]
+    assert "1.375" in page(at_site)
+    assert "no evidence of privacy" in page(at_site)
+    public = view(site=False)
+    assert public["lower_bounds"] == []
+    assert "1.375" not in page(public) + json.dumps(public)
+
+
+def test_no_patient_of_the_screening_is_in_the_report() -> None:
+    for site in (True, False):
+        assert "MRN-7" not in page(view(site=site)) + json.dumps(view(site=site))

@@ -17,6 +17,7 @@ from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.moments import public_reference, release_moments
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
+from dpsynth.train.canaries import NUMBER
 from dpsynth.train.dpsgd import ENGINE, Engine
 from dpsynth.train.gradients import PatientGradients, clipped_sum
 from dpsynth.train.loop import draw_rows, fit
@@ -132,7 +133,7 @@ def test_what_gets_noise_is_the_sum_of_each_patients_clipped_mean_over_rows(tmp_
     seen: list[torch.Tensor] = []
 
     def keep(total: torch.Tensor, **rest: object) -> torch.Tensor:
-        seen.append(total.clone())
+        seen.append(total[:-NUMBER].clone())  # behind the weights are the canaries
         return torch.zeros_like(total, dtype=torch.float64)
 
     settings = SETTINGS.model_copy(update={"draws": 3, "learning_rate": 1e-12})
@@ -211,7 +212,7 @@ def test_what_the_noise_returned_is_the_gradient_and_nothing_else(tmp_path: Path
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     trained(tmp_path / "x", engine=replace(ENGINE, noise=keep))
     assert len(written) == MECHANISM.steps
-    assert all(torch.equal(one, other.float()) for one, other in zip(written, returned, strict=True))
+    assert all(torch.equal(one, other[:-NUMBER].float()) for one, other in zip(written, returned, strict=True))
 
 
 def test_the_patients_of_a_step_are_those_of_the_booked_sampler(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_the_patients_of_a_step_are_those_of_the_booked_sampler(tmp_path: Path) 
 
     plain = trained(tmp_path / "plain")
     assert equal(trained(tmp_path / "x", engine=replace(ENGINE, sample=sample)), plain)
-    assert asked == [(step, MECHANISM.sampling_probability, PATIENTS) for step in range(MECHANISM.steps)]
+    assert asked == [(step, MECHANISM.sampling_probability, PATIENTS + NUMBER) for step in range(MECHANISM.steps)]
 
 
 @pytest.mark.parametrize("draws", [1, 2, 5])

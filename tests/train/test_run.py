@@ -149,6 +149,7 @@ def test_no_random_number_of_a_run_is_used_twice(train: Callable[..., object], m
         "batch",
         "rows",
         "gradient",
+        "canaries",
         "votes",
     }
     assert len(set(used)) == len(used)
@@ -405,7 +406,7 @@ def test_a_charged_run_whose_key_is_gone_is_not_charged_again(
 @pytest.mark.parametrize(
     ("change", "error", "word"),
     [
-        ({"data": {"control_fraction": 0.9999999}}, DataError, "too small"),
+        ({"data": {"control_fraction": 1e-9}}, DataError, "too small"),
         ({"privacy": {"epsilon": 0.001}}, ClaimRefused, "nothing was charged"),
         ({"data": {"intensity_range": [-900, -800]}}, DataError, "intensity_range"),
     ],

@@ -1,0 +1,101 @@
+"""Is anybody worse off than the average? Membership of the most isolated pool patients and of subgroups, chosen from real images alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsynth.checks.evidence import Bool, Evidence, Features
+from dpsynth.checks.family import strictest
+from dpsynth.checks.membership import attack, pool_scores
+from dpsynth.checks.statistics import nearest
+from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.config import GateConfig
+
+Array = NDArray[np.float64]
+QUESTION = "Are unusual patients or a subgroup easier to find than others?"
+LIMITATION = (
+    "Groups below 20 pool patients are not tested and small ones hardly: differential privacy costs them most in quality, and it is "
+    "the bound on epsilon, not this check, that protects the most unusual patient."
+)
+ISOLATED = "most isolated tenth"
+_FEWEST, _FEWEST_A_SIDE, _MOST_VALUES = 20, 5, 8
+
+
+def groups_of(evidence: Evidence, features: Features) -> dict[str, Bool]:
+    """Which patients of the pool (n,) are in each group: by isolation among real patients, label, and attributes of few values."""
+    pool, real = evidence.pool, np.concatenate([features.training, features.control])
+    isolation = nearest(real[pool], real, own=pool)[0]
+    size = max(min(_FEWEST, len(pool)), round(0.1 * len(pool)))
+    found = {ISOLATED: np.asarray(isolation >= np.sort(isolation)[-size])}
+    rows = [(images, int(rows[0])) for images in (evidence.training, evidence.control) for rows in images.rows_of()]
+    chosen = [rows[number] for number in pool]
+    labels = [images.classes[int(images.labels[row])] for images, row in chosen]
+    found |= {f"label {value}": np.array([label == value for label in labels]) for value in sorted(set(labels))}
+    names = sorted({name for images, row in chosen for name in images.attributes[row]})
+    for name in names:
+        values = [images.attributes[row].get(name, "") for images, row in chosen]
+        if 2 <= len(set(values)) <= _MOST_VALUES:
+            found |= {f"{name} {value or 'unknown'}": np.array([v == value for v in values]) for value in sorted(set(values))}
+    return {name: rows for name, rows in found.items() if not rows.all()}  # the whole pool is the question of membership
+
+
+def groups(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
+    """FLAG by Holm when a group's patients can be found, Bonferroni over groups; PASS names the worst and what could not be tested."""
+    scores, inside, level = pool_scores(evidence, features), evidence.inside, strictest(gate.family_error)
+    every = groups_of(evidence, features)
+    large = {name: rows for name, rows in every.items() if _testable(rows, inside)}
+    results = {
+        name: attack(scores[rows], inside[rows], delta=evidence.delta, level=level / len(large), rng=rng) for name, rows in large.items()
+    }
+    left_out = f"; too small to test: {', '.join(sorted(every.keys() - large.keys()))}" if len(large) < len(every) else ""
+    if not results:
+        return _verdict(Outcome.PASS, f"no group is large enough to be tested{left_out}", 0.5, (0.0, 1.0), gate, {}, 1.0, "")
+    worst = min(results, key=lambda name: (results[name].p, -results[name].auc))
+    found = results[worst]
+    text = f"worst is {worst} with {int(large[worst].sum())} pool patients: AUC {found.auc:.3f}"
+    figures = {f"AUC, {name}": result.auc for name, result in results.items()}
+    figures |= {f"patients, {name}": float(large[name].sum()) for name in results}
+    return _verdict(
+        Outcome.PASS,
+        f"no evidence in {len(results)} groups; {text}; there an AUC of {min(found.detectable, 1.0):.2f} would have been seen{left_out}",
+        found.auc,
+        (found.low, found.high),
+        gate,
+        figures,
+        min(1.0, found.p * len(results)),
+        f"a group is easier to find than chance allows: {text}; a person must look",
+    )
+
+
+def _testable(rows: Bool, inside: Bool) -> bool:
+    sides = int((rows & inside).sum()), int((rows & ~inside).sum())
+    return sum(sides) >= _FEWEST and min(sides) >= _FEWEST_A_SIDE
+
+
+def _verdict(
+    outcome: Outcome,
+    reason: str,
+    statistic: float,
+    interval: tuple[float, float],
+    gate: GateConfig,
+    figures: dict[str, float],
+    p: float,
+    accusation: str,
+) -> Verdict:
+    return Verdict(
+        check="groups",
+        question=QUESTION,
+        outcome=outcome,
+        statistic_name="AUC of the membership score in the worst group",
+        statistic=statistic,
+        interval=interval,
+        threshold=0.5,
+        confidence_level=0.95,
+        false_alarm_rate=gate.family_error,
+        reason=reason,
+        limitation=LIMITATION,
+        figures=figures,
+        p_value=p,
+        accusation=accusation,
+    )

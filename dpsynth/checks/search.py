@@ -1,0 +1,185 @@
+"""Which patient each image lies nearest to, and how much nearer than to any other patient, whatever was done to the copy.
+
+Images are compared by normalised thumbnails, which forget brightness and contrast; every real image is also laid down mirrored, shifted,
+turned, enlarged and shrunk a little. Volumes are compared whole and slice by slice along each axis. The search works in blocks of float32
+products: no matrix of all images against all images is ever held, so that 100,000 against 100,000 fits into memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpsynth.data.cohort import Float32, Int64
+from dpsynth.model.thumbnails import thumbnails
+from dpsynth.progress import Progress
+
+Array = NDArray[np.float64]
+_ROWS_PER_BLOCK, _QUERIES_PER_BLOCK = 16_384, 512
+_SHIFT, _TURN, _ZOOMS = 0.07, math.radians(4), (0.85, 0.92, 1.08, 1.16)
+_MOST_SLICES = 32
+_SOFTENING = 0.02  # of distances (at most 2) before they are divided: two nearly empty slices are not a copy
+
+_Kind = Callable[[Float32, bool], tuple[Float32, Int64]]  # rows (m, d) of images, with their variants or without, and whose they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approaches:
+    """For each query: the image it is of, the nearest patient, and the distance to them as part of that to the nearest other patient."""
+
+    item: Int64
+    patient: Int64
+    ratio: Array
+
+    def per_patient(self, num_patients: int) -> Array:
+        """Smallest ratio with which each patient was approached (num_patients,); infinite when nobody came nearest to them."""
+        smallest = np.full(num_patients, np.inf)
+        np.minimum.at(smallest, self.patient, self.ratio)
+        return smallest
+
+    def of(self, start: int, stop: int) -> Approaches:
+        """Those of the images numbered `start` to `stop`, numbered from 0."""
+        own = (self.item >= start) & (self.item < stop)
+        return Approaches(item=self.item[own] - start, patient=self.patient[own], ratio=self.ratio[own])
+
+    def per_item(self, num_items: int) -> tuple[Array, Int64]:
+        """Smallest ratio of each image and the patient whom it approaches, (num_items,) each."""
+        order = np.lexsort((self.ratio, self.item))
+        first = order[np.searchsorted(self.item[order], np.arange(num_items))]
+        return self.ratio[first], self.patient[first]
+
+
+def approaches(images: Float32, real: Float32, patients: Int64, *, own: Int64 | None = None, progress: Progress) -> Approaches:
+    """Search `images` (n, channel, *space) among the `real` ones of `patients`, leaving out each one's `own` patient (-1: nobody)."""
+    parts = []
+    kinds = [_whole] if images.ndim == 4 else [_whole, *(_along(axis) for axis in (2, 3, 4))]
+    for number, kind in enumerate(kinds):
+        queries, item = kind(images, False)
+        excluded = None if own is None else own[item]
+
+        def note(done: int, total: int, number: int = number) -> None:
+            progress("search for copies", number * total + done, len(kinds) * total)
+
+        nearest = nearest_patients(queries, _blocks(real, patients, kind, note), own=excluded)
+        ratio = (nearest.first + _SOFTENING) / (nearest.second + _SOFTENING)
+        parts.append(Approaches(item=item, patient=nearest.patient, ratio=ratio))
+    return Approaches(
+        item=np.concatenate([part.item for part in parts]),
+        patient=np.concatenate([part.patient for part in parts]),
+        ratio=np.concatenate([part.ratio for part in parts]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest:
+    """patient (n,): nearest; first, second (n,): distance to them and to the nearest other patient (infinite when there is none)."""
+
+    patient: Int64
+    first: Array
+    second: Array
+
+
+def nearest_patients(queries: Float32, blocks: Iterable[tuple[Float32, Int64]], *, own: Int64 | None = None) -> Nearest:
+    """Nearest and second-nearest patient of rows of norm 1 (or 0) (n, d). Blocks of rows hold all rows of a patient, next to each other."""
+    n = len(queries)
+    best, second, patient = np.full(n, -np.inf, np.float32), np.full(n, -np.inf, np.float32), np.full(n, -1, np.int64)
+    for rows, owners in blocks:
+        starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
+        numbers = owners[starts]
+        for start in range(0, n, _QUERIES_PER_BLOCK):
+            part = slice(start, min(start + _QUERIES_PER_BLOCK, n))
+            similar = np.maximum.reduceat(queries[part] @ rows.T, starts, axis=1)
+            if own is not None:
+                similar[own[part, None] == numbers[None]] = -np.inf
+            index = np.arange(len(similar))
+            column = similar.argmax(axis=1)
+            top = similar[index, column]
+            similar[index, column] = -np.inf
+            next_ = similar.max(axis=1)
+            better = top > best[part]
+            second[part] = np.where(better, np.maximum(best[part], next_), np.maximum(second[part], top))
+            patient[part] = np.where(better, numbers[column], patient[part])
+            best[part] = np.maximum(best[part], top)
+    return Nearest(patient=patient, first=_distance(best), second=_distance(second))
+
+
+def _distance(similar: NDArray[np.float32]) -> Array:
+    return np.asarray(np.sqrt(np.maximum(2 - 2 * similar.astype(np.float64), 0)))
+
+
+def _blocks(real: Float32, patients: Int64, kind: _Kind, note: Callable[[int, int], None]) -> Iterator[tuple[Float32, Int64]]:
+    """Rows of all variants of the real images, patient after patient."""
+    order = np.argsort(patients, kind="stable")
+    bounds = np.flatnonzero(np.r_[True, np.diff(patients[order]) != 0, True])
+    rows_per_image = len(kind(real[:1], True)[0])
+    start = 0
+    while start < len(bounds) - 1:
+        stop = start + 1
+        while stop < len(bounds) - 1 and (bounds[stop + 1] - bounds[start]) * rows_per_image <= _ROWS_PER_BLOCK:
+            stop += 1
+        chosen = order[bounds[start] : bounds[stop]]
+        rows, item = kind(real[chosen], True)
+        by_patient = np.argsort(patients[chosen][item], kind="stable")
+        yield rows[by_patient], patients[chosen][item][by_patient]
+        start = stop
+        note(int(bounds[start]), len(order))
+
+
+def _whole(images: Float32, variants: bool) -> tuple[Float32, Int64]:
+    """Thumbnails of whole images, (n, d) or, variants among them, (v * n, d); and whose they are."""
+    tensor = torch.from_numpy(np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)).mean(1, keepdim=True)
+    laid = [tensor, *_variants(tensor)] if variants else [tensor]
+    rows = np.concatenate([thumbnails(part.numpy()).astype(np.float32) for part in laid])
+    return rows, np.tile(np.arange(len(images), dtype=np.int64), len(laid))
+
+
+def _along(axis: int) -> _Kind:
+    """The slices of volumes along one axis, at most 32 evenly spread, each as an image; as variants their mirror images."""
+
+    def slices(images: Float32, variants: bool) -> tuple[Float32, Int64]:
+        extent = images.shape[axis]
+        chosen = np.unique(np.linspace(0, extent - 1, min(extent, _MOST_SLICES)).round().astype(np.int64))
+        pictures = np.moveaxis(np.take(images, chosen, axis=axis), axis, 1).reshape(-1, *np.delete(images.shape[1:], axis - 1))
+        item = np.repeat(np.arange(len(images), dtype=np.int64), len(chosen))
+        laid = [pictures, np.ascontiguousarray(pictures[..., ::-1])] if variants else [pictures]
+        return np.concatenate([thumbnails(part).astype(np.float32) for part in laid]), np.tile(item, len(laid))
+
+    return slices
+
+
+def _variants(images: Tensor) -> list[Tensor]:
+    """Every other way in which (n, 1, *space) may have been copied, all mirrored and not: shifts, turns, enlarged, shrunk."""
+    dimensions = images.dim() - 2
+    matrices = [_affine(dimensions)]
+    halves = itertools.product((-1, -0.5, 0, 0.5, 1), repeat=dimensions)  # thumbnails alone do not forgive half of their pixels
+    shifts = [steps for steps in halves if any(steps) and (dimensions == 2 or np.count_nonzero(steps) == 1)]
+    matrices += [_affine(dimensions, shift=tuple(2 * _SHIFT * step for step in steps)) for steps in shifts]
+    matrices += [_affine(dimensions, turn=sign * _TURN) for sign in (-1, 1)]
+    matrices += [_affine(dimensions, zoom=zoom) for zoom in _ZOOMS]
+    mirror = torch.diag(torch.tensor([-1.0, *(1.0 for _ in range(dimensions))]))[:dimensions]
+    laid = [_resampled(images, matrix) for matrix in matrices[1:]]
+    mirrored = [_resampled(images, matrix @ torch.cat([mirror, torch.eye(dimensions + 1)[-1:]])) for matrix in matrices]
+    return [*laid, *mirrored]
+
+
+def _affine(dimensions: int, *, shift: tuple[float, ...] = (), turn: float = 0.0, zoom: float = 1.0) -> Tensor:
+    """Matrix (d, d + 1) in torch's coordinates from -1 to 1; the turn is in the plane of the last two axes."""
+    matrix = torch.eye(dimensions, dimensions + 1) * zoom
+    cosine, sine = math.cos(turn), math.sin(turn)
+    matrix[:2, :2] = zoom * torch.tensor([[cosine, -sine], [sine, cosine]])
+    if shift:
+        matrix[:, -1] = torch.tensor(shift)
+    return matrix
+
+
+def _resampled(images: Tensor, matrix: Tensor) -> Tensor:
+    grid = F.affine_grid(matrix[None].expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

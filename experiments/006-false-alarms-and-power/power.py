@@ -1,0 +1,250 @@
+"""How often do the privacy checks accuse without cause, what do they see at 100, 400 and 1,000 pool patients, and what do others see?
+
+    python experiments/006-false-alarms-and-power/power.py [--repetitions 200] [--power-repetitions 20] [--pools 100 400 1000]
+    python experiments/006-false-alarms-and-power/power.py --table        # of results.json
+
+Patients are points of a mixture that stands for features (thumbnails and encoder features alike), so that hundreds of repetitions take
+minutes: half as many patients as the pool are always trained on, the pool by fair coins. Every check runs as it is, Holm included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsynth.checks.copying import copying
+from dpsynth.checks.evidence import Evidence, Features
+from dpsynth.checks.family import decide_family
+from dpsynth.checks.groups import groups
+from dpsynth.checks.membership import membership
+from dpsynth.checks.search import Approaches
+from dpsynth.checks.statistics import nearest, pairwise
+from dpsynth.checks.verdict import Verdict
+from dpsynth.config import GateConfig
+from dpsynth.data.cohort import ImageSet
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from results import known, once  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+
+Array = NDArray[np.float64]
+GATE = GateConfig()
+WIDTH = 16
+CENTRES = np.random.default_rng(12345).normal(0, 1, (8, WIDTH))  # eight kinds of patient
+
+
+def people(count: int, rng: np.random.Generator) -> Array:
+    """Points (count, width) of new people."""
+    return CENTRES[rng.integers(len(CENTRES), size=count)] + rng.normal(0, 1, (count, WIDTH))
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """Points of training and control patients; in_pool: which of the training patients are in the pool."""
+
+    training: Array
+    control: Array
+    in_pool: NDArray[np.bool_]
+
+    @classmethod
+    def drawn(cls, pool: int, rng: np.random.Generator) -> Hospital:
+        """About `pool` patients with coins, and half as many without."""
+        always, all_, coins = pool // 2, people(pool // 2 + pool, rng), rng.random(pool) < 0.5
+        training = np.concatenate([all_[:always], all_[always:][coins]])
+        return cls(training, all_[always:][~coins], np.arange(len(training)) >= always)
+
+
+def copies(share: float) -> Callable[[Hospital, int, np.random.Generator], Array]:
+    """This share of the training patients once each, with a little noise, the rest honest."""
+
+    def generate(hospital: Hospital, count: int, rng: np.random.Generator) -> Array:
+        chosen = rng.permutation(len(hospital.training))[: round(share * len(hospital.training))]
+        return np.concatenate([hospital.training[chosen] + rng.normal(0, 0.05, (len(chosen), WIDTH)), people(count - len(chosen), rng)])
+
+    return generate
+
+
+def kernel(hospital: Hospital, count: int, rng: np.random.Generator) -> Array:
+    """A memoriser: training points with noise nearly as wide as a kind of patient."""
+    return hospital.training[rng.integers(len(hospital.training), size=count)] + rng.normal(0, 0.7, (count, WIDTH))
+
+
+def leaked(hospital: Hospital, count: int, rng: np.random.Generator) -> Array:
+    """Trained on the whole pool, and it copies a tenth of everybody: no comparison of the two sides can see it."""
+    everybody = np.concatenate([hospital.training, hospital.control])
+    chosen = rng.permutation(len(everybody))[: len(everybody) // 10]
+    return np.concatenate([everybody[chosen] + rng.normal(0, 0.05, (len(chosen), WIDTH)), people(count - len(chosen), rng)])
+
+
+def smooth(_: Hospital, count: int, rng: np.random.Generator) -> Array:
+    """Honest and less varied than real patients, as most generators are."""
+    return CENTRES[rng.integers(len(CENTRES), size=count)] + rng.normal(0, 0.6, (count, WIDTH))
+
+
+def honest(_: Hospital, count: int, rng: np.random.Generator) -> Array:
+    """New people."""
+    return people(count, rng)
+
+
+NULL = {"honest": honest, "honest, smoother than real": smooth}
+PLANTED = {
+    "1 % of patients copied": copies(0.01),
+    "5 % of patients copied": copies(0.05),
+    "10 % of patients copied": copies(0.1),
+    "20 % of patients copied": copies(0.2),
+    "noisy memoriser": kernel,
+    "control set leaked, 10 % copied": leaked,
+}
+
+
+def image_set(count: int, prefix: str, rng: np.random.Generator) -> ImageSet:
+    """Patients of one empty image each, with labels and sexes for the subgroups."""
+    return ImageSet(
+        images=np.zeros((count, 1, 1, 1), dtype=np.float32),
+        labels=rng.integers(0, 2, count),
+        patients=np.arange(count),
+        patient_ids=tuple(f"{prefix}{number}" for number in range(count)),
+        classes=("a", "b"),
+        attributes=tuple({"sex": "FM"[number % 2]} for number in range(count)),
+    )
+
+
+def approaches_of(queries: Array, real: Array, own: NDArray[np.int64] | None = None) -> Approaches:
+    """The search for copies on points."""
+    distances = pairwise(queries, real)
+    if own is not None:
+        distances[np.arange(len(queries)), own] = np.inf
+    two = np.partition(distances, 1, axis=1)[:, :2] + 0.02
+    return Approaches(item=np.arange(len(queries)), patient=distances.argmin(axis=1), ratio=two[:, 0] / two[:, 1])
+
+
+def checked(hospital: Hospital, synthetic: Array, rng: np.random.Generator) -> dict[str, Verdict]:
+    """The verdicts of the checks that see images, after Holm over the whole family."""
+    evidence = Evidence(
+        synthetic=np.zeros((len(synthetic), 1, 1, 1), dtype=np.float32),
+        synthetic_labels=np.zeros(len(synthetic), dtype=np.int64),
+        training=image_set(len(hospital.training), "t", rng),
+        control=image_set(len(hospital.control), "c", rng),
+        in_pool=hospital.in_pool,
+        epsilon=10.0,
+        delta=1e-5,
+        selfcheck={},
+        canaries={},
+        accounting_problems=(),
+        ledger_problems=(),
+        uses_sgd=False,
+    )
+    real = np.concatenate([hospital.training, hospital.control])
+    features = Features(
+        synthetic=synthetic,
+        training=hospital.training,
+        control=hospital.control,
+        synthetic_thumbnails=synthetic,
+        training_thumbnails=hospital.training,
+        control_thumbnails=hospital.control,
+        synthetic_approaches=approaches_of(synthetic, real),
+        real_ratios=approaches_of(real[evidence.pool], real, evidence.pool).ratio,
+    )
+    found = [check(evidence, features, GATE, rng=rng) for check in (membership, copying, groups)]
+    return {verdict.check: verdict for verdict in decide_family(found, GATE.family_error)}
+
+
+def usual(hospital: Hospital, synthetic: Array) -> dict[str, bool]:
+    """What people use instead, each with its customary rule; True: it accuses."""
+    real, control = hospital.training, hospital.control
+    to_training = nearest(synthetic, real)[0]
+    size = min(len(real), len(control))
+    nearer = nearest(synthetic, real[:size])[0] < nearest(synthetic, control[:size])[0]
+    held_out = nearest(control, real)[0]
+    own = nearest(real, real, own=np.arange(len(real)))[0]
+    two_real = np.partition(pairwise(control, real), 1, axis=1)[:, :2]
+    two = np.partition(pairwise(synthetic, real), 1, axis=1)[:, :2]
+    authentic = float(np.mean(own[nearest(synthetic, real)[1]] < to_training))  # Alaa et al. 2022
+    return {
+        "distance to closest record, share nearer to training above 0.55": float(nearer.mean()) > 0.55,
+        "distance to closest record, 5th percentile below that of held-out patients": bool(
+            np.quantile(to_training, 0.05) < np.quantile(held_out, 0.05)
+        ),
+        "nearest-neighbour distance ratio, 5th percentile below that of held-out patients": bool(
+            np.quantile(two[:, 0] / two[:, 1], 0.05) < np.quantile(two_real[:, 0] / two_real[:, 1], 0.05)
+        ),
+        "absolute threshold, any image nearer than the nearest held-out patient": bool(to_training.min() < held_out.min()),
+        "absolute threshold, more than 5 % nearer than 5 % of held-out patients": float(np.mean(to_training < np.quantile(held_out, 0.05)))
+        > 0.05,
+        "authenticity below 0.5": authentic < 0.5,
+    }
+
+
+def rates(pool: int, generate: Callable[..., Array], repetitions: int, seed: int) -> dict[str, Any]:
+    """Share of repetitions in which each check accuses after Holm, with p below 0.05 alone, flags or is silent; and the usual measures."""
+    alone, after, screened, others = [], [], [], []
+    for repetition in range(repetitions):
+        rng = np.random.default_rng([seed, pool, repetition])
+        hospital = Hospital.drawn(pool, rng)
+        synthetic = generate(hospital, max(500, 2 * pool), rng)
+        verdicts = checked(hospital, synthetic, rng)
+        alone.append({name: verdict.figures["p"] <= GATE.family_error for name, verdict in verdicts.items()})
+        after.append({name: verdict.figures["p after Holm"] <= GATE.family_error for name, verdict in verdicts.items()})
+        screened.append({"screening": bool(verdicts["copying"].listed), "family": any(after[-1].values())})
+        others.append(usual(hospital, synthetic))
+    stopped = [any(accused.values()) or shown["screening"] for accused, shown in zip(after, screened, strict=True)]
+    mean = {name: float(np.mean([row[name] for row in rows])) for rows in (screened, others) for name in rows[0]}
+    return {
+        "repetitions": repetitions,
+        "accuses": {name: float(np.mean([row[name] for row in after])) for name in after[0]},
+        "p below 0.05": {name: float(np.mean([row[name] for row in alone])) for name in alone[0]},
+        "family": mean["family"],
+        "screening shows somebody": mean["screening"],
+        "release stopped": float(np.mean(stopped)),
+        "usual measures": {name: mean[name] for name in others[0]},
+    }
+
+
+def tables(path: Path) -> str:
+    """The two tables of the README."""
+    results = known(path)
+    rows = ["| generator | pool | membership | copying | groups | family | screening | stopped |", "|---|---|---|---|---|---|---|---|"]
+    names = [f"{generator}, pool {pool}" for generator in (*NULL, *PLANTED) for pool in (100, 400, 1000)]
+    for name in (name for name in names if name in results):
+        r = results[name]
+        generator, pool = name.rsplit(", pool ", 1)
+        cells = [r["accuses"][check] for check in ("membership", "copying", "groups")]
+        cells += [r["family"], r["screening shows somebody"], r["release stopped"]]
+        rows.append(f"| {generator} | {pool} | " + " | ".join(f"{100 * value:.1f} %" for value in cells) + " |")
+    at = {generator: results[f"{generator}, pool 400"] for generator in (*NULL, *PLANTED) if f"{generator}, pool 400" in results}
+    measures = list(next(iter(at.values()))["usual measures"]) if at else []
+    rows += ["", "| at a pool of 400 | " + " | ".join(at) + " |", "|---|" + "---|" * len(at)]
+    rows.append("| this gate stops the release | " + " | ".join(f"{100 * r['release stopped']:.0f} %" for r in at.values()) + " |")
+    rows += [f"| {m} | " + " | ".join(f"{100 * r['usual measures'][m]:.0f} %" for r in at.values()) + " |" for m in measures]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Run what is missing in results.json, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=200)
+    parser.add_argument("--power-repetitions", type=int, default=20)
+    parser.add_argument("--pools", type=int, nargs="+", default=[100, 400, 1000])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    path = HERE / "results.json"
+    if not arguments.table:
+        for generators, repetitions in ((NULL, arguments.repetitions), (PLANTED, arguments.power_repetitions)):
+            for pool in arguments.pools:
+                few = repetitions if pool < 1000 or generators is PLANTED else max(repetitions // 4, 1)
+                for name, generate in generators.items():
+                    once(path, f"{name}, pool {pool}", lambda g=generate, n=few, p=pool: rates(p, g, n, arguments.seed))  # type: ignore[misc]
+    print(tables(path))
+
+
+if __name__ == "__main__":
+    main()

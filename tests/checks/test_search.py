@@ -1,0 +1,66 @@
+"""The search for copies: against brute force, in any blocks; what it forgives, and that two empty slices are no copy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dpsynth.checks import search
+from dpsynth.checks.search import Approaches, approaches, nearest_patients
+from dpsynth.progress import silent
+
+
+def unit(count: int, seed: int, width: int = 20) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(0, 1, (count, width)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("block", "excluded"), [(1, False), (7, False), (40, True)])
+def test_the_two_nearest_patients_as_by_brute_force(block: int, excluded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_QUERIES_PER_BLOCK", 11)
+    queries, rows, owners = unit(30, 0), unit(120, 1), np.repeat(np.arange(40), 3)
+    own = np.random.default_rng(2).integers(0, 40, 30) if excluded else None
+    parts = [(rows[np.isin(owners, part)], owners[np.isin(owners, part)]) for part in np.array_split(np.arange(40), -(-40 // block))]
+    found = nearest_patients(queries, parts, own=own)
+    distances = np.linalg.norm(queries[:, None] - rows[None], axis=2).reshape(30, 40, 3).min(axis=2)
+    if own is not None:
+        distances[np.arange(30), own] = np.inf
+    assert np.array_equal(found.patient, distances.argmin(axis=1))
+    assert np.allclose(found.first, np.sort(distances, axis=1)[:, 0], atol=1e-5)
+    assert np.allclose(found.second, np.sort(distances, axis=1)[:, 1], atol=1e-5)
+
+
+def test_smallest_ratios_by_patient_and_by_image() -> None:
+    found = Approaches(item=np.array([1, 0, 1, 0]), patient=np.array([2, 0, 0, 0]), ratio=np.array([0.5, 0.9, 0.3, 0.8]))
+    assert found.per_patient(4).tolist() == [0.3, np.inf, 0.5, np.inf]
+    ratios, patients = found.per_item(2)
+    assert ratios.tolist() == [0.8, 0.3]
+    assert patients.tolist() == [0, 0]
+
+
+def test_blocks_by_patient_hold_every_image_once_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    real, patients = rng.uniform(-1, 1, (30, 1, 12, 12)).astype(np.float32), rng.permutation(np.repeat(np.arange(10), 3))
+    queries = rng.uniform(-1, 1, (8, 1, 12, 12)).astype(np.float32)
+    whole = approaches(queries, real, patients, progress=silent)
+    monkeypatch.setattr(search, "_ROWS_PER_BLOCK", 1)
+    small = approaches(queries, real, patients, progress=silent)
+    assert np.array_equal(small.patient, whole.patient)
+    assert np.allclose(small.ratio, whole.ratio, atol=1e-5)
+
+
+def test_a_copied_slice_of_a_volume_is_found_along_every_axis_and_empty_slices_are_not() -> None:
+    rng = np.random.default_rng(1)
+    real = rng.uniform(-1, 1, (12, 1, 10, 10, 10)).astype(np.float32)
+    real[:, :, :2] = -1  # nothing to see in the first slices of anybody
+    honest = rng.uniform(-1, 1, (3, 1, 10, 10, 10)).astype(np.float32)
+    honest[:, :, :2] = -1
+    copied = honest.copy()
+    copied[0, 0, 4] = real[7, 0, 6]
+    copied[1, 0, :, 3] = real[8, 0, :, 3]
+    copied[2, 0, :, :, 9] = real[9, 0, :, :, 2]
+    clean = approaches(honest, real, np.arange(12), progress=silent).per_item(3)[0]
+    ratios, patients = approaches(copied, real, np.arange(12), progress=silent).per_item(3)
+    assert patients.tolist() == [7, 8, 9]
+    assert float(ratios.max()) < 0.1
+    assert float(clean.min()) > 0.5
