@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from evidence_cases import evidence_of, features_of, image_set
 from scipy import stats
-from test_decisions import evidence, features, image_set
 
 from dpsynth.checks.arms import brier, calibration_error, train_arms
 from dpsynth.checks.classifier import auc
@@ -117,9 +117,9 @@ def test_each_figure_is_near_real_for_real_images_and_far_for_what_it_measures(f
     sides = [image_set(*side) for side in (training, control)]
 
     def described(images: np.ndarray) -> dict[str, float]:
-        sets = evidence(sides[0], sides[1], images, synthetic[1])
+        sets = evidence_of(sides[0], sides[1], images, synthetic[1])
         encoded = [descriptors(side) for side in (sets.synthetic, first_images(sets.training), first_images(sets.control))]
-        return describe(sets, features(*encoded), rng=np.random.default_rng(0), progress=silent)
+        return describe(sets, features_of(*encoded), rng=np.random.default_rng(0), progress=silent)
 
     honest, spoilt = described(synthetic[0]), described(SPOILT[figure](synthetic[0]))
     real = honest[f"{figure}, real"]
@@ -151,7 +151,7 @@ def test_labels_that_are_not_what_they_look_like_are_seen_and_arms_are_trained_o
     from test_decisions import bars
 
     images, labels = bars(160, 2)
-    sets = evidence(image_set(*bars(160, 0)), image_set(*bars(120, 1)), images, 1 - labels)
+    sets = evidence_of(image_set(*bars(160, 0)), image_set(*bars(120, 1)), images, 1 - labels)
     arms = train_arms(sets, seed=0, progress=silent)
     assert (arms.synthetic_by_real.argmax(axis=1) == labels).mean() > 0.9, "of the swapped labels it would agree with hardly any"
     assert (arms.real.argmax(axis=1) == sets.control.labels).mean() > 0.9

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_decisions import GATE, evidence, features, image_set
+from evidence_cases import evidence_of, features_of, image_set
+from test_decisions import GATE
 
 from dpsynth.checks.arms import Arms
 from dpsynth.checks.evidence import Evidence
@@ -22,7 +23,7 @@ def cohort(count: int, rng: np.random.Generator, *, rare: float = 0.4) -> tuple[
     for number in range(2):
         attributes = tuple({"sex": sex, "site": site} for sex, site in zip(sexes[number], sites[number], strict=True))
         sets[number] = replace(sets[number], attributes=attributes)
-    whole = evidence(sets[0], sets[1], rng.uniform(-1, 1, (count, 1, 4, 4)), rng.integers(0, 2, count))
+    whole = evidence_of(sets[0], sets[1], rng.uniform(-1, 1, (count, 1, 4, 4)), rng.integers(0, 2, count))
     return replace(whole, synthetic_attributes={"sex": sexes[2], "site": sites[2]}), sexes[1], sets[1].labels
 
 
@@ -41,7 +42,7 @@ def judged(whole: Evidence, skill: np.ndarray, rng: np.random.Generator) -> Verd
         both=real,
         synthetic_by_real=predictions(whole.synthetic_labels, good, rng),
     )
-    encoded = features(*(rng.normal(size=(len(labels), 6)) for _ in range(3)))
+    encoded = features_of(*(rng.normal(size=(len(labels), 6)) for _ in range(3)))
     return fairness(whole, encoded, GATE, arms=lambda: arms, rng=rng)
 
 
