@@ -119,7 +119,9 @@ def test_few_images_or_one_label(cells: np.ndarray) -> None:
     assert sorted(found) == sorted(cells)
 
 
-def test_the_tilt_meets_the_wanted_means_when_they_are_certain() -> None:
+@pytest.mark.parametrize("ridge", [0.0, module._RIDGE])
+def test_the_tilt_goes_towards_the_wanted_means_and_without_a_ridge_meets_them(monkeypatch: pytest.MonkeyPatch, ridge: float) -> None:
+    monkeypatch.setattr(module, "_RIDGE", ridge)
     rng = np.random.default_rng(2)
     labels, rows = rng.integers(0, 3, 3000), rng.normal(size=(3000, 4))
     wanted = 0.3 * rng.normal(size=(3, 4))
@@ -127,7 +129,9 @@ def test_the_tilt_meets_the_wanted_means_when_they_are_certain() -> None:
     likely = tilted(rows, labels, wanted, np.zeros((3, 4)))
     assert np.allclose(likely.sum(0), np.bincount(labels), rtol=1e-3)
     reached = likely.T @ (rows - rows.mean(0)) / likely.sum(0)[:, None]
-    assert np.abs(reached - wanted).max() < 0.04  # a standard error of 1,000 images
+    assert (reached * wanted).sum() > 0.85 * np.linalg.norm(reached) * np.linalg.norm(wanted)
+    if not ridge:
+        assert np.abs(reached - wanted).max() < 0.04  # a standard error of 1,000 images
     uncertain = tilted(rows, labels, wanted, np.full((3, 4), 10.0))
     assert np.abs(uncertain.T @ (rows - rows.mean(0)) / 1000).max() < 0.1
 
