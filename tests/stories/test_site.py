@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pytest
 from federation_cases import POLICY, config, train_body
 from typer.testing import CliRunner
 
@@ -46,7 +45,6 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
-@pytest.mark.slow  # half a minute: three processes that load torch
 def test_a_hospital_takes_part_refuses_is_killed_and_goes_on(tmp_path: Path) -> None:
     private_path, _ = generate_key(tmp_path / "coordinator")
     path = tmp_path / "policy.yaml"

@@ -146,6 +146,8 @@ def test_no_random_number_of_a_run_is_used_twice(train: Callable[..., object], m
         "moments/second_moments",
         "moments/scales",
         "moments/energies",
+        "moments/descriptor_location",
+        "moments/descriptors",
         "batch",
         "rows",
         "gradient",
