@@ -12,6 +12,7 @@ from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.ledger import Charge, Ledger
 
 CLAIM, _RESERVATION = "guarantee.json", "site/reservation.json"  # inside the stage's folder; `site` never leaves
+FEDERATION = "federation.json"  # of a run that several hospitals trained: their epsilons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ def default_ledger(data: DataConfig) -> Path:
 
 def load_trained(run: RunFolder, data: DataConfig, *, ledger_path: Path | None) -> Trained:
     """Read what train left and find it in the data set's ledger. Raises ArtifactError or LedgerError."""
+    if (run.path / "train" / FEDERATION).is_file():
+        raise ArtifactError(
+            "This generator was trained by several hospitals, whose patients are not here to check it against. `dpsynth generate` "
+            "draws from it; check, report and release do not take such a run."
+        )
     ledger = Ledger.load(ledger_path or default_ledger(data))
     return Trained(guarantee=read_claim(run), ledger=ledger, charge=booking(run, ledger))
 

@@ -17,11 +17,9 @@ from dpsynth.privacy.guarantee import Guarantee, claim
 from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.train.second_opinion import prv_epsilon
-from dpsynth.trained import CLAIM
+from dpsynth.trained import CLAIM, FEDERATION
 from federated.coordinator import EMA, Coordinator, State
 from federated.rounds import load_weights
-
-FEDERATION = "federation.json"
 
 
 @dataclass(frozen=True, kw_only=True)

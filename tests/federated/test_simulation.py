@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dpsynth.checks.run import check
+from dpsynth.errors import ArtifactError
 from dpsynth.generate import generate
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.progress import silent
@@ -24,3 +26,5 @@ def test_three_sites_train_a_generator_together(new_world: Callable[..., object]
         assert epsilon_pld(site.guard.ledger.charged_mechanisms(), 1e-5) == pytest.approx(guarantee.epsilon, rel=1e-6)
     assert 9 < guarantee.epsilon <= 10
     assert generate(tmp_path / "run", progress=silent).count == 500
+    with pytest.raises(ArtifactError, match="do not take such a run"):
+        check(tmp_path / "run", ledger_path=None, progress=silent)
