@@ -23,13 +23,21 @@ from dpsynth.errors import DpsynthError, StorageError, UsageError
 if TYPE_CHECKING:
     from dpsynth.progress import Progress
 
-app = typer.Typer(
-    name="dpsynth",
-    help="Synthetic medical images under patient-level differential privacy: plan, train, generate, check, report, release, verify.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+
+def new_app(name: str, purpose: str) -> typer.Typer:
+    """A command line without verbs yet; `run_app` runs it."""
+    return typer.Typer(
+        name=name,
+        help=purpose,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+app = new_app(
+    "dpsynth", "Synthetic medical images under patient-level differential privacy: plan, train, generate, check, report, release, verify."
 )
 ledger_app = typer.Typer(help="The data set's ledger of everything that was charged.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")

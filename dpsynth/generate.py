@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from dpsynth.artifacts import RunFolder, write_json
 from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, target_problem
-from dpsynth.checks.plausibility import Reference
-from dpsynth.checks.screening import CONTENT, Decision, Screening, screen
-from dpsynth.config import ContentConfig, GenerateConfig, parse_config
-from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit, to_unit_range
+from dpsynth.checks.screening import CONTENT, Decision, screen_candidates
+from dpsynth.config import GenerateConfig, parse_config
+from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit
 from dpsynth.errors import GateRefused, UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.progress import Progress
@@ -46,7 +45,7 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
     generator = Generator.load(run.folder("train"))
     run.reset("generate")
     drawn = draw(generator, settings, progress=progress)
-    screening = screened(generator, drawn, config.gate.content, progress=progress)
+    screening = screen_candidates(drawn, generator, config.gate.content, sample_key=b"", progress=progress)
     rejected = screening.of(Decision.REJECT)
     if rejected.all():
         raise GateRefused(f"The policy rejects all {len(rejected)} drawn images: {screening.counts(Decision.REJECT)}. Train for longer.")
@@ -64,13 +63,6 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
         grounds = ", ".join(f"{ground} {number}" for ground, number in screening.counts(Decision.REJECT).items())
         warnings = (f"{int(rejected.sum())} of {len(rejected)} drawn images were withheld ({grounds})", *warnings)
     return Drawn(count=len(candidates.images), warnings=warnings)
-
-
-def screened(generator: Generator, drawn: Candidates, policy: ContentConfig, *, progress: Progress) -> Screening:
-    """The drawn images against the generator's own released moments and the policy: grounds that read no private image."""
-    cells = generator.cells.index(drawn.labels, drawn.conditions())
-    images = to_unit_range(drawn.images)
-    return screen(images, cells, Reference.of(generator.moments), policy, sample_key=b"", progress=progress)
 
 
 def _with_target(settings: GenerateConfig, target: Target | None, cells: Cells) -> GenerateConfig:

@@ -30,6 +30,14 @@ def once(path: Path, name: str, make: Callable[[], dict[str, Any]]) -> None:
         print(name, json.dumps(result), flush=True)
 
 
+def by_group(results: dict[str, Any]) -> dict[str, list[Any]]:
+    """The repetitions of each group, in the order in which groups first appear: a result's name is its group, a slash and a seed."""
+    groups: dict[str, list[Any]] = {}
+    for name, result in results.items():
+        groups.setdefault(name.rsplit("/", 1)[0], []).append(result)
+    return groups
+
+
 def mean_and_spread(values: list[float], digits: int) -> str:
     """A cell of a table: mean and, of several repetitions, standard deviation; nothing of nothing."""
     if not values:

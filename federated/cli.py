@@ -10,16 +10,12 @@ from typing import Annotated
 
 import typer
 
-from dpsynth.cli import Format, OutputFormat, progress_bars, run_app
+from dpsynth.cli import Format, OutputFormat, new_app, progress_bars, run_app
 from dpsynth.errors import RefusedError
 
-app = typer.Typer(
-    name="dpsynth-site",
-    help="The hospital's guard in a federation: it owns data, policy and ledger, and refuses what they do not allow, whoever asks.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+app = new_app(
+    "dpsynth-site",
+    "The hospital's guard in a federation: it owns data, policy and ledger, and refuses what they do not allow, whoever asks.",
 )
 PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="The site's policy; docs/site.md lists every setting.")]
 

@@ -10,17 +10,10 @@ from typing import Annotated
 
 import typer
 
-from dpsynth.cli import Format, OutputFormat, progress_bars, run_app
+from dpsynth.cli import Format, OutputFormat, new_app, progress_bars, run_app
 from dpsynth.errors import ConfigError
 
-app = typer.Typer(
-    name="dpsynth-federation",
-    help="Train over several hospitals: certificates, approved sites, Flower with safe settings, and studies.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_app("dpsynth-federation", "Train over several hospitals: certificates, approved sites, Flower with safe settings, and studies.")
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The coordinator's folder.")]
 FlowerPrograms = Annotated[
     Path, typer.Option("--flower", metavar="BIN", envvar="DPSYNTH_FLOWER", help="Folder of Flower's programs, as in flower/bin.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpsynth.errors import DpsynthError
 from dpsynth.progress import Progress
 from federated.policy import SitePolicy, load_policy, own_file
-from federated.serve import may_read
 from federated.site import Guard
 
 
@@ -50,7 +50,7 @@ def _files(policy_path: Path, policy: SitePolicy) -> list[Diagnosis]:
         found.append(Diagnosis(question="owner of the policy", state="warning", answer=text))
     places: tuple[tuple[str, Path | None], ...] = (("data", policy.data.path), ("ledger", policy.ledger), ("state", policy.state))
     for name, path in places:
-        if path is not None and path.exists() and may_read(path):
+        if path is not None and path.exists() and _others_may_read(path):
             text = f"others than its owner can read the {name}: whoever runs Flower must not. Run: chmod -R go= {path}"
             found.append(Diagnosis(question=f"{name} is private", state="warning", answer=text))
     if not os.access(policy.socket.parent, os.W_OK):
@@ -59,3 +59,7 @@ def _files(policy_path: Path, policy: SitePolicy) -> list[Diagnosis]:
         text = "answers leave at once, so their time tells about the number of patients; set reply_grid_seconds"
         found.append(Diagnosis(question="time of answers", state="warning", answer=text))
     return found
+
+
+def _others_may_read(path: Path) -> bool:
+    return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))

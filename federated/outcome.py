@@ -11,15 +11,15 @@ from typing import Any
 from dpsynth.artifacts import RunFolder, write_json
 from dpsynth.config import dump_config
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import count_stddev, moment_queries
+from dpsynth.model.moments import count_stddev
 from dpsynth.privacy.accountant import account, epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee, claim
-from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd
+from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.train.second_opinion import prv_epsilon
 from dpsynth.trained import CLAIM, FEDERATION
 from federated.coordinator import EMA, Coordinator, State
-from federated.rounds import load_weights
+from federated.rounds import load_weights, sgd_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +39,12 @@ class Spending:
 def charged(coordinator: Coordinator) -> dict[str, tuple[Mechanism, ...]]:
     """What each site may have released, by the coordinator's own count: every round that it was asked for and did not refuse."""
     plan, federation, known = coordinator.plan, coordinator.federation, coordinator.facts
-    moments = MomentRelease(
-        noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(coordinator.model.reference, num_labels=1)
-    )
+    moments = coordinator.model.release(plan)
     found: dict[str, tuple[Mechanism, ...]] = {}
     for site, rounds in coordinator.asked.items():
         steps = sum(number > 0 for number in rounds) * plan.steps_per_round
-        sgd = PoissonDpSgd(
-            noise_multiplier=plan.noise_multiplier,
-            clip_norm=plan.clip_norm,
-            sampling_probability=plan.sampling_probability,
-            steps=steps,
-            declared_patients=federation.config.data.declared_patients if site not in known else known[site].declared_patients,
-        )
+        declared = federation.config.data.declared_patients if site not in known else known[site].declared_patients
+        sgd = sgd_of(plan, steps=steps, declared_patients=declared)
         found[site] = (*([moments] if 0 in rounds else []), *([sgd] if steps else []))
     return found
 
@@ -91,25 +84,16 @@ def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> 
 
 
 def _generator(coordinator: Coordinator, state: State) -> Generator:
-    config, model = coordinator.federation.config, coordinator.model
+    model = coordinator.model
     moments = model.moments(state.arrays)
     denoiser = model.denoiser()
     load_weights(denoiser, state.arrays)
     load_weights(denoiser, {name.removeprefix(EMA): array for name, array in state.arrays.items() if name.startswith(EMA)})
     denoiser.transplant(moments)
-    release = MomentRelease(
-        noise_multiplier=coordinator.plan.moments_noise_multiplier, queries=moment_queries(model.reference, num_labels=1)
-    )
+    release = model.release(coordinator.plan)
     answered = sum(0 in rounds for rounds in coordinator.asked.values())
-    return Generator(
-        classes=config.data.classes,
-        moments=moments,
-        denoiser=denoiser,
-        net_channels=config.diffusion.channels,
-        texture=config.moments.texture,
-        attributes=config.data.cells.attributes,
-        count_stddev=count_stddev(release, model.reference) * answered**0.5,
-    )
+    stddev = count_stddev(release, model.reference) * answered**0.5
+    return Generator.of(coordinator.federation.config, moments=moments, denoiser=denoiser, count_stddev=stddev)
 
 
 def _claim(coordinator: Coordinator, mechanisms: tuple[Mechanism, ...], spent: Spending) -> Guarantee:

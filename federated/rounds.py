@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dpsynth.config import Config
 from dpsynth.data.split import Split
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.moments import Moments, PublicReference, frequencies, public_reference
+from dpsynth.model.moments import Moments, PublicReference, frequencies, moment_queries, public_reference
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent
@@ -24,7 +24,7 @@ from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor
 from dpsynth.train.public import public_images
 from dpsynth.train.run import noised_moments, prove_bound, standard_moments
-from federated.messages import Arrays, require_arrays
+from federated.messages import Arrays, Plan, require_arrays
 
 MOMENTS, NET = "moments.", "net."
 Expected = dict[str, tuple[str, tuple[int, ...]]]
@@ -51,6 +51,10 @@ class Model:
         denoiser.set_trainable(self.config.diffusion.trainable)
         return denoiser
 
+    def release(self, plan: Plan) -> MomentRelease:
+        """What a site books for the moments: the plan's noise, clip norms of public constants. No descriptors: labels stay as drawn."""
+        return MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(self.reference, num_labels=1))
+
     def expected_moments(self) -> Expected:
         """Names, types and shapes of moments."""
         cells, pixels = len(self.config.data.cells), int(np.prod(self.reference.shape))
@@ -72,11 +76,20 @@ class Model:
         """The denoiser with moments and weights of a message. Raises Refused(ARRAYS) when they do not fit."""
         require_arrays(arrays, self.expected_moments() | self.expected_weights(trainable=False))
         denoiser = self.denoiser()
-        with torch.no_grad():
-            for name, parameter in denoiser.net.named_parameters():
-                parameter.copy_(torch.from_numpy(np.array(arrays[NET + name])))
+        load_weights(denoiser, arrays)
         denoiser.transplant(self.moments(arrays))
         return denoiser
+
+
+def sgd_of(plan: Plan, *, steps: int, declared_patients: int) -> PoissonDpSgd:
+    """What a site that declares so many patients books for DP-SGD by this plan."""
+    return PoissonDpSgd(
+        noise_multiplier=plan.noise_multiplier,
+        clip_norm=plan.clip_norm,
+        sampling_probability=plan.sampling_probability,
+        steps=steps,
+        declared_patients=declared_patients,
+    )
 
 
 @lru_cache(maxsize=8)

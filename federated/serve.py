@@ -124,8 +124,3 @@ def _answers(path: Path) -> bool:
         except OSError:
             return False
         return True
-
-
-def may_read(path: Path) -> bool:
-    """Whether others than the owner may read a file or folder."""
-    return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))

@@ -24,7 +24,6 @@ from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import split_patients
 from dpsynth.errors import BudgetExceeded, ConfigError, SelfCheckFailed
-from dpsynth.model.moments import moment_queries
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Charge, Ledger
 from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, merged, to_json
@@ -33,7 +32,7 @@ from dpsynth.train.run import private_images, usable_delta
 from federated.journal import Journal, Message, Study
 from federated.messages import Code, Facts, Refused, Request, Signed, decode_request, encode_refusal, encode_reply, require_arrays
 from federated.policy import SitePolicy, config_of, is_open, problem
-from federated.rounds import Model, model_of, moments_round, require_bound, train_round
+from federated.rounds import Model, model_of, moments_round, require_bound, sgd_of, train_round
 
 _LOG = logging.getLogger("dpsynth.site")
 
@@ -172,14 +171,8 @@ class Guard:
         """What is to be booked: the plan's numbers, the site's own declared number of patients, clip norms of the public constants."""
         plan = request.plan
         if request.kind == "moments":
-            return MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(model.reference, num_labels=1))
-        mechanism = PoissonDpSgd(
-            noise_multiplier=plan.noise_multiplier,
-            clip_norm=plan.clip_norm,
-            sampling_probability=plan.sampling_probability,
-            steps=plan.steps_per_round,
-            declared_patients=self.policy.data.declared_patients,
-        )
+            return model.release(plan)
+        mechanism = sgd_of(plan, steps=plan.steps_per_round, declared_patients=self.policy.data.declared_patients)
         require_bound(self._config_json(request), mechanism)
         return mechanism
 

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpsynth.audit.finding import Finding, Kind
 from dpsynth.checks.features import mirrored
@@ -56,10 +55,3 @@ def _finding(pairs: list[tuple[int, int, float]], *, sizes: tuple[int, int], nam
         f"correlation up to {strongest[2]:.4f}",
         rows=(strongest[0], strongest[1]),
     )
-
-
-def across_patients(rows: NDArray[np.float64], patients: Int64) -> NDArray[np.float64]:
-    """Correlation of each thumbnail (n, pixels) with the most similar one of another patient, (n,); what `SIMILAR` is set against."""
-    correlation = rows @ rows.T
-    correlation[patients[:, None] == patients[None]] = -1
-    return np.asarray(correlation.max(axis=1))

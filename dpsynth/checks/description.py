@@ -5,6 +5,8 @@ Real against real is control against training patients: what two honest halves o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from monai.metrics.regression import compute_ms_ssim
@@ -42,10 +44,11 @@ def describe(evidence: Evidence, features: Features, *, rng: np.random.Generator
         "real": (training, features.training, rng.permutation(len(training))[:size]),
     }
     figures: dict[str, float] = {}
+    ours = _Look.of(control[against])
     for number, (name, (images, encoded, rows)) in enumerate(sides.items(), 1):
         found = {
             **_distances(features.control[against], encoded[rows], rng),
-            **_appearance(control[against], images[rows]),
+            **_appearance(ours, _Look.of(images[rows])),
             "MS-SSIM among pairs": diversity(images[rows], rng=rng),
         }
         figures |= {f"{key}, {name}": value for key, value in found.items()}
@@ -58,13 +61,26 @@ def _distances(control: Array, other: Array, rng: np.random.Generator) -> dict[s
     return {"KID": value, "KID lower limit": low, "KID upper limit": high}
 
 
-def _appearance(control: Float32, other: Float32) -> dict[str, float]:
-    spectra = log_spectrum(control).mean(axis=0), log_spectrum(other).mean(axis=0)
-    statistic, p = kolmogorov_smirnov(radiomics(control), radiomics(other))
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What is compared of a set of images, computed once for each set."""
+
+    images: Float32
+    descriptors: Array
+    spectrum: Array
+    radiomics: Array
+
+    @classmethod
+    def of(cls, images: Float32) -> _Look:
+        return cls(images=images, descriptors=descriptors(images), spectrum=log_spectrum(images).mean(axis=0), radiomics=radiomics(images))
+
+
+def _appearance(control: _Look, other: _Look) -> dict[str, float]:
+    statistic, p = kolmogorov_smirnov(control.radiomics, other.radiomics)
     return {
-        "FD of bands": frechet_distance(descriptors(control), descriptors(other)),
-        "spectrum distance (dB)": float(np.sqrt(np.mean((spectra[0] - spectra[1]) ** 2)) * _NATS_TO_DB),
-        "histogram distance": histogram_distance(control, other),
+        "FD of bands": frechet_distance(control.descriptors, other.descriptors),
+        "spectrum distance (dB)": float(np.sqrt(np.mean((control.spectrum - other.spectrum) ** 2)) * _NATS_TO_DB),
+        "histogram distance": histogram_distance(control.images, other.images),
         f"radiomics that differ of {len(NAMES)}": float(benjamini_hochberg(p, FALSE_DISCOVERIES).sum()),
         **{f"KS of {name}": float(value) for name, value in zip(NAMES, statistic, strict=True)},
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Bool, Evidence, Features
 from dpsynth.checks.family import strictest
-from dpsynth.checks.membership import attack, pool_scores
+from dpsynth.checks.membership import attack
 from dpsynth.checks.statistics import nearest
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -40,13 +42,16 @@ def groups_of(evidence: Evidence, features: Features) -> dict[str, Bool]:
     return {name: rows for name, rows in found.items() if not rows.all()}  # the whole pool is the question of membership
 
 
-def groups(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
-    """FLAG by Holm when a group's patients can be found, Bonferroni over groups; PASS names the worst and what could not be tested."""
-    scores, inside, level = pool_scores(evidence, features), evidence.inside, strictest(gate.family_error)
+def groups(evidence: Evidence, features: Features, gate: GateConfig, *, scores: Callable[[], Array], rng: np.random.Generator) -> Verdict:
+    """FLAG by Holm when a group's patients can be found, Bonferroni over groups; PASS names the worst and what could not be tested.
+
+    `scores` computes `pool_scores` of the membership check.
+    """
+    of_pool, inside, level = scores(), evidence.inside, strictest(gate.family_error)
     every = groups_of(evidence, features)
     large = {name: rows for name, rows in every.items() if _testable(rows, inside)}
     results = {
-        name: attack(scores[rows], inside[rows], delta=evidence.delta, level=level / len(large), rng=rng) for name, rows in large.items()
+        name: attack(of_pool[rows], inside[rows], delta=evidence.delta, level=level / len(large), rng=rng) for name, rows in large.items()
     }
     left_out = f"; too small to test: {', '.join(sorted(every.keys() - large.keys()))}" if len(large) < len(every) else ""
     if not results:

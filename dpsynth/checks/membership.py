@@ -7,6 +7,7 @@ coins, so flipping the coins again gives the exact null; and the same coins give
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,10 +79,13 @@ def attack(scores: Array, inside: Bool, *, delta: float, level: float, rng: np.r
     )
 
 
-def membership(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
-    """Accuses when the coins explain the scores too badly; INCONCLUSIVE when too few patients could show anything."""
+def membership(evidence: Evidence, gate: GateConfig, *, scores: Callable[[], Array], rng: np.random.Generator) -> Verdict:
+    """Accuses when the coins explain the scores too badly; INCONCLUSIVE when too few patients could show anything.
+
+    `scores` computes `pool_scores`, which other checks look at as well.
+    """
     inside, level = evidence.inside, strictest(gate.family_error)
-    found = attack(pool_scores(evidence, features), inside, delta=evidence.delta, level=level, rng=rng)
+    found = attack(scores(), inside, delta=evidence.delta, level=level, rng=rng)
     bound = f"epsilon is at least {found.epsilon:.2f} by this attack, {evidence.epsilon:.2f} is claimed"
     outcome, reason = (
         Outcome.PASS,

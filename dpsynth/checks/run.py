@@ -6,13 +6,11 @@ from pathlib import Path
 
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
 from dpsynth.checks.evidence import Evidence
-from dpsynth.checks.plausibility import Reference
-from dpsynth.checks.screening import CONTENT, Screening, screen
+from dpsynth.checks.screening import CONTENT, screen_candidates
 from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
-from dpsynth.data.candidates import Candidates, candidates_digest, load_candidates, to_unit_range, withheld
-from dpsynth.data.cohort import Float32
+from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range, withheld
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
@@ -38,7 +36,8 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     attempt = trained.ledger.record_gate_attempt(trained.charge.run_id)
     candidates = load_candidates(run)
     synthetic = to_unit_range(candidates.images)
-    screening = _screened(run, config, candidates, synthetic, key=split.key, progress=progress)
+    generator = Generator.load(run.folder("train"))
+    screening = screen_candidates(candidates, generator, config.gate.content, sample_key=split.key, progress=progress)
     site = run.folder("train") / "site"
     evidence = Evidence(
         synthetic=synthetic,
@@ -66,14 +65,6 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
     run.complete("check", needs=("train", "generate"), facts=facts)
     return verdicts
-
-
-def _screened(run: RunFolder, config: Config, candidates: Candidates, synthetic: Float32, *, key: bytes, progress: Progress) -> Screening:
-    """Every candidate against released moments and the policy; the split's key, which stays at the site, chooses what a person is shown."""
-    generator = Generator.load(run.folder("train"))
-    cells = generator.cells.index(candidates.labels, candidates.conditions())
-    reference = Reference.of(generator.moments)
-    return screen(synthetic, cells, reference, config.gate.content, sample_key=key, progress=progress)
 
 
 def _split(run: RunFolder, config: Config, ledger: Ledger, committed: str, progress: Progress) -> Split:

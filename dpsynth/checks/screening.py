@@ -20,7 +20,9 @@ from dpsynth.checks.burned_text import LIMITS, readable, text_scores
 from dpsynth.checks.plausibility import Reference, deviations
 from dpsynth.checks.statistics import pairwise
 from dpsynth.config import ContentConfig
+from dpsynth.data.candidates import Candidates, to_unit_range
 from dpsynth.data.cohort import Float32, Int64
+from dpsynth.model.generator import Generator
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import Progress
 
@@ -90,6 +92,15 @@ class Screening:
                 }
             )
         return rows
+
+
+def screen_candidates(
+    candidates: Candidates, generator: Generator, policy: ContentConfig, *, sample_key: bytes, progress: Progress
+) -> Screening:
+    """Candidates against the released moments of the generator that drew them. The key, which stays at the site, chooses the sample."""
+    cells = generator.cells.index(candidates.labels, candidates.conditions())
+    reference = Reference.of(generator.moments)
+    return screen(to_unit_range(candidates.images), cells, reference, policy, sample_key=sample_key, progress=progress)
 
 
 def screen(

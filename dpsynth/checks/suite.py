@@ -19,7 +19,7 @@ from dpsynth.checks.family import decide_family
 from dpsynth.checks.fidelity import fidelity
 from dpsynth.checks.groups import groups
 from dpsynth.checks.mechanism import mechanism
-from dpsynth.checks.membership import membership
+from dpsynth.checks.membership import membership, pool_scores
 from dpsynth.checks.utility import utility
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -33,13 +33,14 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([seed, number])
 
+    scores = cache(lambda: pool_scores(evidence, features))
     arms = cache(lambda: train_arms(evidence, seed=seed, progress=progress))  # several checks look at them
     checks: dict[str, Callable[[], Verdict]] = {
         "accounting": lambda: accounting(evidence),
         "mechanism": lambda: mechanism(evidence, gate),
-        "membership": lambda: membership(evidence, features, gate, rng=rng(1)),
+        "membership": lambda: membership(evidence, gate, scores=scores, rng=rng(1)),
         "copying": lambda: copying(evidence, features, gate, rng=rng(2)),
-        "groups": lambda: groups(evidence, features, gate, rng=rng(7)),
+        "groups": lambda: groups(evidence, features, gate, scores=scores, rng=rng(7)),
         "fidelity": lambda: fidelity(features, gate, rng=rng(3), description=describe(evidence, features, rng=rng(5), progress=progress)),
         "utility": lambda: utility(evidence, gate, arms=arms, rng=rng(4)),
         "fairness": lambda: fairness(evidence, features, gate, arms=arms, rng=rng(6)),

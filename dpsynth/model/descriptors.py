@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.fft import dctn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
+from dpsynth.model.principal_axes import PrincipalAxes
+
 Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 
@@ -23,7 +25,6 @@ _BLOCK = 512  # images at once
 NUM_RINGS = 12
 _PLACES = {2: (4, 7), 3: (3, 5)}  # by dimensions: blocks an axis, pixels of the thumbnail an axis
 _FLOOR = 4e-4  # energy of a coefficient at noise of 0.02, below what 8 bits and JPEG leave: no band is better known than this
-_SHAPING = 0.25  # power of the public variance that an axis is divided by, as for the low frequencies of the moments
 _SMALLEST_VARIANCE = 1e-4  # of the largest: axes that public images hardly use are not blown up
 
 
@@ -75,42 +76,29 @@ def _pooled(images: Array, side: int) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicDescriptors:
-    """Public constants. centre: (features,); axes: (features, features), principal axes in columns; variances: (features,) along them;
+    """Public constants. centre: (features,); principal: the axes around it;
     clip_location: length of a shaped descriptor that most public images keep to, with room; clip_norm: that half of them keep to.
     """
 
     centre: Array
-    axes: Array
-    variances: Array
+    principal: PrincipalAxes
     clip_location: float
     clip_norm: float
 
     def shaped(self, rows: Array) -> Array:
         """Descriptors (n, features) around the centre and along the principal axes, weak ones made larger."""
-        return np.asarray((rows - self.centre) @ self.projection)
-
-    @property
-    def projection(self) -> Array:
-        """(features, features): takes descriptors to shaped ones, but for the centre."""
-        return np.asarray(self.axes * self.variances**-_SHAPING)
-
-    @property
-    def shaped_variances(self) -> Array:
-        """Public variances of shaped descriptors, (features,)."""
-        return np.asarray(self.variances ** (1 - 2 * _SHAPING))
+        return self.principal.shaped(rows - self.centre)
 
 
 def public_descriptors(images: Float32) -> PublicDescriptors:
     """Constants from public images (n, channel, *space) in [-1, 1]."""
     rows = descriptors(images)
     centre = rows.mean(axis=0)
-    values, axes = np.linalg.eigh((rows - centre).T @ (rows - centre) / len(rows))
-    variances = np.maximum(values, max(values.max() * _SMALLEST_VARIANCE, 1e-12))
-    norms = np.linalg.norm((rows - centre) @ axes * variances**-_SHAPING, axis=1)
+    principal = PrincipalAxes.of(rows - centre, floor=lambda variances: max(float(variances.max()) * _SMALLEST_VARIANCE, 1e-12))
+    norms = np.linalg.norm(principal.shaped(rows - centre), axis=1)
     return PublicDescriptors(
         centre=centre,
-        axes=axes,
-        variances=variances,
+        principal=principal,
         clip_location=1.5 * float(np.quantile(norms, 0.95)),
         clip_norm=float(np.median(norms)),
     )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 from dpsynth.artifacts import read_json, write_bytes, write_json
 from dpsynth.cells import Cells
-from dpsynth.config import GenerateConfig
+from dpsynth.config import Config, GenerateConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.labelling import Labelling
@@ -45,6 +45,22 @@ class Generator:
     count_stddev: float = 0.0
     parents: Parents | None = None
     labelling: Labelling | None = None
+
+    @classmethod
+    def of(
+        cls, config: Config, *, moments: Moments, denoiser: Denoiser | None, count_stddev: float, labelling: Labelling | None = None
+    ) -> Generator:
+        """What a run of `config` released, with the settings that drawing needs."""
+        return cls(
+            classes=config.data.classes,
+            moments=moments,
+            denoiser=denoiser,
+            net_channels=config.diffusion.channels,
+            texture=config.moments.texture,
+            attributes=config.data.cells.attributes,
+            count_stddev=count_stddev,
+            labelling=labelling,
+        )
 
     @property
     def cells(self) -> Cells:

@@ -122,7 +122,7 @@ def release_labelling(images: Float32, sums: NoisedSums, *, counts: Array, group
     counts: (cells,), as released; groups: (cells,), the label that each cell leans on.
     """
     shaped = public.shaped(descriptors(images))
-    variances = public.shaped_variances
+    variances = public.principal.shaped_variances
     size = max(float(np.linalg.norm(counts)), 1e-12)
     total, _ = joined_sum(sums.noised_sum("descriptor_location", shaped, public.clip_location), counts)
     noise = sums.noise_stddev("descriptor_location") / size
@@ -133,8 +133,8 @@ def release_labelling(images: Float32, sums: NoisedSums, *, counts: Array, group
     means = pooled_means(sums.noised_sum("descriptors", rows, public.clip_norm), counts, groups, known)
     patients = np.maximum(counts, 1.0)[:, None]
     return Labelling(
-        projection=public.projection,
-        location=public.centre @ public.projection + location,
+        projection=public.principal.shaped(np.eye(len(variances))),
+        location=public.principal.shaped(public.centre) + location,
         clip_norm=np.array([public.clip_norm]),
         means=means,
         variances=(stddev**2 + patients * variances) / patients**2,

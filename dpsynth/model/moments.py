@@ -28,6 +28,7 @@ from dpsynth.model.descriptors import PublicDescriptors, public_descriptors
 from dpsynth.model.labelling import label_queries
 from dpsynth.model.noised_sums import NoisedSums, Record, clipped
 from dpsynth.model.pooling import Variances, consistent_counts, joined_sum, pooled_covariances, pooled_means, towards_one
+from dpsynth.model.principal_axes import PrincipalAxes
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
 from dpsynth.privacy.noise import NoiseStream
 
@@ -45,7 +46,6 @@ _SMALLEST_VARIANCE = 1e-6
 _SMALLEST_ENERGY = 1e-3  # of a typical one: what is added before the logarithm
 _ROOM = np.log(3.0)  # log of how much stronger or weaker in every ring another hospital's images may be without being clipped
 _TYPICAL_LOG_RATIO, _LARGEST_LOG_RATIO = np.log(2.0), np.log(20.0)  # spread of such ratios, and what is never believed
-_SHAPING = 0.25  # power of the public variance that an axis is divided by: 0 is none, 0.5 makes all axes equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +95,15 @@ def from_frequencies(coefficients: Array, shape: tuple[int, ...]) -> Float32:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicReference:
-    """Public constants. centre: (low,); axes: (low, low), principal axes in columns; variances: (low,) along them; spectrum:
-    (channel * pixels,), mean square of each coefficient; typical: (bands + 1,), mean energies of the rings and, last, of the shaped
-    residual; log_energies: (bands + 1,), mean logarithm of an image's energies in these units.
+    """Public constants. centre: (low,); principal: the axes of the low frequencies; spectrum: (channel * pixels,), mean square of each
+    coefficient; typical: (bands + 1,), mean energies of the rings and, last, of the shaped residual; log_energies: (bands + 1,), mean
+    logarithm of an image's energies in these units; descriptors: those of the labels.
     """
 
     shape: tuple[int, ...]
     low_frequencies: int
     centre: Array
-    axes: Array
-    variances: Array
+    principal: PrincipalAxes
     spectrum: Array
     typical: Array
     log_energies: Array
@@ -113,19 +112,6 @@ class PublicReference:
     clip_residual: float
     clip_scales: float
     clip_energies: float
-
-    def shaped(self, residuals: Array) -> Array:
-        """Rows (n, low) along the principal axes, weak ones made larger."""
-        return _shaped(residuals, self.axes, self.variances)
-
-    @property
-    def shaped_variances(self) -> Array:
-        """Public variances of shaped vectors, (low,)."""
-        return np.asarray(self.variances ** (1 - 2 * _SHAPING))
-
-    def unshaped(self, rows: Array) -> Array:
-        """Inverse of `shaped`."""
-        return np.asarray((rows * self.variances**_SHAPING) @ self.axes.T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +159,8 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     low, bands, spectrum = _summaries(images, layout)
     centre = low.mean(axis=0)
     residual = low - centre
-    values, axes = np.linalg.eigh(residual.T @ residual / len(residual))
-    variances = np.maximum(values, max(values.mean() * 1e-4, _SMALLEST_VARIANCE))
-    shaped = _shaped(residual, axes, variances)
+    principal = PrincipalAxes.of(residual, floor=lambda variances: max(float(variances.mean()) * 1e-4, _SMALLEST_VARIANCE))
+    shaped = principal.shaped(residual)
     norms, energies = np.linalg.norm(shaped, axis=1), _with_residuals(bands, shaped)
     typical = energies.mean(axis=0) + _SMALLEST_VARIANCE
     logarithms = _logarithms(energies, typical)
@@ -184,8 +169,7 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
         shape=shape,
         low_frequencies=low_frequencies,
         centre=centre,
-        axes=axes,
-        variances=variances,
+        principal=principal,
         spectrum=np.maximum(spectrum, _SMALLEST_VARIANCE),
         typical=typical,
         log_energies=log_energies,
@@ -197,10 +181,6 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
         clip_scales=float(np.quantile(np.linalg.norm(logarithms - log_energies, axis=1), 0.95) + _ROOM * np.sqrt(len(typical))),
         clip_energies=float(np.quantile(np.linalg.norm(energies / typical, axis=1), 0.95)),
     )
-
-
-def _shaped(residuals: Array, axes: Array, variances: Array) -> Array:
-    return np.asarray(residuals @ axes * variances**-_SHAPING)
 
 
 def _with_residuals(bands: Array, shaped: Array) -> Array:
@@ -247,7 +227,7 @@ def release_moments(
     release = NoisedSums(labels=labels, patients=patients, num_classes=num_classes, mechanism=mechanism, stream=stream, record=record)
     low, bands, _ = _summaries(images, layout)
     counts, mean = _release_means(low, release, groups, reference)
-    shaped = reference.shaped(low - mean[labels])
+    shaped = reference.principal.shaped(low - mean[labels])
     ratio = _release_energies(bands, shaped, release, groups, counts, reference)
     covariance = _release_second_moments(shaped, release, groups, counts, reference, ratio[:, -1])
     variance = np.maximum(ratio[:, layout.band] * reference.spectrum, _SMALLEST_VARIANCE)
@@ -270,17 +250,17 @@ def count_stddev(mechanism: MomentRelease, reference: PublicReference) -> float:
 def _release_means(low: Array, release: NoisedSums, groups: Int64, reference: PublicReference) -> tuple[Array, Array]:
     weight = _COUNT_WEIGHT * reference.clip_low
     query = float(np.hypot(weight, reference.clip_low))
-    kept = clipped(reference.shaped(low - reference.centre), reference.clip_low)
+    kept = clipped(reference.principal.shaped(low - reference.centre), reference.clip_low)
     stacked = np.concatenate([np.full((len(low), 1), weight), kept], axis=1)
     total = release.noised_sum("means", stacked, query)
     stddev = release.noise_stddev("means")
     counts = consistent_counts(total[:, 0] / weight, max(1.0, 2 * stddev / weight))
     joined, count = joined_sum(total[:, 1:], counts)
     uncertain_count = (stddev / weight * joined / max(count, 1e-12)) ** 2
-    public = reference.shaped_variances  # patients scatter, and classes are thought to differ, as public images do
+    public = reference.principal.shaped_variances  # patients scatter, and classes are thought to differ, as public images do
     variances = Variances(noise=stddev**2 + uncertain_count, scatter=public if stddev else 0 * public, shape=public)
     mean = pooled_means(total[:, 1:], counts, groups, variances)
-    return counts, reference.centre + reference.unshaped(mean)
+    return counts, reference.centre + reference.principal.unshaped(mean)
 
 
 def _release_energies(bands: Array, shaped: Array, release: NoisedSums, groups: Int64, counts: Array, reference: PublicReference) -> Array:
@@ -326,11 +306,11 @@ def _release_second_moments(
         counts,
         groups,
         stddev=release.noise_stddev("second_moments"),
-        prior=np.diag(reference.shaped_variances),
+        prior=np.diag(reference.principal.shaped_variances),
     )
     wanted = energies * reference.typical[-1]
     covariances *= (wanted / np.trace(covariances, axis1=1, axis2=2))[:, None, None]
-    return np.stack([reference.unshaped(reference.unshaped(covariance).T) for covariance in covariances])
+    return np.stack([reference.principal.unshaped(reference.principal.unshaped(covariance).T) for covariance in covariances])
 
 
 def _summaries(images: Float32, layout: Frequencies) -> tuple[Array, Array, Array]:

@@ -87,16 +87,8 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         found, audited = _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
         findings |= found
         audits |= audited
-        generator = Generator(
-            classes=config.data.classes,
-            moments=moments,
-            denoiser=denoiser,
-            net_channels=config.diffusion.channels,
-            texture=config.moments.texture,
-            attributes=config.data.cells.attributes,
-            count_stddev=0.0 if release is None else count_stddev(release, reference),
-            labelling=labelling,
-        )
+        stddev = 0.0 if release is None else count_stddev(release, reference)
+        generator = Generator.of(config, moments=moments, denoiser=denoiser, count_stddev=stddev, labelling=labelling)
         if monitor is not None:
             generator = _voted(config, generator, split, monitor, stream, progress)
             findings |= monitor.findings()

@@ -50,7 +50,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from hospitals import CLASSES, DELTA, private_and_test, settings  # noqa: E402 (an experiment is a script; what several share lies one folder up)
 from measure import measured  # noqa: E402
-from results import known, mean_and_spread, once  # noqa: E402
+from results import by_group, known, mean_and_spread, once  # noqa: E402
 
 PATIENTS, COUNT = 4700, 1500
 NOTHING: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def filter_excess(epsilon: float, work: Path, *, shaping: float, prior: bool, ke
     public = public_images(config, progress=silent)
     own = public_reference(private.images, low_frequencies=config.moments.low_frequencies)
     floor = errors(private, own, None, None)
-    with patch("dpsynth.model.moments._SHAPING", shaping), nullcontext() if prior else as_released():
+    with patch("dpsynth.model.principal_axes._SHAPING", shaping), nullcontext() if prior else as_released():
         reference = public_reference(public, low_frequencies=config.moments.low_frequencies)
         (release,) = planned_mechanisms(config, delta=DELTA, queries=moment_queries(reference, num_labels=len(CLASSES)))
         assert isinstance(release, MomentRelease)
@@ -177,8 +177,7 @@ COLUMNS = ("auc", "precision", "recall", "coverage", "fd", "kid", "fd_bands", "k
 def table(results: dict[str, Any]) -> str:
     """Mean and standard deviation over the seeds, in Markdown."""
     lines = ["| variant | epsilon | DP-SGD trains | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|---|---|" + "---|" * len(COLUMNS)]
-    for group in dict.fromkeys(name.rsplit("/", 1)[0] for name in results):
-        runs = [result for name, result in results.items() if name.rsplit("/", 1)[0] == group]
+    for group, runs in by_group(results).items():
         cells = []
         for column in COLUMNS:
             values = [run["figures"][column] for run in runs]

@@ -32,7 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from hospitals import DELTA, private_and_test, settings  # noqa: E402 (an experiment is a script; what several share lies one folder up)
 from measure import measured  # noqa: E402
-from results import known, mean_and_spread, once  # noqa: E402
+from results import by_group, known, mean_and_spread, once  # noqa: E402
 from verbs import pretrain_into_cache, train_and_generate  # noqa: E402
 
 COUNT = 1500
@@ -88,8 +88,8 @@ def grouped(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     def order(name: str) -> list[float]:
         return [] if name == "real" else [float(part) for part in name.split("/")]
 
-    names = sorted({name.rsplit("/", 1)[0] for name in results}, key=order)
-    return {name: [run for key, run in results.items() if key.rsplit("/", 1)[0] == name] for name in names}
+    groups = by_group(results)
+    return {name: groups[name] for name in sorted(groups, key=order)}
 
 
 def write_expectations(results: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from dpsynth.checks.copying import copying
 from dpsynth.checks.evidence import Evidence, Features
 from dpsynth.checks.family import decide_family
 from dpsynth.checks.groups import groups
-from dpsynth.checks.membership import membership
+from dpsynth.checks.membership import membership, pool_scores
 from dpsynth.checks.search import Approaches
 from dpsynth.checks.statistics import nearest, pairwise
 from dpsynth.checks.verdict import Verdict
@@ -153,7 +153,12 @@ def checked(hospital: Hospital, synthetic: Array, rng: np.random.Generator) -> d
         synthetic_approaches=approaches_of(synthetic, real),
         real_ratios=approaches_of(real[evidence.pool], real, evidence.pool).ratio,
     )
-    found = [check(evidence, features, GATE, rng=rng) for check in (membership, copying, groups)]
+    scores = pool_scores(evidence, features)
+    found = [
+        membership(evidence, GATE, scores=lambda: scores, rng=rng),
+        copying(evidence, features, GATE, rng=rng),
+        groups(evidence, features, GATE, scores=lambda: scores, rng=rng),
+    ]
     return {verdict.check: verdict for verdict in decide_family(found, GATE.family_error)}
 
 

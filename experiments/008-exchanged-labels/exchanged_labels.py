@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from hospitals import CLASSES, DELTA, private_and_test, settings  # noqa: E402 (an experiment is a script; what several share lies one folder up)
-from results import known, mean_and_spread, once  # noqa: E402
+from results import by_group, known, mean_and_spread, once  # noqa: E402
 
 PATIENTS, COUNT = 4700, 1500
 QUESTIONS = ("finding", "axes 1 to 5", "axes 4 to 8")
@@ -93,8 +93,7 @@ def table(results: dict[str, Any]) -> str:
     """Mean and standard deviation over the seeds, in Markdown."""
     columns = ("real", "as drawn", "exchanged", "changed")
     lines = ["| the label is | epsilon | seeds | real | as drawn | exchanged | share of labels changed |", "|---|---|---|---|---|---|---|"]
-    for group in dict.fromkeys(name.rsplit("/", 1)[0] for name in results):
-        runs = [result for name, result in results.items() if name.rsplit("/", 1)[0] == group]
+    for group, runs in by_group(results).items():
         question, epsilon = group.split("/")
         cells = [mean_and_spread([run[column] for run in runs], 3) for column in columns]
         lines.append(f"| {question} | {epsilon} | {len(runs)} | " + " | ".join(cells) + " |")

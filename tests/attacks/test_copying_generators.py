@@ -19,7 +19,7 @@ from dpsynth.checks.copying import copying
 from dpsynth.checks.evidence import Evidence, Features, compute_features
 from dpsynth.checks.family import decide_family
 from dpsynth.checks.features import encode
-from dpsynth.checks.membership import membership
+from dpsynth.checks.membership import membership, pool_scores
 from dpsynth.checks.search import Approaches, approaches
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import DataConfig, GateConfig, PhantomConfig
@@ -200,7 +200,8 @@ def test_membership_sees_training_images_and_accuses_nobody_else() -> None:
     honest = compute_features(evidence, progress=silent)
     copies = FAILED["all training images"](site)
     bad = replace(honest, synthetic=encode(copies, task="", progress=silent), synthetic_thumbnails=thumbnails(copies))
-    found = [membership(evidence, features, GATE, rng=np.random.default_rng(1)) for features in (honest, bad)]
+    scores = [pool_scores(evidence, features) for features in (honest, bad)]
+    found = [membership(evidence, GATE, scores=lambda own=own: own, rng=np.random.default_rng(1)) for own in scores]
     outcomes = [decide_family([verdict], GATE.family_error)[0].outcome for verdict in found]
     assert outcomes == [Outcome.PASS, Outcome.FAIL], [verdict.reason for verdict in found]
 

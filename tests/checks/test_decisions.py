@@ -21,7 +21,7 @@ from dpsynth.checks.evidence import Evidence, Features, first_images
 from dpsynth.checks.family import FAMILY, decide_family, holm, strictest
 from dpsynth.checks.fidelity import fidelity
 from dpsynth.checks.groups import ISOLATED, groups
-from dpsynth.checks.membership import membership
+from dpsynth.checks.membership import membership, pool_scores
 from dpsynth.checks.utility import utility
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -60,7 +60,13 @@ class Hospital:
         """The checks of the family that see images, after Holm."""
         features, sets = self.features(synthetic), self.sets()
         sets = replace(sets, synthetic=np.zeros((len(synthetic), 1, 4, 4), np.float32))
-        found = [check(sets, features, GATE, rng=np.random.default_rng([seed, i])) for i, check in enumerate((membership, copying, groups))]
+        scores = pool_scores(sets, features)
+        rngs = [np.random.default_rng([seed, number]) for number in range(3)]
+        found = [
+            membership(sets, GATE, scores=lambda: scores, rng=rngs[0]),
+            copying(sets, features, GATE, rng=rngs[1]),
+            groups(sets, features, GATE, scores=lambda: scores, rng=rngs[2]),
+        ]
         return {verdict.check: verdict for verdict in decide_family(found, GATE.family_error)}
 
 
@@ -97,7 +103,8 @@ def test_a_bound_above_the_claim_is_said_to_refute_it() -> None:
     hospital = Hospital.drawn(rng, pool=400)
     synthetic = hospital.training + 0.01 * points(len(hospital.training), rng)
     sets = replace(hospital.sets(), epsilon=0.5)
-    verdict = membership(sets, hospital.features(synthetic), GATE, rng=rng)
+    features = hospital.features(synthetic)
+    verdict = membership(sets, GATE, scores=lambda: pool_scores(sets, features), rng=rng)
     assert "refutes the claim" in decide_family([verdict], GATE.family_error)[0].reason
 
 
@@ -157,7 +164,7 @@ def test_subgroups_are_named_and_the_isolated_ones_are_chosen_without_the_images
     )
     theirs = hospital.training[sites[:split] == 2]
     features = hospital.features(np.concatenate([theirs + 0.05 * points(len(theirs), rng), points(200, rng)]))
-    verdict = decide_family([groups(sets, features, GATE, rng=rng)], GATE.family_error)[0]
+    verdict = decide_family([groups(sets, features, GATE, scores=lambda: pool_scores(sets, features), rng=rng)], GATE.family_error)[0]
     assert verdict.outcome is Outcome.FLAG
     assert "site s2" in verdict.reason
     assert not any("age_years" in name for name in verdict.figures)
@@ -170,7 +177,8 @@ def test_holm_by_hand_and_a_check_that_broke_keeps_its_place() -> None:
     assert strictest(0.05) == 0.05 / len(FAMILY)
     rng = np.random.default_rng(0)
     hospital = Hospital.drawn(rng)
-    verdict = membership(hospital.sets(), hospital.features(points(80, rng)), GATE, rng=rng)
+    sets, features = hospital.sets(), hospital.features(points(80, rng))
+    verdict = membership(sets, GATE, scores=lambda: pool_scores(sets, features), rng=rng)
     suspicious = replace(verdict, p_value=0.02)
     assert decide_family([suspicious], 0.05)[0].outcome is verdict.outcome  # 0.02 is not below 0.05 / 4
     assert decide_family([replace(verdict, p_value=0.012)], 0.05)[0].outcome is Outcome.FAIL

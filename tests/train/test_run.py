@@ -82,11 +82,8 @@ def test_the_released_moments_hold_the_noise_that_the_ledger_charges(
     for name in ("noised", "exact"):
         arrays = load_file(tmp_path / name / "train" / "weights.safetensors")
         counts, mean = arrays["moments.counts"].numpy(), arrays["moments.mean"].numpy()
-        sums.append(
-            np.concatenate(
-                [counts[:, None] * _COUNT_WEIGHT * seen[0].clip_low, seen[0].shaped(mean - seen[0].centre) * counts[:, None]], axis=1
-            )
-        )
+        shaped = seen[0].principal.shaped(mean - seen[0].centre)
+        sums.append(np.concatenate([counts[:, None] * _COUNT_WEIGHT * seen[0].clip_low, shaped * counts[:, None]], axis=1))
     noise = (sums[0] - sums[1]) / stddev
     energy = float(np.sum(noise**2))
     p = 2 * min(stats.chi2.cdf(energy, noise.size), stats.chi2.sf(energy, noise.size))
