@@ -14,13 +14,16 @@ from federation_cases import Site, World, config, new_site
 
 import federated.site as module
 from dpsynth.data.split import split_patients
-from dpsynth.errors import ConfigError
+from dpsynth.errors import ConfigError, SelfCheckFailed
 from dpsynth.privacy.calibrate import mu_of
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.signing import load_private
 from dpsynth.train.loop import fit
+from dpsynth.train.monitor import MomentMonitor, Monitor
 from dpsynth.train.run import noised_moments, standard_moments
+from dpsynth.train.selfcheck import Finding
+from federated import rounds
 from federated.messages import Code, decode_reply
 from federated.policy import config_of
 from federated.rounds import MOMENTS, NET
@@ -211,3 +214,40 @@ def test_a_site_without_a_class_is_trained_with_the_others(new_world: Callable[.
     counts = arrays[MOMENTS + "counts"]
     assert counts[1] < 0.3 * counts[0]
     assert world.ask("train", 1).outcome == "ok"
+
+
+def test_a_round_does_not_go_on_when_the_labels_of_the_data_changed_meanwhile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of the first attempt would be used for other sums; the difference would show the patient that changed."""
+    site, message = world.sites["a"], world.request()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "moments_round", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+        assert world.tell(message).code is Code.FAILED
+    monkeypatch.setattr(module, "conditions_digest", lambda *_, **__: "of other labels")
+    site.restart()
+    assert world.tell(message).code is Code.LOST
+    assert booked(site) == [("study/0/moments-0", True)]
+
+
+BAD = Finding(ok=False, detail="planted", statistic=0.0, threshold=1.0)
+
+
+@pytest.mark.parametrize(("kind", "number", "monitor"), [("moments", 0, MomentMonitor), ("train", 1, Monitor)])
+def test_what_the_monitor_saw_of_a_round_stops_its_answer_and_not_its_charge(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: str, number: int, monitor: type
+) -> None:
+    monkeypatch.setattr(monitor, "findings", lambda *_: {"noise": BAD})
+    raw = world.sites["a"].guard.handle(world.request(kind, number))
+    reply, arrays = decode_reply(raw, largest_bytes=1 << 30)
+    assert reply.code is Code.FAILED
+    assert not arrays
+    assert booked(world.sites["a"]) == [(f"study/{number}/{kind}-{number}", True)]
+
+
+def test_a_net_on_which_the_bound_is_not_proved_is_refused_before_the_charge(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unproved(*_: object) -> None:
+        raise SelfCheckFailed("planted")
+
+    monkeypatch.setattr("federated.rounds.prove_bound", unproved)
+    rounds.require_bound.cache_clear()
+    assert world.ask("train", 1).code is Code.FAILED
+    assert booked(world.sites["a"]) == []
