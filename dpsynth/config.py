@@ -261,10 +261,8 @@ class GenerateConfig(_Settings):
         "is not named follows the noisy frequencies (iterative proportional fitting). `dpsynth generate --target` stands above it.",
     )
     seed: int = Field(0, ge=0, description="Image i has its own seed made from this one and i.")
-    steps: Count = Field(14, description="Sampler steps.")
-    sigma_min: Positive = Field(0.08, description="Last noise level of the sampler.")
-    sigma_max: Positive = Field(20.0, description="First noise level of the sampler.")
-    variation: Positive = Field(0.5, description="Noise level from which an image is drawn around the candidate that patients voted for.")
+    steps: Count = Field(8, description="Sampler steps.")
+    sigma_min: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.08, description="Last noise level of the sampler; the first is 0.5.")
 
 
 Limits = tuple[float, float]
@@ -359,8 +357,6 @@ class Config(_Settings):
             raise ValueError(f"pretrain.source {self.pretrain.source} needs pretrain.path and pretrain.classes")
         if len(self.data.spatial_shape) == 3 and "png" in self.release.formats:
             raise ValueError("release.formats: volumes cannot be written as png; use nifti or dicom")
-        if not self.generate.sigma_min < self.generate.variation < self.generate.sigma_max:
-            raise ValueError("generate.sigma_min must be smaller than generate.variation, and this smaller than generate.sigma_max")
         if self.method == "diffusion" and self.diffusion.trainable in ("all", "small") and self.moments.share + self.votes.share >= 1:
             raise ValueError("moments.share and votes.share must leave a part for DP-SGD: their sum must be below 1")
         if problem := target_problem(self.data.cells, self.generate.target):

@@ -76,7 +76,7 @@ CONFIGS = {
     "a size that the net cannot take": ("data: {spatial_shape: [30, 30]}\n", ["multiple of 4"]),
     "volumes as PNG": ("data: {spatial_shape: [16, 16, 16]}\nmoments: {low_frequencies: 6}\n", ["png"]),
     "more low frequencies than pixels": ("moments: {low_frequencies: 40}\n", ["low_frequencies"]),
-    "noise levels in the wrong order": ("generate: {sigma_min: 3, sigma_max: 2}\n", ["sigma_min"]),
+    "a noise level at which nothing is left to draw": ("generate: {sigma_min: 0.6}\n", ["sigma_min"]),
     "a required check that does not exist": ("gate: {required: [magic]}\n", ["magic"]),
     "a sampling probability above one": ("diffusion: {sampling_probability: 1.5}\n", ["sampling_probability"]),
 }

@@ -3,6 +3,9 @@
 D(x; sigma, c) = W(x; sigma, c) + e(sigma, c) * F(x, (x - W)/sigma; sigma, c) with W the posterior mean and e its rms error, the role that
 c_skip and c_out have in Karras et al. 2022 (section 5). F starts at zero, so D starts as the optimal linear denoiser: the floor.
 Because the moments enter only through W, a net that was trained with public moments takes private ones (`transplant`).
+
+The net speaks at noise levels up to LARGEST_SIGMA alone; above, D is W. What is large in an image is drawn there, and the released
+moments know it: a net from public images draws the classes nearer to each other than they are (experiments/004-public-prior).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dpsynth.model.moments import Moments
 from dpsynth.model.packing import Packing
 from dpsynth.model.wiener import WienerFilter
 
+LARGEST_SIGMA = 0.5  # from images in [-1, 1]
 _LOG_SIGMA_MEAN, _LOG_SIGMA_STD = -1.0, 1.3  # of training noise levels for images in [-1, 1]
 _PUBLIC_VARIANCE = 0.3  # typical variance of a pixel in [-1, 1]
 
@@ -65,7 +69,7 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """noisy (n, channel, *space), sigma (n,), labels (n,) to the denoised images."""
         linear, error, correction = self._parts(noisy, sigma, labels)
-        return linear + _column(error, noisy) * correction
+        return linear + _column(error * (sigma <= LARGEST_SIGMA), noisy) * correction
 
     def row_losses(self, clean: Tensor, labels: Tensor, *, sigma: Tensor, noise: Tensor) -> Tensor:
         """Squared error of each row in units of the linear filter's error, (n,): 1 is what the floor reaches."""
@@ -91,8 +95,12 @@ class Denoiser(nn.Module):
 
 
 def noise_levels(normal: Tensor, *, smallest: float) -> Tensor:
-    """Training noise levels from standard normal numbers: log-normal (Karras et al. 2022, table 1), none below `smallest`."""
-    return (_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * normal).exp().clamp(min=smallest)
+    """Training noise levels from standard normal numbers: log-normal (Karras et al. 2022, table 1) between `smallest` and LARGEST_SIGMA."""
+    ends = (torch.tensor([smallest, LARGEST_SIGMA], dtype=torch.float64).log() - _LOG_SIGMA_MEAN) / _LOG_SIGMA_STD
+    low, high = torch.special.ndtr(ends)
+    quantile = low + (high - low) * torch.special.ndtr(normal.double())
+    levels: Tensor = (_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * torch.special.ndtri(quantile)).exp()
+    return levels.to(normal.dtype).clamp(smallest, LARGEST_SIGMA)  # what rounding or an infinite quantile leaves
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

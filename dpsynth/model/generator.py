@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from dpsynth.artifacts import read_json, write_bytes, write_json
 from dpsynth.cells import Cells
 from dpsynth.config import Config, GenerateConfig
 from dpsynth.errors import ArtifactError
-from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.denoiser import LARGEST_SIGMA, Denoiser
 from dpsynth.model.labelling import Labelling
 from dpsynth.model.moments import Moments, sample_moment_images
-from dpsynth.model.sampler import lower_part, sample, schedule
+from dpsynth.model.sampler import sample, schedule, starting_noise
 from dpsynth.model.votes import Parents
 from dpsynth.progress import Progress
 
@@ -86,16 +85,14 @@ class Generator:
             progress("draw images", len(cells), len(cells))
             return images
         self.denoiser.eval()
-        draw = partial(sample, self.denoiser, shape=self.moments.shape, progress=progress)
-        levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=settings.sigma_max)
-        if self.parents is None:
-            return draw(cells, seeds, around=None, levels=levels)
-        chosen = self.parents.choose(cells, seeds)
-        images, own, orphan = np.empty((len(cells), *self.moments.shape), dtype=np.float32), chosen >= 0, chosen < 0
-        around, below = self.parents.images[chosen[own]], lower_part(levels, settings.variation)
-        images[own] = draw(cells[own], seeds[own], around=around, levels=below)
-        images[orphan] = draw(cells[orphan], seeds[orphan], around=None, levels=levels)
-        return images
+        labels, noise = torch.from_numpy(cells), starting_noise(seeds, self.moments.shape)
+        start = self.denoiser.wiener.noisy_images(noise, LARGEST_SIGMA, labels)
+        if self.parents is not None:
+            chosen = self.parents.choose(cells, seeds)
+            own = chosen >= 0
+            start[own] = torch.from_numpy(self.parents.images[chosen[own]]) + LARGEST_SIGMA * noise[own]
+        levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=LARGEST_SIGMA)
+        return sample(self.denoiser, start, labels, levels=levels, progress=progress)
 
     def save(self, folder: Path) -> None:
         """Write generator.json and weights.safetensors."""

@@ -24,11 +24,6 @@ def schedule(steps: int, *, sigma_min: float, sigma_max: float) -> Tensor:
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 
-def lower_part(levels: Tensor, start: float) -> Tensor:
-    """The schedule from `start` down: `start` itself and the levels clearly below it."""
-    return torch.cat([torch.tensor([start], dtype=levels.dtype), levels[levels < 0.9 * start]])
-
-
 def starting_noise(seeds: NDArray[np.uint64], shape: tuple[int, ...]) -> Tensor:
     """Standard normal (n, *shape), row i from seed i alone, so an image does not depend on its batch."""
     rows = [np.random.default_rng(int(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
@@ -51,22 +46,16 @@ def heun(denoise: DenoiseFunction, x: Tensor, labels: Tensor, levels: Tensor) ->
 @torch.no_grad()
 def sample(
     denoise: DenoiseFunction,
-    labels: NDArray[np.int64],
-    seeds: NDArray[np.uint64],
+    start: Tensor,
+    labels: Tensor,
     *,
-    around: NDArray[np.float32] | None,
-    shape: tuple[int, ...],
     levels: Tensor,
     progress: Progress,
 ) -> NDArray[np.float32]:
-    """Images (n, *shape) in [-1, 1]; image i is a function of label i, seed i and the image i that it starts `around`, if any."""
-    parts = []
-    for start in range(0, len(labels), _BATCH):
-        part = slice(start, start + _BATCH)
-        x = starting_noise(seeds[part], shape) * float(levels[0])
-        if around is not None:
-            x = x + torch.from_numpy(around[part])
-        images = heun(denoise, x, torch.from_numpy(labels[part]), levels)
-        parts.append(images.clamp(-1, 1).numpy())
-        progress("draw images", min(start + _BATCH, len(labels)), len(labels))
-    return np.concatenate(parts) if parts else np.empty((0, *shape), dtype=np.float32)
+    """Images (n, *shape) in [-1, 1] from `start` (n, *shape), images with noise of levels[0]; labels: (n,). Each is drawn by itself."""
+    images = np.empty(tuple(start.shape), dtype=np.float32)
+    for first in range(0, len(labels), _BATCH):
+        part = slice(first, first + _BATCH)
+        images[part] = heun(denoise, start[part], labels[part], levels).clamp(-1, 1).numpy()
+        progress("draw images", min(first + _BATCH, len(labels)), len(labels))
+    return images

@@ -46,6 +46,22 @@ class WienerFilter(nn.Module):
         error = (left / coefficients.shape[1]).sqrt()
         return self._cosine(posterior.view_as(noisy), inverse=True), error
 
+    def noisy_images(self, normal: Tensor, sigma: float, labels: Tensor) -> Tensor:
+        """Images of the classes with noise of `sigma` on them, from standard normal numbers of the same shape (n, channel, *space).
+
+        What the probability flow (Karras et al. 2022) makes of a Gaussian from far above, in closed form.
+        """
+        normal = normal.flatten(1)
+        coefficients = normal * (self.get_buffer("diagonal")[labels] + sigma**2).sqrt()
+        place, vectors = self.get_buffer("low"), self.get_buffer("vectors")
+        along = normal[:, place] * (self.get_buffer("values")[labels] + sigma**2).sqrt()
+        low = torch.empty_like(along)
+        for label, mean in enumerate(self.get_buffer("mean")):
+            rows = labels == label
+            low[rows] = mean + along[rows] @ vectors[label].T
+        coefficients[:, place] = low
+        return self._cosine(coefficients.view(-1, *self.shape), inverse=True)
+
     def _low(self, low: Tensor, gain: Tensor, labels: Tensor) -> Tensor:
         out = torch.empty_like(low)
         mean, vectors = self.get_buffer("mean"), self.get_buffer("vectors")

@@ -43,7 +43,7 @@ def pretrained_weights(config: Config, images: Float32, reference: PublicReferen
 def _digest(config: Config, images: Float32) -> str:
     """Everything the weights depend on. The images are public, so their hash may be a file name."""
     settings = config.pretrain.model_dump(mode="json", exclude={"cache", "path"})
-    facts = [7, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.cells)]
+    facts = [8, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.cells)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(images.tobytes())
     return digest.hexdigest()[:32]

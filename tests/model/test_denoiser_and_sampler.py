@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest, truncnorm
 
 from dpsynth.cells import Cells
 from dpsynth.config import GenerateConfig, packing
 from dpsynth.errors import ArtifactError
 from dpsynth.generate import draw, image_seeds, mixed_cells
-from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.denoiser import LARGEST_SIGMA, Denoiser, noise_levels
 from dpsynth.model.generator import SETTINGS, WEIGHTS, Generator
 from dpsynth.model.moments import Moments, frequencies, from_frequencies
 from dpsynth.model.packing import depth_to_space, space_to_depth
-from dpsynth.model.sampler import heun, lower_part, schedule, starting_noise
+from dpsynth.model.sampler import heun, schedule, starting_noise
 from dpsynth.model.votes import Parents
 from dpsynth.model.wiener import WienerFilter
 from dpsynth.progress import silent
@@ -65,6 +66,55 @@ def test_the_filter_is_the_posterior_of_a_gaussian(shape: tuple[int, ...], sigma
         assert np.abs(found[row].numpy().ravel() - expected).max() < 1e-3
         left = covariance - gain @ covariance
         assert float(error[row]) == pytest.approx(np.sqrt(np.trace(left) / len(mean)), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_noisy_images_have_the_mean_and_covariance_of_their_class_and_of_the_noise(shape: tuple[int, ...]) -> None:
+    known, size, sigma = moments(shape), int(np.prod(shape)), 0.7
+    for label in (0, 1):
+        basis = torch.cat([torch.zeros(1, size), torch.eye(size)]).view(-1, *shape)
+        found = WienerFilter(known).noisy_images(basis, sigma, torch.full((size + 1,), label)).flatten(1).double().numpy()
+        mean, covariance = dense(known, label)
+        assert np.abs(found[0] - mean).max() < 1e-5
+        root = (found[1:] - found[0]).T  # linear in the normal numbers
+        assert np.abs(root @ root.T - covariance - sigma**2 * np.eye(size)).max() < 1e-4
+
+
+def test_noisy_images_are_where_the_flow_of_the_filter_leads() -> None:
+    known = moments((1, 8, 12))
+    wiener, labels = WienerFilter(known), torch.tensor([0, 1, 1])
+    normal = torch.randn(3, 1, 8, 12, generator=torch.Generator().manual_seed(0))
+    levels = schedule(400, sigma_min=0.5, sigma_max=20.0)[:-1]
+    x = wiener.noisy_images(normal, 20.0, labels)
+    for now, then in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
+        half = (now + then) / 2
+
+        def slope(at: torch.Tensor, sigma: float) -> torch.Tensor:
+            return (at - wiener(at, torch.full((3,), sigma), labels)[0]) / sigma
+
+        x = x + (then - now) * slope(x + (half - now) * slope(x, now), half)
+    assert float((x - wiener.noisy_images(normal, 0.5, labels)).abs().max()) < 5e-3
+
+
+def test_training_levels_are_log_normal_between_their_ends() -> None:
+    normal = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    found = noise_levels(normal, smallest=0.05)
+    assert found.dtype == normal.dtype
+    assert float(found.min()) >= 0.05
+    assert float(found.max()) <= LARGEST_SIGMA
+    ends = [(np.log(end) + 1.0) / 1.3 for end in (0.05, LARGEST_SIGMA)]
+    assert kstest(found.log(), truncnorm(*ends, loc=-1.0, scale=1.3).cdf).pvalue > 1e-3
+    assert bool(torch.isfinite(noise_levels(torch.tensor([-40.0, 40.0]), smallest=0.05)).all())
+
+
+def test_above_its_largest_level_the_denoiser_is_the_filter_of_the_moments() -> None:
+    made = generator().denoiser
+    assert made is not None
+    noisy, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 1])
+    sigma = torch.tensor([LARGEST_SIGMA, 1.01 * LARGEST_SIGMA, 5.0])
+    difference = (made(noisy, sigma, labels) - made.wiener(noisy, sigma, labels)[0]).detach().abs().amax((1, 2, 3))
+    assert float(difference[0]) > 1e-3
+    assert torch.equal(difference[1:], torch.zeros(2))
 
 
 @pytest.mark.parametrize("factor", [2, 4])
@@ -184,21 +234,13 @@ def test_the_schedule_goes_down_from_end_to_end() -> None:
     assert bool((levels.diff() < 0).all())
 
 
-def test_the_lower_part_of_a_schedule_starts_where_it_is_told() -> None:
-    levels = schedule(9, sigma_min=0.06, sigma_max=20.0)
-    part = lower_part(levels, 0.5)
-    assert float(part[0]) == 0.5
-    assert float(part[-1]) == 0
-    assert bool((part.diff() < 0).all())
-    assert set(part[1:].tolist()) == {level for level in levels.tolist() if level < 0.45}
-
-
-def generator(shape: tuple[int, ...] = (1, 8, 8)) -> Generator:
+def generator(shape: tuple[int, ...] = (1, 8, 8), known: Moments | None = None) -> Generator:
     torch.manual_seed(0)
-    denoiser = Denoiser(moments(shape), channels=(8, 16))
+    known = known or moments(shape)
+    denoiser = Denoiser(known, channels=(8, 16))
     for parameter in denoiser.net.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    return Generator(classes=("a", "b"), moments=moments(shape), denoiser=denoiser, net_channels=(8, 16), texture=False)
+    return Generator(classes=("a", "b"), moments=known, denoiser=denoiser, net_channels=(8, 16), texture=False)
 
 
 DRAW = GenerateConfig(count=5, steps=4)
@@ -222,19 +264,19 @@ PARENTS = Parents(
 
 
 def test_images_are_drawn_around_the_parent_of_their_own_cell() -> None:
-    made, cells, seeds = generator(), np.array([0, 1] * 20), image_seeds(0, 40)
-    settings = DRAW.model_copy(update={"variation": 0.1})
-    images = replace(made, parents=PARENTS).sample(cells, seeds, settings, progress=silent)
+    wide = replace(moments((1, 8, 8)), covariance=np.tile(np.eye(9), (2, 1, 1)), variance=np.ones((2, 64)))  # pulls no image to its mean
+    made, cells, seeds = generator(known=wide), np.array([0, 1] * 20), image_seeds(0, 40)
+    images = replace(made, parents=PARENTS).sample(cells, seeds, DRAW, progress=silent)
     chosen = PARENTS.choose(cells, seeds)
     distances = np.stack([np.abs(images - parent).mean((1, 2, 3)) for parent in PARENTS.images])
     assert (distances[:, cells == 1].argmin(0) == 2).all()
     assert (distances.argmin(0) == chosen).mean() > 0.95
-    alone = replace(made, parents=PARENTS).sample(cells[7:8], seeds[7:8], settings, progress=silent)
+    alone = replace(made, parents=PARENTS).sample(cells[7:8], seeds[7:8], DRAW, progress=silent)
     assert np.allclose(images[7], alone[0], atol=1e-5)
     orphan = replace(PARENTS, images=PARENTS.images[:2], cells=PARENTS.cells[:2], weights=PARENTS.weights[:2])
-    mixed = replace(made, parents=orphan).sample(cells, seeds, settings, progress=silent)
+    mixed = replace(made, parents=orphan).sample(cells, seeds, DRAW, progress=silent)
     assert np.allclose(mixed[cells == 0], images[cells == 0], atol=1e-5)
-    assert np.allclose(mixed[cells == 1], made.sample(cells, seeds, settings, progress=silent)[cells == 1], atol=1e-5)
+    assert np.allclose(mixed[cells == 1], made.sample(cells, seeds, DRAW, progress=silent)[cells == 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("diffusion", [True, False])
