@@ -3,9 +3,9 @@
 A generator's noise falls on hundreds of numbers of each class, and a classifier that learns from its images takes the differences that
 noise made for signs of the class. The class means of a few descriptors (`descriptors`) are known far better for the same epsilon. So the
 images are drawn as ever, and then labels are exchanged among them until the class means of the descriptors are the released ones, as
-nearly as these are known: of all such exchanges the one of least Kullback-Leibler divergence from leaving all labels alone, which is
-an exponential tilt (Csiszar 1975) with each constraint relaxed by its standard error (Dudik et al. 2007), so that what noise alone can
-explain exchanges nothing. How often a label occurs stays what it was.
+nearly as these are known. An image leaves its label only for one that gains on it under an exponential tilt (Csiszar 1975), and each
+constraint is relaxed by its standard error (Dudik et al. 2007): what noise alone can explain exchanges nothing, not one label. How often
+a label occurs stays what it was.
 The release is two queries: where the descriptors lie, with a wide clip norm and of all classes together; and how each class lies to that.
 """
 
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment, minimize
-from scipy.special import logsumexp, softmax
 
 from dpsynth.cells import Cells
 from dpsynth.model.descriptors import PublicDescriptors, descriptors
@@ -30,7 +29,7 @@ Int64 = NDArray[np.int64]
 
 _SHARES = {"descriptor_location": 0.02, "descriptors": 0.1}
 _BLOCK = 500  # labels are exchanged among so many images: the time of an assignment is cubic
-_EXCHANGED = 0.03  # probability, before the tilt, that an image's label is drawn anew
+_EXCHANGED = 0.03  # probability to leave a label at a gain of log 2; the smaller, the more it is those who gain most that leave
 _RIDGE = 0.1  # of the tilt in standard deviations: synthetic descriptors vary otherwise than real ones, so no mean is met at any cost
 _LARGEST_TILT = 20.0  # log-odds for one standard deviation of a descriptor: that an unreachable mean stays unreached
 _ROUNDS = 300
@@ -69,41 +68,52 @@ class Labelling:
             if len(present) < 2:
                 continue
             of_labels = present * step + value
-            likely = tilted(shaped[rows], np.searchsorted(present, labels), self.means[of_labels], self.variances[of_labels])
+            likely = moved(shaped[rows], np.searchsorted(present, labels), self.means[of_labels], self.variances[of_labels])
             drawn = np.log(likely + 1e-12) + rng.gumbel(size=likely.shape)  # the largest of a row is a draw from its probabilities
             found[rows] = of_labels[exchanged(drawn, np.searchsorted(present, labels))]
         return found
 
 
-def tilted(rows: Array, labels: Int64, means: Array, variances: Array) -> Array:
-    """Probabilities of each label, (n, labels), given an image and the label it was drawn for.
+def moved(rows: Array, labels: Int64, means: Array, variances: Array) -> Array:
+    """Probabilities of each label, (n, labels), given an image and the label it was drawn for: 1 for that one where no mean asks for more.
 
     rows: (n, features); labels: (n,), each occurring; means, variances: (labels, features), of the wanted class means.
     """
     n = len(rows)
-    counts = np.bincount(labels, minlength=len(means)).astype(np.float64)
+    own = np.eye(len(means))[labels]
+    counts = own.sum(axis=0)
     shares, scale = counts / n, rows.std(axis=0) + 1e-9
     rows = (rows - rows.mean(axis=0)) / scale
     wanted = counts[:, None] * (means - shares @ means) / scale
     room = counts[:, None] * np.sqrt(variances / scale**2 + 1 / counts[:, None])  # the synthetic images are a sample, too
-    prior = np.log(_EXCHANGED * shares + (1 - _EXCHANGED) * np.eye(len(means)))[labels]
     rows = np.concatenate([rows, np.ones((n, 1))], axis=1)  # the last constraint is the counts
-    wanted, room = np.column_stack([wanted, counts]), np.column_stack([room, np.zeros(len(counts))])
+    wanted, room = np.column_stack([wanted, counts]) - own.T @ rows, np.column_stack([room, np.zeros(len(counts))])
     ridge = n * _RIDGE * np.append(np.ones(len(means[0])), 0.0)
 
     def dual(flat: Array) -> tuple[float, Array]:
         up, down = flat.reshape(2, *wanted.shape)
         tilt = up - down
-        logits = prior + rows @ tilt.T
-        total = logsumexp(logits, axis=1)
-        excess = np.exp(logits - total[:, None]).T @ rows - wanted + ridge * tilt
-        value = total.sum() - (tilt * wanted).sum() + (room * (up + down)).sum() + (ridge * tilt**2).sum() / 2
+        potential, leaves = _leaving(rows @ tilt.T, own)
+        excess = (leaves - own * leaves.sum(axis=1, keepdims=True)).T @ rows - wanted + ridge * tilt
+        value = potential - (tilt * wanted).sum() + (room * (up + down)).sum() + (ridge * tilt**2).sum() / 2
         return float(value) / n, np.concatenate([(room + excess).ravel(), (room - excess).ravel()]) / n
 
     bounds = [(0.0, _LARGEST_TILT)] * (2 * wanted.size)
     found = minimize(dual, np.zeros(2 * wanted.size), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _ROUNDS})
     up, down = found.x.reshape(2, *wanted.shape)
-    return np.asarray(softmax(prior + rows @ (up - down).T, axis=1))
+    _, leaves = _leaving(rows @ (up - down).T, own)
+    leaves /= np.maximum(leaves.sum(axis=1, keepdims=True), 1.0)  # above 1 by a trace where a gain passes 1 / _EXCHANGED
+    return np.asarray(leaves + own * (1 - leaves.sum(axis=1, keepdims=True)))
+
+
+def _leaving(logits: Array, own: Array) -> tuple[float, Array]:
+    """Probability with which each image leaves its own label for another, (n, labels), and the convex potential whose slope it is.
+
+    Nothing moves that gains nothing: about _EXCHANGED * (exp(gain) - 1) of a gain in log-odds above 0, and for large gains a softmax.
+    """
+    gain = np.maximum((logits - (own * logits).sum(axis=1, keepdims=True)) * (1 - own), 0.0)
+    total = 1 + _EXCHANGED * (np.expm1(gain) - gain).sum(axis=1, keepdims=True)
+    return float(np.log(total).sum()), _EXCHANGED * np.expm1(gain) / total
 
 
 def exchanged(scores: Array, labels: Int64) -> Int64:
