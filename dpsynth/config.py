@@ -321,6 +321,9 @@ class GateConfig(_Settings):
         0.25, description="Fidelity fails when synthetic images differ from each other less than this part of what real ones do."
     )
     smallest_coverage: Fraction = Field(0.05, description="Fidelity fails when coverage lies below, as part of real against real.")
+    smallest_distance: Fraction = Field(
+        0.35, description="Fidelity fails when synthetic images lie nearer to each other than this part of what real ones do (repetition)."
+    )
     content: ContentConfig = ContentConfig()
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dpsynth.checks.classifier import train_and_predict
 from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.kept import Arrays, Keep, keep_nothing
 from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]
@@ -34,14 +35,17 @@ def impossible(evidence: Evidence) -> str:
     return ""
 
 
-def train_arms(evidence: Evidence, *, seed: int, progress: Progress) -> Arms:
+def train_arms(evidence: Evidence, *, seed: int, progress: Progress, keep: Keep = keep_nothing) -> Arms:
     """Train all arms, from equal seeds."""
     control, classes = evidence.control.images, len(evidence.control.classes)
     real = evidence.training.images, evidence.training.labels
     synthetic = evidence.synthetic, evidence.synthetic_labels
 
     def predict(images: NDArray[np.float32], labels: NDArray[np.int64], test: NDArray[np.float32], task: str) -> Array:
-        return train_and_predict(images, labels, test, classes=classes, seed=seed, task=task, progress=progress)
+        def make() -> Arrays:
+            return {"rows": train_and_predict(images, labels, test, classes=classes, seed=seed, task=task, progress=progress)}
+
+        return keep(f"classifier of {task}", make)["rows"]
 
     of_real = predict(*real, np.concatenate([control, evidence.synthetic]), "real images")
     together = np.concatenate([real[0], synthetic[0]]), np.concatenate([real[1], synthetic[1]])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.features import encode
+from dpsynth.checks.kept import Keep, keep_nothing
 from dpsynth.checks.screening import Screening
 from dpsynth.checks.search import Approaches, approaches
 from dpsynth.data.cohort import Float32, ImageSet, Int64
@@ -73,7 +74,7 @@ class Features:
     real_ratios: Array
 
 
-def compute_features(evidence: Evidence, *, progress: Progress) -> Features:
+def compute_features(evidence: Evidence, *, progress: Progress, keep: Keep = keep_nothing) -> Features:
     """Features of the evidence."""
     training, control = first_images(evidence.training), first_images(evidence.control)
     real = np.concatenate([evidence.training.images, evidence.control.images])
@@ -81,16 +82,21 @@ def compute_features(evidence: Evidence, *, progress: Progress) -> Features:
     firsts = np.concatenate([training, control])[evidence.pool]
     queries = np.concatenate([evidence.synthetic, firsts])  # one search for both: laying down the real images takes longest
     own = np.concatenate([np.full(len(evidence.synthetic), -1, dtype=np.int64), evidence.pool])
-    found = approaches(queries, real, patients, own=own, progress=progress)
+    found = approaches(queries, real, patients, own=own, progress=progress, keep=keep)
+    del queries, real
+
+    def encoded(images: Float32, task: str) -> Array:
+        return keep(f"features of {task}", lambda: {"rows": encode(images, task=task, progress=progress)})["rows"]
+
     return Features(
-        synthetic=encode(evidence.synthetic, task="synthetic images", progress=progress),
-        training=encode(training, task="training images", progress=progress),
-        control=encode(control, task="control images", progress=progress),
+        synthetic=encoded(evidence.synthetic, "synthetic images"),
+        training=encoded(training, "training images"),
+        control=encoded(control, "control images"),
         synthetic_thumbnails=thumbnails(evidence.synthetic),
         training_thumbnails=thumbnails(training),
         control_thumbnails=thumbnails(control),
         synthetic_approaches=found.of(0, len(evidence.synthetic)),
-        real_ratios=found.of(len(evidence.synthetic), len(queries)).per_item(len(firsts))[0],
+        real_ratios=found.of(len(evidence.synthetic), len(evidence.synthetic) + len(firsts)).per_item(len(firsts))[0],
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dpsynth.checks.arms import Arms, impossible
 from dpsynth.checks.classifier import auc
 from dpsynth.checks.evidence import Evidence, Features
-from dpsynth.checks.statistics import neighbourhoods
+from dpsynth.checks.statistics import clopper_pearson, neighbourhoods
 from dpsynth.checks.utility import difference_interval
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -31,6 +31,7 @@ LIMITATION = (
 )
 SMALLEST_GROUP = 20  # control patients, and at least `SMALLEST_CLASS` of each class among their images
 SMALLEST_CLASS = 5
+LEAST_SHARE = 0.5  # of a group's share among the training images, below which it is missing among the synthetic ones
 _FAMILY_CONFIDENCE = 0.95
 _FEWEST_NEIGHBOURS = 12
 
@@ -70,8 +71,9 @@ def _rows(columns: Mapping[str, NDArray[np.str_]], wanted: Mapping[str, str]) ->
 
 
 def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: Callable[[], Arms], rng: np.random.Generator) -> Verdict:
-    """FLAG when the loss of AUC in some group is surely above the policy's margin, the intervals widened for the number of groups;
-    INCONCLUSIVE without attributes or without a group that can be judged. The worst group is named at the site."""
+    """FLAG when the loss of AUC in some group is surely above the policy's margin, the intervals widened for the number of groups, or
+    when a group is surely drawn less than half as often as it was trained on; INCONCLUSIVE without attributes or without a group that
+    can be judged. The worst group is named at the site."""
     groups = subgroups(evidence)
     if not groups or impossible(evidence):
         return _verdict(Outcome.INCONCLUSIVE, impossible(evidence) or "no attribute is declared, so no subgroup is known", 0.0, gate, {})
@@ -87,13 +89,18 @@ def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: 
                 f"{group.name}: {key}": v for key, v in zip(("AUC gap", "AUC gap, low", "AUC gap, high"), judged[group.name], strict=True)
             }
     left_out = f"; too small to be judged: {', '.join(small)}" if small else ""
-    if not judged:
+    missing = [group.name for group in groups if _missing(group, evidence, 1 - (1 - _FAMILY_CONFIDENCE) / len(groups))]
+    if missing:
+        left_out += f"; drawn less than half as often as among training images: {', '.join(missing)}"
+    if not judged and not missing:
         return _verdict(Outcome.INCONCLUSIVE, f"no subgroup has {SMALLEST_GROUP} control patients{left_out}", 0.0, gate, figures)
+    if not judged:
+        return _verdict(Outcome.FLAG, f"no subgroup can be judged by its loss{left_out}", 0.0, gate, figures)
     worst = min(judged, key=lambda name: judged[name][0])
     gap, low, high = judged[worst]
     text = f"worst subgroup {worst}: AUC {gap:+.3f} against real images ({low:+.3f} to {high:+.3f}){left_out}"
     surely = [name for name, (_, _, upper) in judged.items() if upper < -gate.utility_margin]
-    outcome = Outcome.FLAG if surely else Outcome.PASS
+    outcome = Outcome.FLAG if surely or missing else Outcome.PASS
     return _verdict(
         outcome,
         text if not surely else f"loss above {gate.utility_margin:g} for {', '.join(surely)}; {text}",
@@ -108,6 +115,14 @@ def _large_enough(group: Subgroup, evidence: Evidence) -> bool:
     patients = len(np.unique(evidence.control.patients[group.control]))
     counts = np.bincount(evidence.control.labels[group.control], minlength=len(evidence.control.classes))
     return patients >= SMALLEST_GROUP and int(counts.min()) >= SMALLEST_CLASS
+
+
+def _missing(group: Subgroup, evidence: Evidence, confidence: float) -> bool:
+    """Whether a group that is not small among patients is surely drawn less than half as often as it was trained on."""
+    if len(np.unique(evidence.control.patients[group.control])) < SMALLEST_GROUP:
+        return False
+    upper = clopper_pearson(int(group.synthetic.sum()), len(group.synthetic), confidence)[1]
+    return upper < LEAST_SHARE * float(group.training.mean())
 
 
 def _loss(group: Subgroup, evidence: Evidence, arms: Arms, confidence: float, rng: np.random.Generator) -> tuple[float, float, float]:

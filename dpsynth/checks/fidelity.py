@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Features
 from dpsynth.checks.features import NAME
-from dpsynth.checks.statistics import kid, neighbourhoods
+from dpsynth.checks.statistics import kid, nearest, neighbourhoods
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 
@@ -31,7 +31,8 @@ def measures(real: Array, other: Array) -> dict[str, float]:
 
 
 def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, description: Mapping[str, float] | None = None) -> Verdict:
-    """FAIL when precision or coverage, as part of what real images reach, lies below the policy's limit; INCONCLUSIVE with few images.
+    """FAIL when precision, spread, coverage or the distance to the nearest other image, as part of what real images reach, lies below
+    the policy's limit; INCONCLUSIVE with few images.
 
     `description` holds further figures, which are reported and decide nothing.
     """
@@ -43,6 +44,7 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, 
     coverage = mean["coverage"][0] / max(mean["coverage"][1], 1e-9)
     precision = mean["precision"][0] / max(mean["precision"][1], 1e-9)
     spread = _spread(features.synthetic) / max(_spread(control), 1e-9)
+    apart = _apart(features.synthetic_thumbnails, size, rng) / max(_apart(features.control_thumbnails, size, rng), 1e-9)
     text = ", ".join(f"{name} {mean[name][0]:.2f} (real {mean[name][1]:.2f})" for name in _MEASURES)
     outcome, reason = Outcome.PASS, text
     if size < _FEWEST:
@@ -53,6 +55,8 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, 
         outcome, reason = Outcome.FAIL, f"the synthetic images are too much alike (spread {spread:.2f} of the real one): {text}"
     elif coverage < gate.smallest_coverage:
         outcome, reason = Outcome.FAIL, f"the synthetic images cover too little of the real variety: {text}"
+    elif apart < gate.smallest_distance:
+        outcome, reason = Outcome.FAIL, f"the synthetic images repeat each other (distance {apart:.2f} of the real one): {text}"
     figures = {f"{name}, synthetic": pair[0] for name, pair in mean.items()} | {f"{name}, real": pair[1] for name, pair in mean.items()}
     return Verdict(
         check="fidelity",
@@ -66,13 +70,26 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, 
         false_alarm_rate=0.025,
         reason=reason,
         limitation=LIMITATION,
-        figures={**figures, "spread as part of real": spread, "images a side": float(size), **(description or {})},
+        figures={
+            **figures,
+            "spread as part of real": spread,
+            "distance as part of real": apart,
+            "images a side": float(size),
+            **(description or {}),
+        },
     )
 
 
 def _spread(rows: Array) -> float:
     """Root mean square distance from the mean. Coverage alone misses a collapse to the mean image, which lies near to many others."""
     return float(np.sqrt(rows.var(axis=0).sum()))
+
+
+def _apart(rows: Array, size: int, rng: np.random.Generator) -> float:
+    """Median distance to the nearest other of `size` thumbnails. Few images drawn over and over with a little noise are as far from
+    their mean as real ones and look real; the encoder takes their noise for texture."""
+    chosen = rows[rng.permutation(len(rows))[:size]]
+    return float(np.median(nearest(chosen, chosen, own=np.arange(len(chosen)))[0])) if len(chosen) > 1 else 0.0
 
 
 def _draws(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dpsynth import __version__
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
 from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.kept import UnfinishedCheck
 from dpsynth.checks.screening import CONTENT, screen_candidates
 from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import VERDICTS, Verdict
@@ -23,17 +25,22 @@ from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress
 from dpsynth.trained import load_trained
 
+_UNFINISHED = "unfinished_check"  # in the run's folder, while a check is going on
 _SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
 
 
 def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tuple[Verdict, ...]:
-    """Run all checks of a run and write their verdicts. Raises BudgetExceeded when the generator was checked too often."""
+    """Run all checks of a run and write their verdicts. Raises BudgetExceeded when the generator was checked too often.
+
+    One that was killed goes on under the attempt that it had booked, as long as the candidates are the same.
+    """
     run = RunFolder.open(run_path)
     run.require("generate")
     config = parse_config(run.config_text, base=run.path)
     trained = load_trained(run, config.data, ledger_path=ledger_path)
     split = _split(run, config, trained.ledger, trained.charge.coins_sha256, progress)
-    attempt = trained.ledger.record_gate_attempt(trained.charge.run_id)
+    unfinished = UnfinishedCheck(run.path / _UNFINISHED)
+    attempt = _attempt(unfinished, run, trained.ledger, trained.charge.run_id)
     candidates = load_candidates(run)
     synthetic = to_unit_range(candidates.images)
     generator = Generator.load(run.folder("train"))
@@ -56,7 +63,7 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
         screening=screening,
         withheld=withheld(run),
     )
-    verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress)
+    verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress, keep=unfinished)
     run.reset("check")
     facts = {"attempt": attempt, "candidates_sha256": candidates_digest(run)}
     record = run.folder("check") / VERDICTS
@@ -64,7 +71,24 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
     trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
     run.complete("check", needs=("train", "generate"), facts=facts)
+    unfinished.forget()
     return verdicts
+
+
+def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id: str) -> int:
+    """The attempt that a killed check of the same candidates had booked, or a new one, booked before anything is looked at."""
+    subject = {
+        "run_id": run_id,
+        "candidates_sha256": candidates_digest(run),
+        "dpsynth": __version__,
+        "split": sha256_file(_record_of_split(run)),
+    }
+    begun = unfinished.attempt(subject, booked=ledger.gate_attempts(run_id))
+    if begun is not None:
+        return begun
+    attempt = ledger.record_gate_attempt(run_id)
+    unfinished.begin(subject, attempt=attempt)
+    return attempt
 
 
 def _split(run: RunFolder, config: Config, ledger: Ledger, committed: str, progress: Progress) -> Split:
@@ -72,7 +96,11 @@ def _split(run: RunFolder, config: Config, ledger: Ledger, committed: str, progr
     cohort = read_cohort(config.data)
     require_data(cohort, config.data, ledger, progress=progress)
     images = prepare(cohort, config.data, progress=progress)
-    split = restore_split(images, read_json(run.folder("train") / "site" / "split.json"))
+    split = restore_split(images, read_json(_record_of_split(run)))
     if split.key_commitment != committed:
         raise ArtifactError("The patients' coins are not those that the ledger noted before training. Restore train/site/split.json.")
     return split
+
+
+def _record_of_split(run: RunFolder) -> Path:
+    return run.folder("train") / "site" / "split.json"

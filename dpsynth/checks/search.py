@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpsynth.checks.kept import Arrays, Keep, keep_nothing
 from dpsynth.data.cohort import Float32, Int64
-from dpsynth.model.thumbnails import thumbnails
+from dpsynth.model.thumbnails import averaged_down, thumbnails
 from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]
 _ROWS_PER_BLOCK, _QUERIES_PER_BLOCK = 16_384, 512
+_IMAGES_PER_PART = 8192  # real images, after whose search what was found is kept
 _SHIFT, _TURN, _ZOOMS = 0.07, math.radians(4), (0.85, 0.92, 1.08, 1.16)
 _MOST_SLICES = 32
 _SOFTENING = 0.02  # of distances (at most 2) before they are divided: two nearly empty slices are not a copy
@@ -57,18 +60,23 @@ class Approaches:
         return self.ratio[first], self.patient[first]
 
 
-def approaches(images: Float32, real: Float32, patients: Int64, *, own: Int64 | None = None, progress: Progress) -> Approaches:
-    """Search `images` (n, channel, *space) among the `real` ones of `patients`, leaving out each one's `own` patient (-1: nobody)."""
+def approaches(
+    images: Float32, real: Float32, patients: Int64, *, own: Int64 | None = None, progress: Progress, keep: Keep = keep_nothing
+) -> Approaches:
+    """Search `images` (n, channel, *space) among the `real` ones of `patients`, leaving out each one's `own` patient (-1: nobody).
+
+    The search of each part of the real images is kept, so one of hours goes on after a kill.
+    """
     parts = []
     kinds = [_whole] if images.ndim == 4 else [_whole, *(_along(axis) for axis in (2, 3, 4))]
     for number, kind in enumerate(kinds):
         queries, item = kind(images, False)
         excluded = None if own is None else own[item]
-
-        def note(done: int, total: int, number: int = number) -> None:
-            progress("search for copies", number * total + done, len(kinds) * total)
-
-        nearest = nearest_patients(queries, _blocks(real, patients, kind, note), own=excluded)
+        nearest, done = Nearest.nobody(len(queries)), number * len(real)
+        for part, rows in enumerate(_in_parts(patients, _IMAGES_PER_PART)):
+            note = partial(_note, progress, done, len(kinds) * len(real))
+            search = partial(_searched, queries, _blocks(real, patients, rows, kind, note), excluded)
+            nearest, done = nearest.or_of(Nearest(**keep(f"search {number}-{part}", search))), done + len(rows)
         ratio = (nearest.first + _SOFTENING) / (nearest.second + _SOFTENING)
         parts.append(Approaches(item=item, patient=nearest.patient, ratio=ratio))
     return Approaches(
@@ -78,6 +86,14 @@ def approaches(images: Float32, real: Float32, patients: Int64, *, own: Int64 | 
     )
 
 
+def _note(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("search for copies", before + done, total)
+
+
+def _searched(queries: Float32, blocks: Iterable[tuple[Float32, Int64]], own: Int64 | None) -> Arrays:
+    return dict(nearest_patients(queries, blocks, own=own).__dict__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nearest:
     """patient (n,): nearest; first, second (n,): distance to them and to the nearest other patient (infinite when there is none)."""
@@ -85,6 +101,20 @@ class Nearest:
     patient: Int64
     first: Array
     second: Array
+
+    @classmethod
+    def nobody(cls, count: int) -> Nearest:
+        """Before anybody was looked at."""
+        return cls(patient=np.full(count, -1, dtype=np.int64), first=np.full(count, np.inf), second=np.full(count, np.inf))
+
+    def or_of(self, other: Nearest) -> Nearest:
+        """Among these patients and others, of whom none is the same."""
+        nearer = other.first < self.first
+        return Nearest(
+            patient=np.where(nearer, other.patient, self.patient),
+            first=np.minimum(self.first, other.first),
+            second=np.where(nearer, np.minimum(self.first, other.second), np.minimum(self.second, other.first)),
+        )
 
 
 def nearest_patients(queries: Float32, blocks: Iterable[tuple[Float32, Int64]], *, own: Int64 | None = None) -> Nearest:
@@ -115,28 +145,37 @@ def _distance(similar: NDArray[np.float32]) -> Array:
     return np.asarray(np.sqrt(np.maximum(2 - 2 * similar.astype(np.float64), 0)))
 
 
-def _blocks(real: Float32, patients: Int64, kind: _Kind, note: Callable[[int, int], None]) -> Iterator[tuple[Float32, Int64]]:
-    """Rows of all variants of the real images, patient after patient."""
+def _in_parts(patients: Int64, size: int) -> Iterator[Int64]:
+    """Rows, patient after patient, in parts of about `size`, none of which splits a patient."""
     order = np.argsort(patients, kind="stable")
     bounds = np.flatnonzero(np.r_[True, np.diff(patients[order]) != 0, True])
-    rows_per_image = len(kind(real[:1], True)[0])
     start = 0
     while start < len(bounds) - 1:
         stop = start + 1
-        while stop < len(bounds) - 1 and (bounds[stop + 1] - bounds[start]) * rows_per_image <= _ROWS_PER_BLOCK:
+        while stop < len(bounds) - 1 and bounds[stop + 1] - bounds[start] <= size:
             stop += 1
-        chosen = order[bounds[start] : bounds[stop]]
-        rows, item = kind(real[chosen], True)
-        by_patient = np.argsort(patients[chosen][item], kind="stable")
-        yield rows[by_patient], patients[chosen][item][by_patient]
+        yield order[bounds[start] : bounds[stop]]
         start = stop
-        note(int(bounds[start]), len(order))
+
+
+def _blocks(real: Float32, patients: Int64, rows: Int64, kind: _Kind, note: Callable[[int], None]) -> Iterator[tuple[Float32, Int64]]:
+    """What lies next to each other of all variants of these rows of real images, patient after patient."""
+    rows_per_image, done = len(kind(real[:1], True)[0]), 0
+    for part in _in_parts(patients[rows], max(1, _ROWS_PER_BLOCK // rows_per_image)):
+        chosen = rows[part]
+        laid, item = kind(real[chosen], True)
+        by_patient = np.argsort(patients[chosen][item], kind="stable")
+        yield laid[by_patient], patients[chosen][item][by_patient]
+        done += len(part)
+        note(done)
 
 
 def _whole(images: Float32, variants: bool) -> tuple[Float32, Int64]:
     """Thumbnails of whole images, (n, d) or, variants among them, (v * n, d); and whose they are."""
     tensor = torch.from_numpy(np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)).mean(1, keepdim=True)
-    laid = [tensor, *_variants(tensor)] if variants else [tensor]
+    laid = [averaged_down(part) for part in (_variants(tensor) if variants else [tensor])]
+    if variants:
+        laid += [part.flip(-1) for part in laid]  # to average down does not know left from right, so mirroring can come after it
     rows = np.concatenate([thumbnails(part.numpy()).astype(np.float32) for part in laid])
     return rows, np.tile(np.arange(len(images), dtype=np.int64), len(laid))
 
@@ -155,19 +194,16 @@ def _along(axis: int) -> _Kind:
     return slices
 
 
-def _variants(images: Tensor) -> list[Tensor]:
-    """Every other way in which (n, 1, *space) may have been copied, all mirrored and not: shifts, turns, enlarged, shrunk."""
+def _variants(images: Tensor) -> Iterator[Tensor]:
+    """Every way but mirrored in which (n, 1, *space) may have been copied: as it is, shifted, turned, enlarged, shrunk."""
     dimensions = images.dim() - 2
-    matrices = [_affine(dimensions)]
     halves = itertools.product((-1, -0.5, 0, 0.5, 1), repeat=dimensions)  # thumbnails alone do not forgive half of their pixels
     shifts = [steps for steps in halves if any(steps) and (dimensions == 2 or np.count_nonzero(steps) == 1)]
-    matrices += [_affine(dimensions, shift=tuple(2 * _SHIFT * step for step in steps)) for steps in shifts]
+    matrices = [_affine(dimensions, shift=tuple(2 * _SHIFT * step for step in steps)) for steps in shifts]
     matrices += [_affine(dimensions, turn=sign * _TURN) for sign in (-1, 1)]
     matrices += [_affine(dimensions, zoom=zoom) for zoom in _ZOOMS]
-    mirror = torch.diag(torch.tensor([-1.0, *(1.0 for _ in range(dimensions))]))[:dimensions]
-    laid = [_resampled(images, matrix) for matrix in matrices[1:]]
-    mirrored = [_resampled(images, matrix @ torch.cat([mirror, torch.eye(dimensions + 1)[-1:]])) for matrix in matrices]
-    return [*laid, *mirrored]
+    yield images
+    yield from (_resampled(images, matrix) for matrix in matrices)
 
 
 def _affine(dimensions: int, *, shift: tuple[float, ...] = (), turn: float = 0.0, zoom: float = 1.0) -> Tensor:
@@ -181,5 +217,5 @@ def _affine(dimensions: int, *, shift: tuple[float, ...] = (), turn: float = 0.0
 
 
 def _resampled(images: Tensor, matrix: Tensor) -> Tensor:
-    grid = F.affine_grid(matrix[None].expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    grid = F.affine_grid(matrix[None], [1, *images.shape[1:]], align_corners=False).expand(len(images), *[-1] * (images.dim() - 1))
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

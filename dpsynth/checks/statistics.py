@@ -68,8 +68,8 @@ class Neighbourhoods:
 
 def neighbourhoods(real: Array, synthetic: Array, *, k: int = 5) -> Neighbourhoods:
     """The four measures with balls to the k-th neighbour. real: (n, d), synthetic: (m, d), both larger than k."""
-    real_radius = np.sort(pairwise(real, real), axis=1)[:, k]
-    synthetic_radius = np.sort(pairwise(synthetic, synthetic), axis=1)[:, k]
+    real_radius = np.partition(pairwise(real, real), k, axis=1)[:, k]
+    synthetic_radius = np.partition(pairwise(synthetic, synthetic), k, axis=1)[:, k]
     across = pairwise(real, synthetic)
     inside = across < real_radius[:, None]
     return Neighbourhoods(

@@ -18,6 +18,7 @@ from dpsynth.checks.fairness import fairness
 from dpsynth.checks.family import decide_family
 from dpsynth.checks.fidelity import fidelity
 from dpsynth.checks.groups import groups
+from dpsynth.checks.kept import Keep, keep_nothing
 from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.membership import membership, pool_scores
 from dpsynth.checks.utility import utility
@@ -26,15 +27,18 @@ from dpsynth.config import GateConfig
 from dpsynth.progress import Progress
 
 
-def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Progress) -> tuple[Verdict, ...]:
-    """One verdict per check, always all of them, the privacy checks after Holm. A check that breaks is INCONCLUSIVE, never left out."""
-    features = compute_features(evidence, progress=progress)
+def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Progress, keep: Keep = keep_nothing) -> tuple[Verdict, ...]:
+    """One verdict per check, always all of them, the privacy checks after Holm. A check that breaks is INCONCLUSIVE, never left out.
+
+    `keep` is asked for what takes long: features, the search for copies and the classifiers.
+    """
+    features = compute_features(evidence, progress=progress, keep=keep)
 
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([seed, number])
 
     scores = cache(lambda: pool_scores(evidence, features))
-    arms = cache(lambda: train_arms(evidence, seed=seed, progress=progress))  # several checks look at them
+    arms = cache(lambda: train_arms(evidence, seed=seed, progress=progress, keep=keep))  # several checks look at them
     checks: dict[str, Callable[[], Verdict]] = {
         "accounting": lambda: accounting(evidence),
         "mechanism": lambda: mechanism(evidence, gate),

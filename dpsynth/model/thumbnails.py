@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 _SIDE, _SIDE_OF_VOLUMES = 14, 8
 
@@ -16,9 +17,13 @@ def thumbnails(images: NDArray[np.float32]) -> NDArray[np.float64]:
     This forgives small shifts. Values that are not finite count as 0.
     """
     tensor = torch.from_numpy(np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)).mean(1, keepdim=True)
-    space = tensor.shape[2:]
-    target = [min(extent, _SIDE if len(space) == 2 else _SIDE_OF_VOLUMES) for extent in space]
-    pooled = F.adaptive_avg_pool2d(tensor, target) if len(space) == 2 else F.adaptive_avg_pool3d(tensor, target)  # type: ignore[arg-type]
-    rows = pooled.flatten(1).double().numpy()
+    rows = averaged_down(tensor).flatten(1).double().numpy()
     rows = rows - rows.mean(axis=1, keepdims=True)
     return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9))
+
+
+def averaged_down(images: Tensor) -> Tensor:
+    """Images (n, channel, *space) with at most 14 pixels per axis (8 in volumes)."""
+    space = images.shape[2:]
+    target = [min(extent, _SIDE if len(space) == 2 else _SIDE_OF_VOLUMES) for extent in space]
+    return F.adaptive_avg_pool2d(images, target) if len(space) == 2 else F.adaptive_avg_pool3d(images, target)  # type: ignore[arg-type]

@@ -213,6 +213,9 @@ def test_fidelity_passes_real_images_and_fails_noise_and_a_single_image() -> Non
     assert few.outcome is Outcome.FAIL
     assert "variety" in few.reason
     assert fidelity_of(points(120, rng), count=20).outcome is Outcome.INCONCLUSIVE
+    repeated = fidelity_of(np.repeat(points(30, rng), 4, axis=0) + 0.05 * rng.normal(size=(120, 12)))
+    assert repeated.outcome is Outcome.FAIL
+    assert "repeat each other" in repeated.reason
 
 
 def bars(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -57,6 +57,17 @@ def test_a_subgroup_that_is_served_badly_is_named_and_goes_to_a_person() -> None
     assert not verdict.public
 
 
+@pytest.mark.parametrize(("share", "missing"), [(0.0, True), (0.1, True), (0.3, False), (0.4, False)])
+def test_a_subgroup_that_is_hardly_drawn_is_named(share: float, missing: bool) -> None:
+    """Four in ten patients are women. A classifier may serve them well all the same, so their number is asked about by itself."""
+    rng = np.random.default_rng(1)
+    whole, _, _ = cohort(500, rng)
+    drawn = {**whole.synthetic_attributes, "sex": np.where(rng.random(len(whole.synthetic)) < share, "F", "M")}
+    verdict = judged(replace(whole, synthetic_attributes=drawn), np.full(500, 2.0), rng)
+    assert verdict.outcome is (Outcome.FLAG if missing else Outcome.PASS), verdict.reason
+    assert ("less than half as often as among training images: sex F" in verdict.reason) is missing
+
+
 def test_groups_that_are_served_alike_raise_no_flag() -> None:
     flags = 0
     for seed in range(5):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -43,10 +45,38 @@ def test_blocks_by_patient_hold_every_image_once_however_small(monkeypatch: pyte
     real, patients = rng.uniform(-1, 1, (30, 1, 12, 12)).astype(np.float32), rng.permutation(np.repeat(np.arange(10), 3))
     queries = rng.uniform(-1, 1, (8, 1, 12, 12)).astype(np.float32)
     whole = approaches(queries, real, patients, progress=silent)
+    told: list[tuple[int, int]] = []
     monkeypatch.setattr(search, "_ROWS_PER_BLOCK", 1)
-    small = approaches(queries, real, patients, progress=silent)
+    monkeypatch.setattr(search, "_IMAGES_PER_PART", 7)  # two patients of three images each; none is split
+    small = approaches(queries, real, patients, progress=lambda _, done, total, note="": told.append((done, total)))
     assert np.array_equal(small.patient, whole.patient)
     assert np.allclose(small.ratio, whole.ratio, atol=1e-5)
+    assert told == [(done, 30) for done in range(3, 31, 3)]
+
+
+def test_a_search_that_was_cut_off_goes_on_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    real, patients = rng.uniform(-1, 1, (20, 1, 12, 12)).astype(np.float32), np.arange(20)
+    queries, own = rng.uniform(-1, 1, (8, 1, 12, 12)).astype(np.float32), np.arange(8)
+    whole = approaches(queries, real, patients, own=own, progress=silent)
+    monkeypatch.setattr(search, "_IMAGES_PER_PART", 5)
+    kept: dict[str, dict[str, np.ndarray]] = {}
+
+    def keep(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        if name not in kept:
+            if len(kept) == cut_off_after:
+                raise KeyboardInterrupt
+            kept[name] = make()
+        return kept[name]
+
+    cut_off_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        approaches(queries, real, patients, own=own, progress=silent, keep=keep)
+    cut_off_after, told = 100, list[int]()
+    resumed = approaches(queries, real, patients, own=own, progress=lambda _, done, total, note="": told.append(done), keep=keep)
+    assert np.array_equal(resumed.patient, whole.patient)
+    assert np.allclose(resumed.ratio, whole.ratio, atol=1e-5)
+    assert told == [15, 20]  # the first two of four parts are not searched again
 
 
 def test_a_copied_slice_of_a_volume_is_found_along_every_axis_and_empty_slices_are_not() -> None:

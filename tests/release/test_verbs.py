@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+import dpsynth.checks.evidence as evidence_module
 import dpsynth.checks.run as checks_run
 from dpsynth.artifacts import RunFolder, write_json
+from dpsynth.checks import arms, search, suite
 from dpsynth.config import load_config
 from dpsynth.data.candidates import load_candidates, save_candidates, to_8_bit
 from dpsynth.data.fingerprint import open_ledger
@@ -251,15 +253,80 @@ def test_coins_that_were_not_committed_to_before_training_are_refused(clinic: Pa
         checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
 
 
-def test_an_interrupted_check_counts_as_an_attempt(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+def quick(_: np.ndarray, __: np.ndarray, test: np.ndarray, *, classes: int, **___: object) -> np.ndarray:
+    return np.full((len(test), classes), 1 / classes)
+
+
+@pytest.fixture(scope="module")
+def killed(checked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the clinic, whose second and last check was killed when it came to the classifiers."""
+
+    def kill(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checks_run, "run_checks", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+    kept, copy = tmp_path_factory.mktemp("kept") / "clinic", tmp_path_factory.mktemp("killed") / "clinic"
+    shutil.copytree(checked, kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "train_arms", kill)
+        with pytest.raises(KeyboardInterrupt):
+            checks_run.check(checked / "run", ledger_path=checked / "ledger", progress=silent)
+    shutil.move(checked, copy)
+    shutil.copytree(kept, checked)
+    return copy
+
+
+@pytest.fixture
+def interrupted(killed: Path, clinic: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.rmtree(clinic)
+    shutil.copytree(killed, clinic)
+    monkeypatch.setattr(arms, "train_and_predict", quick)  # the classifiers take most of the time and are not the question
+    return clinic
+
+
+def verdicts_of(clinic: Path) -> list[dict[str, object]]:
+    """Those that do not look at the classifiers."""
+    stored = json.loads((clinic / "run" / "check" / "verdicts.json").read_text())["verdicts"]
+    return [verdict for verdict in stored if verdict["check"] not in ("utility", "fairness")]
+
+
+def test_an_interrupted_check_goes_on_under_its_own_attempt_and_says_the_same(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("this was computed before")
+
+    first = verdicts_of(interrupted)
+    monkeypatch.setattr(evidence_module, "encode", again)
+    monkeypatch.setattr(search, "nearest_patients", again)
+    checks_run.check(interrupted / "run", ledger_path=interrupted / "ledger", progress=silent)
+    assert json.loads((interrupted / "run" / "check" / "verdicts.json").read_text())["attempt"] == 2
+    assert verdicts_of(interrupted) == first
+    assert not (interrupted / "run" / "unfinished_check").exists()
     with pytest.raises(BudgetExceeded, match="checked 2 times"):
-        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+        checks_run.check(interrupted / "run", ledger_path=interrupted / "ledger", progress=silent)
+
+
+@pytest.mark.parametrize("change", ["other candidates", "no record", "another attempt since"])
+def test_an_interrupted_check_of_anything_else_is_another_attempt(interrupted: Path, change: str) -> None:
+    unfinished = interrupted / "run" / "unfinished_check" / "unfinished.json"
+    if change == "other candidates":
+        run = RunFolder.open(interrupted / "run")
+        candidates = load_candidates(run)
+        save_candidates(run, replace(candidates, images=candidates.images[::-1]))
+        run.complete("generate", needs=("train",), facts={"count": 100})
+    elif change == "no record":
+        unfinished.unlink()
+    else:
+        write_json(unfinished, {**json.loads(unfinished.read_text()), "attempt": 1})
+    with pytest.raises(BudgetExceeded, match="checked 2 times"):
+        checks_run.check(interrupted / "run", ledger_path=interrupted / "ledger", progress=silent)
+
+
+def test_a_damaged_part_of_an_interrupted_check_is_computed_again(interrupted: Path) -> None:
+    folder = interrupted / "run" / "unfinished_check"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}  # it is about patients
+    (folder / "features of control images.npz").write_bytes(b"PK")
+    first = verdicts_of(interrupted)
+    checks_run.check(interrupted / "run", ledger_path=interrupted / "ledger", progress=silent)
+    assert verdicts_of(interrupted) == first
 
 
 def test_training_images_among_the_candidates_fail_through_the_verb_whatever_the_policy_requires(clinic: Path) -> None:
