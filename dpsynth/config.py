@@ -306,17 +306,31 @@ class GateConfig(_Settings):
     """The policy by which a release is allowed; fixed before the checks run."""
 
     required: tuple[
-        Literal["accounting", "mechanism", "membership", "copying", "groups", "fidelity", "utility", "content", "fairness"], ...
+        Literal[
+            "accounting",
+            "mechanism",
+            "membership",
+            "copying",
+            "groups",
+            "attributes",
+            "white_box",
+            "fidelity",
+            "utility",
+            "content",
+            "fairness",
+        ],
+        ...,
     ] = Field(
         ("accounting", "mechanism", "membership", "copying", "groups", "fidelity", "utility", "content"),
-        description="Checks without which nothing is released; accounting, mechanism, membership and copying always are.",
+        description="Checks without which nothing is released; accounting, mechanism, membership and copying always are. attributes and "
+        "white_box join the family of `family_error` when they are named here; else they are decided alone and can only flag.",
     )
     family_error: Annotated[float, Field(ge=0.001, le=0.05)] = Field(
         0.05, description="Probability that any of mechanism, membership, copying and groups accuses without cause (Holm); 0.001 to 0.05."
     )
     utility_margin: Fraction = Field(0.10, description="Largest loss of AUC of train-on-synthetic against train-on-real.")
     largest_membership_auc: Annotated[float, Field(gt=0.5, lt=1)] = Field(
-        0.70, description="Membership is inconclusive when a smaller AUC than this could not have been seen."
+        0.70, description="Membership, attributes and white_box are inconclusive when a smaller AUC than this could not have been seen."
     )
     smallest_precision: Fraction = Field(0.10, description="Fidelity fails when precision lies below, as part of real against real.")
     smallest_spread: Fraction = Field(
