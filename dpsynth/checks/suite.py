@@ -23,12 +23,16 @@ from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.membership import membership, pool_scores
 from dpsynth.checks.utility import utility
 from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.checks.white_box import white_box
 from dpsynth.config import GateConfig
 from dpsynth.progress import Progress
 
 
 def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Progress) -> tuple[Verdict, ...]:
-    """One verdict per check, always all of them, the privacy checks after Holm. A check that breaks is INCONCLUSIVE, never left out."""
+    """One verdict per check, all of them but white_box, which runs when it is required; the privacy checks after Holm.
+
+    A check that breaks is INCONCLUSIVE, never left out.
+    """
     features = compute_features(evidence, progress=progress)
 
     def rng(number: int) -> np.random.Generator:
@@ -48,6 +52,8 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
         "fairness": lambda: fairness(evidence, features, gate, arms=arms, rng=rng(6)),
         "content": lambda: content(evidence.screening, gate.content, withheld=evidence.withheld),
     }
+    if "white_box" in gate.required:
+        checks["white_box"] = lambda: white_box(evidence, gate, rng=rng(9), progress=progress)
     return decide_family([_guarded(name, check) for name, check in checks.items()], gate.family_error, family=members(gate.required))
 
 
