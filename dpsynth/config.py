@@ -344,6 +344,11 @@ class ReleaseConfig(_Settings):
     """What leaves."""
 
     formats: tuple[Literal["png", "nifti", "dicom"], ...] = Field(("png",), description="Image files beside the npz.")
+    detector: bool = Field(
+        False,
+        description="Train, on public images alone, a detector of this generator's images and release it for `dpsynth detect`; costs no "
+        "epsilon and about a minute. None is made when the public images of pretrain are of another kind than the drawn ones.",
+    )
     title: str = Field("Synthetic medical images", description="Title of the released data set.")
     licence: str = Field("CC-BY-4.0", description="Licence of the released images.")
     contact: str = Field("", description="Whom to write to.")
