@@ -49,7 +49,7 @@ def _ends(grey: Array) -> Array:
     """Log-shares of pixels at the ends of the grey scale."""
     flat = grey.reshape(len(grey), -1)
     shares = [(flat <= _LEVEL / 2).mean(axis=1), (flat >= 1 - _LEVEL / 2).mean(axis=1)]
-    return np.log(np.stack(shares, axis=1) + 1e-3)
+    return np.asarray(np.log(np.stack(shares, axis=1) + 1e-3))
 
 
 def _second_differences(grey: Array) -> list[Array]:
@@ -65,7 +65,7 @@ def _second_differences(grey: Array) -> list[Array]:
 
 def _noise_by_brightness(grey: Array) -> Array:
     """Log-energy of fine detail in the darkest, middle and brightest third of an image's pixels, less that of the whole."""
-    fine = sum(_second_differences(grey)).reshape(len(grey), -1) ** 2
+    fine = np.sum(_second_differences(grey), axis=0).reshape(len(grey), -1) ** 2
     inner = grey[(slice(None), *(slice(1, -1) for _ in grey.shape[1:]))].reshape(len(grey), -1)
     order = np.argsort(inner, axis=1, kind="stable")
     ranked = np.take_along_axis(fine, order, axis=1)

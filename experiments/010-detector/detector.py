@@ -65,7 +65,8 @@ def jpeg(images: Pixels) -> Pixels:
 def resized(images: Pixels) -> Pixels:
     """Enlarged to twice the size and made small again."""
     x = F.interpolate(torch.from_numpy(images.astype(np.float32)), scale_factor=2, mode="bicubic")
-    return np.clip(np.rint(F.interpolate(x, scale_factor=0.5, mode="bilinear").numpy()), 0, 255).astype(np.uint8)
+    smaller = F.interpolate(x, scale_factor=0.5, mode="bilinear").numpy()
+    return np.asarray(np.clip(np.rint(smaller), 0, 255), dtype=np.uint8)
 
 
 def judged(detector: Detector, real: Pixels, synthetic: Pixels) -> dict[str, float]:
