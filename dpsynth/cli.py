@@ -202,6 +202,26 @@ def verify(
         raise typer.Exit(3)
 
 
+@app.command()
+def detect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder that holds detector.json.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="PNG or JPEG files, folders of them, npz in MedMNIST layout.")],
+    key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="Public key of the site: refuse another's detector.")] = None,
+    output: Format = OutputFormat.TEXT,
+) -> None:
+    """Tell how probable it is that images are synthetic. A probability, not evidence; needs neither data nor torch."""
+    from dpsynth.release.detect import detect as judge
+
+    found = judge(folder, images, public_key=key)
+    if output is OutputFormat.JSON:
+        print(json.dumps(found.to_json(), indent=2, sort_keys=True))
+        return
+    for name, probability in zip(found.names, found.probabilities, strict=True):
+        print(f"{'unknown' if probability is None else f'{probability:.3f}':<7}  {name}")
+    for line in found.lines():
+        print(line)
+
+
 @app.command("key")
 def make_key(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write signing.key and signing.pub.")],

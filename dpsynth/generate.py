@@ -18,9 +18,11 @@ from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, target_prob
 from dpsynth.checks.screening import CONTENT, Decision, screen_candidates
 from dpsynth.config import GenerateConfig, parse_config
 from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit
+from dpsynth.detector.model import FILE as DETECTOR
 from dpsynth.errors import GateRefused, UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.progress import Progress
+from dpsynth.train.detector import train_detector
 
 Target = Mapping[str, Mapping[str, float]]
 
@@ -51,6 +53,10 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
         raise GateRefused(f"The policy rejects all {len(rejected)} drawn images: {screening.counts(Decision.REJECT)}. Train for longer.")
     candidates = drawn.kept(~rejected)
     save_candidates(run, candidates)
+    if config.release.detector:
+        detector = train_detector(config, generator, candidates.images, progress=progress)
+        if detector is not None:
+            write_json(run.folder("generate") / DETECTOR, detector.to_json())
     log = screening.log(drawn.seeds)
     write_json(run.folder("generate") / CONTENT, [row for row in log if row["decision"] == Decision.REJECT.value])
     rows = cell_rows(generator, candidates)
@@ -62,6 +68,8 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
     if rejected.any():
         grounds = ", ".join(f"{ground} {number}" for ground, number in screening.counts(Decision.REJECT).items())
         warnings = (f"{int(rejected.sum())} of {len(rejected)} drawn images were withheld ({grounds})", *warnings)
+    if config.release.detector and not (run.folder("generate") / DETECTOR).is_file():
+        warnings = ("no detector was made: the public images of pretrain are of another kind than those that were drawn", *warnings)
     return Drawn(count=len(candidates.images), warnings=warnings)
 
 

@@ -44,7 +44,7 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
     approached = closest[None] < chance * np.array(_PARTS)[:, None]
     p, telling = coin_flip_count_p(approached, inside, rng=rng)
     a, b = int((approached[telling] & inside).sum()), int((approached[telling] & ~inside).sum())
-    needed = copies_needed(strictest(gate.family_error))
+    needed = copies_needed(strictest(gate))
     listed = screened(evidence, features)
     counts = f"{a} pool patients in training and {b} outside approached more closely than chance"
     outcome, reason = (

@@ -14,6 +14,7 @@ from dpsynth.checks.kept import Keep, keep_nothing
 from dpsynth.checks.screening import Screening
 from dpsynth.checks.search import Approaches, approaches
 from dpsynth.data.cohort import Float32, ImageSet, Int64
+from dpsynth.model.generator import Generator
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import Progress
 
@@ -43,6 +44,7 @@ class Evidence:
     uses_sgd: bool
     screening: Screening | None = None  # of the synthetic images, on grounds that read no private image
     synthetic_attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)  # by declared attribute, (n,)
+    generator: Generator | None = None  # with its weights, for the site's own look at them
     withheld: int = 0  # synthetic images that the screening left out when they were drawn
 
     @property

@@ -47,7 +47,7 @@ def groups(evidence: Evidence, features: Features, gate: GateConfig, *, scores: 
 
     `scores` computes `pool_scores` of the membership check.
     """
-    of_pool, inside, level = scores(), evidence.inside, strictest(gate.family_error)
+    of_pool, inside, level = scores(), evidence.inside, strictest(gate)
     every = groups_of(evidence, features)
     large = {name: rows for name, rows in every.items() if _testable(rows, inside)}
     results = {

@@ -84,7 +84,7 @@ def membership(evidence: Evidence, gate: GateConfig, *, scores: Callable[[], Arr
 
     `scores` computes `pool_scores`, which other checks look at as well.
     """
-    inside, level = evidence.inside, strictest(gate.family_error)
+    inside, level = evidence.inside, strictest(gate)
     found = attack(scores(), inside, delta=evidence.delta, level=level, rng=rng)
     bound = f"epsilon is at least {found.epsilon:.2f} by this attack, {evidence.epsilon:.2f} is claimed"
     outcome, reason = (

@@ -61,6 +61,7 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
         uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in trained.guarantee.mechanisms),
         synthetic_attributes=candidates.attributes,
         screening=screening,
+        generator=generator,
         withheld=withheld(run),
     )
     verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress, keep=unfinished)

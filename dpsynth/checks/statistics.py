@@ -104,6 +104,26 @@ def coin_flip_p(scores: Array, inside: NDArray[np.bool_], *, rng: np.random.Gene
     return (1 + reached) / (1 + flips)
 
 
+def coin_flip_ranks_p(scores: Array, inside: NDArray[np.bool_], *, rng: np.random.Generator, flips: int = 9999) -> tuple[float, int]:
+    """p-value that by some row of scores (k, n) patients who are `inside` by a fair coin each rank higher, and that row, exact.
+
+    Not a number: the patient takes no part in that row. The statistic is the largest of the rows' standardised rank sums, so the joint law
+    of the rows costs no more than they really differ. Neither scores nor gaps may depend on the coins.
+    """
+    ranks = np.zeros(scores.shape)
+    for row, known in zip(range(len(scores)), np.isfinite(scores), strict=True):
+        ranks[row, known] = stats.rankdata(scores[row, known]) - (known.sum() + 1) / 2
+    weights = (ranks / np.maximum(np.linalg.norm(ranks, axis=1, keepdims=True), 1e-12)).T
+
+    def statistic(coins: NDArray[np.float32]) -> Array:
+        return np.asarray((2 * coins.astype(np.float64) - 1) @ weights)
+
+    observed, reached = statistic(inside[None].astype(np.float32))[0], 0
+    for count in _parts(flips, len(inside)):
+        reached += int(np.sum(statistic(_coins(count, len(inside), rng)).max(axis=1) >= observed.max() - 1e-9))
+    return (1 + reached) / (1 + flips), int(observed.argmax())
+
+
 def coin_flip_count_p(
     nested: NDArray[np.bool_], inside: NDArray[np.bool_], *, rng: np.random.Generator, flips: int = 9999
 ) -> tuple[float, int]:
@@ -146,3 +166,24 @@ def clopper_pearson(successes: int, trials: int, confidence_level: float) -> tup
     low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, trials - successes + 1))
     high = 1.0 if successes == trials else float(stats.beta.ppf(1 - tail, successes + 1, trials - successes))
     return low, high
+
+
+def wilson(successes: int, trials: int, confidence_level: float) -> tuple[float, float]:
+    """Interval of a rate (Wilson 1927)."""
+    if trials == 0:
+        return 0.0, 1.0
+    z = float(stats.norm.ppf((1 + confidence_level) / 2))
+    rate, weight = successes / trials, z**2 / trials
+    half = z * float(np.sqrt(rate * (1 - rate) / trials + weight / (4 * trials)))
+    return max(0.0, (rate + weight / 2 - half) / (1 + weight)), min(1.0, (rate + weight / 2 + half) / (1 + weight))
+
+
+def difference_of_rates(first: tuple[int, int], second: tuple[int, int], confidence_level: float) -> tuple[float, float]:
+    """Interval of the difference of two independent rates, each as successes and trials (Newcombe 1998, method 10)."""
+    (a, m), (b, n) = first, second
+    if not (m and n):
+        return -1.0, 1.0
+    (low_a, high_a), (low_b, high_b) = wilson(a, m, confidence_level), wilson(b, n, confidence_level)
+    difference = a / m - b / n
+    below = float(np.hypot(a / m - low_a, high_b - b / n))
+    return difference - below, difference + float(np.hypot(high_a - a / m, b / n - low_b))

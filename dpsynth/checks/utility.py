@@ -10,6 +10,7 @@ from scipy import stats
 
 from dpsynth.checks.arms import Arms, brier, calibration_error, impossible
 from dpsynth.checks.classifier import auc, balanced_accuracy, recalls
+from dpsynth.checks.delong import auc_difference
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -62,7 +63,12 @@ def _figures(evidence: Evidence, arms: Arms, rng: np.random.Generator) -> dict[s
         }
         figures |= {f"recall of {control.classes[label]}, {name}": value for label, value in recalls(probabilities, control.labels).items()}
     low, high = difference_interval(arms.both, arms.real, control.labels, control.rows_of(), rng, confidence_level=0.95)
+    by_formula = auc_difference(arms.synthetic, arms.real, control.labels, control.patients)
+    below, above = by_formula.interval(_CONFIDENCE)
     return figures | {
+        "AUC difference by DeLong, lower limit": below,
+        "AUC difference by DeLong, upper limit": above,
+        "AUC difference by DeLong, p of none": by_formula.p,
         "AUC gained by adding synthetic to real, lower limit": low,
         "AUC gained by adding synthetic to real, upper limit": high,
         "label agreement of a classifier of real images, synthetic": balanced_accuracy(arms.synthetic_by_real, evidence.synthetic_labels),

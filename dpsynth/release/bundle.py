@@ -26,6 +26,8 @@ from dpsynth.data.dicom_marking import SyntheticSubject, write_dicom
 from dpsynth.data.medmnist import write_npz
 from dpsynth.data.nifti import write_nifti
 from dpsynth.data.raster import write_png
+from dpsynth.detector.model import FILE as DETECTOR
+from dpsynth.detector.model import Detector
 from dpsynth.errors import ArtifactError, GateRefused
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress
@@ -57,6 +59,7 @@ class Release:
     report_html: str
     ledger_head: tuple[int, str]
     settings: ReleaseConfig
+    detector: Detector | None = None
 
     def __post_init__(self) -> None:
         if self.allowed.candidates_sha256 != self.candidates_sha256:
@@ -106,6 +109,8 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
     write_json(folder / "verdicts.json", public)
     write_bytes(folder / "report.html", release.report_html.encode())
     write_bytes(folder / "DISCLOSURE.txt", DISCLOSURE.encode())
+    if release.detector is not None:
+        write_json(folder / DETECTOR, release.detector.to_json())
     counts = {name: int((candidates.labels == label).sum()) for label, name in enumerate(names)}
     card = data_card(
         title=release.settings.title,
@@ -116,6 +121,7 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
         attributes={name: Counter(values.tolist()) for name, values in candidates.attributes.items()},
         guarantee=release.guarantee,
         method=release.method,
+        detector=release.detector is not None,
     )
     write_bytes(folder / "README.md", card.encode())
 

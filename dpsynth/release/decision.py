@@ -11,6 +11,8 @@ from dpsynth.artifacts import RunFolder, read_json, sha256_file
 from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, CellRow, candidates_digest, load_candidates, load_cell_rows
+from dpsynth.detector.model import FILE as DETECTOR
+from dpsynth.detector.model import Detector
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
@@ -28,6 +30,7 @@ class Case:
     ledger: Ledger
     candidates: Candidates
     cells: tuple[CellRow, ...]
+    detector: Detector | None
     question: Question
 
 
@@ -68,4 +71,17 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         candidates_sha256=candidates_digest(run),
         reviews=reviews,
     )
-    return Case(run=run, config=config, ledger=ledger, candidates=load_candidates(run), cells=load_cell_rows(run), question=question)
+    return Case(
+        run=run,
+        config=config,
+        ledger=ledger,
+        candidates=load_candidates(run),
+        cells=load_cell_rows(run),
+        detector=_detector(run),
+        question=question,
+    )
+
+
+def _detector(run: RunFolder) -> Detector | None:
+    path = run.folder("generate") / DETECTOR
+    return Detector.from_json(read_json(path)) if path.is_file() else None

@@ -13,6 +13,15 @@ They must not be used for diagnosis, and must not be presented as images of pati
 own format; the marks can be lost when a file is converted, so keep this notice and the manifest with the images.
 """
 
+_DETECTING = """\
+## Recognising these images
+
+`dpsynth detect FOLDER IMAGES --key signing.pub` gives the probability that images whose marks were lost are synthetic, by `detector.json`,
+which was trained without any image of a patient. How often it is right on generators that it had not seen, and what it cannot do, is
+written in that file. The signature and the marks are evidence; a probability is not.
+
+"""
+
 
 def marking(*, release_id: str, index: int, label: str, attributes: Mapping[str, str], guarantee: Guarantee) -> dict[str, str]:
     """Text that goes into an image file."""
@@ -38,6 +47,7 @@ def data_card(
     attributes: Mapping[str, Mapping[str, int]],
     guarantee: Guarantee,
     method: str,
+    detector: bool = False,
 ) -> str:
     """README.md of a release. counts: images by class; attributes: by name images by value."""
     tables = "".join(
@@ -77,7 +87,7 @@ arrays = np.load("synthetic.npz")
 images, labels = arrays["train_images"], arrays["train_labels"]
 ```
 
-## Checking this folder
+{_DETECTING if detector else ""}## Checking this folder
 
 `dpsynth verify FOLDER --key signing.pub` tells whether it is complete and unchanged since the releasing site signed it. Get the
 key from the site, not from this folder.

@@ -16,7 +16,7 @@ import pydicom
 
 from dpsynth.errors import GateRefused
 
-_NAMES = ("synthetic.npz", "labels.csv", "guarantee.json", "verdicts.json", "report.html", "DISCLOSURE.txt", "README.md")
+_NAMES = ("synthetic.npz", "labels.csv", "guarantee.json", "verdicts.json", "report.html", "DISCLOSURE.txt", "README.md", "detector.json")
 _IMAGE_NAME = re.compile(r"images/synthetic-\d{6}\.(png|nii\.gz|dcm)")
 _ARRAYS = {f"{split}_{part}" for split in ("train", "val", "test") for part in ("images", "labels")} | {"synthetic", "provenance"}
 _PNG_SIGNATURE, _PNG_CHUNKS = b"\x89PNG\r\n\x1a\n", {"IHDR", "IDAT", "IEND", "iTXt"}

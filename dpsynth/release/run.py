@@ -60,6 +60,7 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         report_html=_page(case, _view(case, answer, site=False)),
         ledger_head=head,
         settings=case.config.release,
+        detector=case.detector,
     )
     return write_release(package, out=out, private=private, progress=progress)
 

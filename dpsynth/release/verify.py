@@ -28,6 +28,15 @@ def verify(folder: Path, public_key: Path) -> list[str]:
     return problems or _claim_problems(folder, statement)
 
 
+def require_signed(folder: Path, name: str, public_key: Path) -> None:
+    """Raise SignatureError unless one file of a release is as it was signed, whatever became of the others."""
+    statement = _statement(folder, load_public(public_key))
+    signed = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+    path = folder / name
+    if name not in signed or path.is_symlink() or not path.is_file() or sha256_file(path) != signed[name]:
+        raise SignatureError(f"Expected {name} as it was signed, found another or none. Get the release again.")
+
+
 def ledger_anchor(folder: Path) -> tuple[int, str]:
     """Number and digest of the ledger's last line when the folder was released. Raises ArtifactError."""
     manifest = read_json(folder / MANIFEST)

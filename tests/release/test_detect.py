@@ -1,0 +1,206 @@
+"""From a run to `dpsynth detect`: the detector sees no patient, travels signed, and answers in one line what it cannot judge."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from test_bundle_and_verify import package
+
+import dpsynth.generate as drawing
+import dpsynth.train.detector as training
+from dpsynth.artifacts import RunFolder, read_json
+from dpsynth.config import Config, parse_config
+from dpsynth.data.candidates import Candidates, to_8_bit
+from dpsynth.detector.model import FILE, Detector
+from dpsynth.errors import ArtifactError, DataError, SignatureError
+from dpsynth.model.generator import Generator
+from dpsynth.model.moments import public_reference, release_moments
+from dpsynth.progress import silent
+from dpsynth.release.bundle import write_release
+from dpsynth.release.detect import detect
+from dpsynth.release.verify import verify
+from dpsynth.signing import generate_key, load_private
+from dpsynth.train.public import public_images
+
+SETTINGS = """\
+method: moments
+data: {spatial_shape: [12, 12]}
+moments: {low_frequencies: 4}
+pretrain: {num_phantoms: 160}
+generate: {count: 40}
+release: {detector: true}
+"""
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return parse_config(SETTINGS, base=Path())
+
+
+@pytest.fixture(scope="module")
+def generator(config: Config) -> Generator:
+    """A finished generator; whose moments it holds does not matter here."""
+    images = public_images(config, progress=silent)
+    moments = release_moments(
+        images,
+        np.arange(len(images)) % 2,
+        np.arange(len(images)),
+        num_classes=2,
+        mechanism=None,
+        reference=public_reference(images, low_frequencies=4),
+        stream=None,
+    )
+    return Generator.of(config, moments=moments, denoiser=None, count_stddev=1.0)
+
+
+@pytest.fixture(scope="module")
+def detector(config: Config, generator: Generator) -> Detector:
+    drawn = drawing.draw(generator, config.generate, progress=silent)
+    return training.train_detector(config, generator, drawn.images, progress=silent)
+
+
+@pytest.fixture
+def out(detector: Detector, generator: Generator, config: Config, tmp_path: Path) -> Path:
+    drawn = drawing.draw(generator, config.generate, progress=silent)
+    candidates = Candidates(images=drawn.images, labels=drawn.labels, seeds=drawn.seeds)
+    generate_key(tmp_path / "keys")
+    release = replace(package(formats=("png",)), candidates=candidates, detector=detector)
+    return write_release(release, out=tmp_path / "out", private=load_private(tmp_path / "keys" / "signing.key"), progress=silent)
+
+
+def test_it_is_trained_without_private_images_and_deterministic(
+    config: Config, generator: Generator, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever reads the private cohort is cut off; the candidates are judged afterwards and change neither weights nor calibration."""
+
+    def private(*_: object, **__: object) -> None:
+        raise AssertionError("the private images were read")
+
+    monkeypatch.setattr("dpsynth.data.source.read_cohort", private)
+    monkeypatch.setattr("dpsynth.train.public.read_cohort", private)
+    others = drawing.draw(generator, config.generate.model_copy(update={"seed": 3}), progress=silent).images
+    again = training.train_detector(config, generator, others, progress=silent)
+    assert again is not None
+    for name in ("centre", "scale", "weights"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(detector, name))
+    assert again.calibration == detector.calibration
+    assert again.evaluation["images of this release, not trained on"] != detector.evaluation["images of this release, not trained on"]
+
+
+def test_images_of_the_generator_are_recognised_and_public_ones_are_not(config: Config, generator: Generator, detector: Detector) -> None:
+    fresh = drawing.draw(generator, config.generate.model_copy(update={"seed": 9}), progress=silent).images
+    others = public_images(config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"seed": 9})}), progress=silent)
+    assert detector.probability(fresh).mean() > 0.8
+    assert detector.probability(to_8_bit(others)).mean() < 0.2
+    assert detector.evaluation["images of this release, not trained on"]["mean probability"] > 0.8
+
+
+def test_with_public_images_of_another_kind_there_is_no_detector_and_a_warning(
+    config: Config, generator: Generator, tmp_path: Path
+) -> None:
+    """A hospital of chests beside public brains: whatever told real from synthetic there would call this hospital's patients synthetic."""
+    brains = parse_config(SETTINGS.replace("num_phantoms: 160", "num_phantoms: 160, anatomies: [brain]"), base=Path())
+    chests = parse_config(SETTINGS.replace("num_phantoms: 160", "num_phantoms: 160, anatomies: [chest]"), base=Path())
+    patients = to_8_bit(public_images(chests, progress=silent))[:100]
+    assert training.train_detector(brains, generator, patients, progress=silent) is None
+    assert training.train_detector(chests, generator, patients, progress=silent) is not None
+    run = RunFolder.create(tmp_path / "run", config_text=SETTINGS)
+    run.reset("train")
+    generator.save(run.folder("train"))
+    run.complete("train", needs=(), facts={})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "train_detector", lambda *_, **__: None)
+        drawn = drawing.generate(tmp_path / "run", progress=silent)
+    assert any("no detector was made" in warning for warning in drawn.warnings)
+    assert not (run.folder("generate") / FILE).exists()
+
+
+def test_a_release_without_the_setting_holds_no_detector(tmp_path: Path) -> None:
+    generate_key(tmp_path / "keys")
+    out = write_release(
+        package(formats=("png",)), out=tmp_path / "o", private=load_private(tmp_path / "keys" / "signing.key"), progress=silent
+    )
+    assert not (out / FILE).exists()
+    assert "dpsynth detect" not in (out / "README.md").read_text()
+    with pytest.raises(ArtifactError, match=r"release\.detector"):
+        detect(out, [out / "synthetic.npz"], public_key=None)
+
+
+def test_detect_reads_pictures_folders_and_archives(out: Path, detector: Detector, tmp_path: Path) -> None:
+    key = tmp_path / "keys" / "signing.pub"
+    assert verify(out, key) == []
+    assert "dpsynth detect" in (out / "README.md").read_text()
+    found = detect(out, [out / "images", out / "synthetic.npz"], public_key=key)
+    assert len(found.names) == 80
+    assert found.probabilities[:40] == found.probabilities[40:]
+    assert found.names[40] == "synthetic.npz[0]"
+    assert found.signed
+    pixels = np.asarray(Pillow.open(out / "images" / "synthetic-000003.png"))[None, None]
+    assert found.probabilities[3] == pytest.approx(float(detector.probability(pixels)[0]), abs=1e-5)
+    assert "no image of a patient was used" in " ".join(found.lines())
+    (tmp_path / "strange").mkdir()
+    Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12), dtype=np.uint8)).save(tmp_path / "strange" / "noise.png")
+    strange = detect(out, [tmp_path / "strange"], public_key=key)
+    assert strange.probabilities == (None,)
+    assert "1 are unlike all images" in " ".join(strange.lines())
+    assert "signature was not examined" in " ".join(detect(out, [out / "images"], public_key=None).lines())
+
+
+def test_another_detector_is_refused_with_the_key_and_found_by_verify(out: Path, tmp_path: Path) -> None:
+    changed = read_json(out / FILE)
+    changed["bias"] += 5
+    (out / FILE).write_text(json.dumps(changed))
+    assert verify(out, tmp_path / "keys" / "signing.pub") == [f"{FILE}: changed since it was signed"]
+    with pytest.raises(SignatureError, match="as it was signed"):
+        detect(out, [out / "images"], public_key=tmp_path / "keys" / "signing.pub")
+    generate_key(tmp_path / "others")
+    with pytest.raises(SignatureError):
+        detect(out, [out / "images"], public_key=tmp_path / "others" / "signing.pub")
+
+
+def spoil(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Files that cannot be judged, with a word of the reason."""
+    Pillow.fromarray(np.zeros((14, 12), dtype=np.uint8)).save(folder / "large.png")
+    Pillow.fromarray(np.full((12, 12), 4000, dtype=np.uint16)).save(folder / "deep.png")
+    (folder / "torn.png").write_bytes(b"\x89PNG")
+    (folder / "empty").mkdir()
+    np.savez(folder / "other.npz", images=np.zeros((2, 12, 12)))
+    np.savez(folder / "pickle.npz", train_images=np.array([{}], dtype=object))
+    np.savez(folder / "nan.npz", train_images=np.full((2, 12, 12), np.nan))
+    names = {"large.png": "12 x 12", "deep.png": "0 to 255", "torn.png": "PNG or JPEG", "empty": "none", "other.npz": "none with images"}
+    names |= {"pickle.npz": "unreadable", "nan.npz": "0 to 255", "missing.png": "found none"}
+    return {name: (folder / name, word) for name, word in names.items()}
+
+
+def test_what_cannot_be_judged_is_said_in_one_line(out: Path, tmp_path: Path) -> None:
+    for path, word in spoil(tmp_path).values():
+        with pytest.raises(DataError, match=word) as caught:
+            detect(out, [path], public_key=None)
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_detect_runs_without_torch(out: Path, without_torch: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
+    code = f"from dpsynth.cli import main; sys.argv = ['dpsynth', 'detect', {str(out)!r}, {str(out / 'images')!r}]; main()"
+    ran = without_torch(code)
+    assert ran.returncode == 0, ran.stderr
+    assert "synthetic-000000.png" in ran.stdout
+    assert "of 40 are rather synthetic" in ran.stdout
+
+
+def test_generate_writes_it_into_the_run(generator: Generator, config: Config, detector: Detector, tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", config_text=SETTINGS)
+    run.reset("train")
+    generator.save(run.folder("train"))
+    run.complete("train", needs=(), facts={})
+    drawing.generate(tmp_path / "run", progress=silent)
+    written = Detector.from_json(read_json(run.folder("generate") / FILE))
+    np.testing.assert_allclose(written.weights, detector.weights, rtol=1e-6, atol=1e-9)
+    assert FILE in run.require("generate").files
