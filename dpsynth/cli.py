@@ -139,12 +139,14 @@ def generate(
 ) -> None:
     """Draw the candidates: as many images as the configuration says, one seed each, in the wanted mix."""
     from dpsynth.generate import generate as draw
+    from dpsynth.trained import is_federated
 
     with progress_bars() as progress:
         drawn = draw(run, progress=progress, target=_target(target or []))
     for warning in drawn.warnings:
         print(f"Warning: {warning}.")
-    print(f"{drawn.count} candidates in {run / 'generate'}. Next: dpsynth check {run}")
+    step = "dpsynth-federation candidates" if is_federated(run) else "dpsynth check"
+    print(f"{drawn.count} candidates in {run / 'generate'}. Next: {step} {run}")
 
 
 @app.command()
@@ -182,7 +184,7 @@ def release(
     from dpsynth.release.run import release as write_release
 
     with progress_bars() as progress:
-        folder = write_release(run, out=out, key_path=key, ledger_path=ledger, reviews=_reviews(accept or []), progress=progress)
+        folder = write_release(run, out=out, key_path=key, ledger_path=ledger, reviews=parse_reviews(accept or []), progress=progress)
     print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key {key.with_name('signing.pub')}")
 
 
@@ -259,9 +261,10 @@ def ledger_verify(
 ) -> None:
     """Check chain, head, budget and every charge; name each line that does not hold."""
     from dpsynth.privacy.ledger import Ledger
-    from dpsynth.release.verify import ledger_anchor
+    from dpsynth.release.verify import ledger_anchors
 
-    problems = Ledger.problems_of(ledger, anchor=None if release is None else ledger_anchor(release))
+    anchors = [None] if release is None else ledger_anchors(release)  # of several hospitals' heads, this ledger must have one
+    problems = min((Ledger.problems_of(ledger, anchor=anchor) for anchor in anchors), key=len)
     for problem in problems:
         print(problem)
     print("false" if problems else "true")
@@ -282,7 +285,7 @@ def _figure(value: float | str) -> str:
     return "infinite" if isinstance(value, str) else f"{value:.3f}"
 
 
-def _reviews(accepted: list[str]) -> dict[str, str]:
+def parse_reviews(accepted: list[str]) -> dict[str, str]:
     """Parse `CHECK=WHO: WHY`. Raises UsageError."""
     reviews = {}
     for item in accepted:

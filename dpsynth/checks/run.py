@@ -23,7 +23,7 @@ from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress
 from dpsynth.trained import load_trained
 
-_SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
+SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
 
 
 def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tuple[Verdict, ...]:
@@ -56,7 +56,7 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
         screening=screening,
         withheld=withheld(run),
     )
-    verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress)
+    verdicts = run_checks(evidence, config.gate, seed=SEED, progress=progress)
     run.reset("check")
     facts = {"attempt": attempt, "candidates_sha256": candidates_digest(run)}
     record = run.folder("check") / VERDICTS

@@ -12,6 +12,7 @@ from dpsynth.artifacts import json_bytes, read_json, sha256_file
 from dpsynth.errors import ArtifactError, SignatureError
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.release.bundle import MANIFEST, PREDICATE_TYPE, SIGNATURE, release_files
+from dpsynth.release.sites import site_problems, statements_of
 from dpsynth.signing import load_public, verify_envelope
 
 
@@ -24,8 +25,14 @@ def verify(folder: Path, public_key: Path) -> list[str]:
         statement = _statement(folder, public)
     except (ArtifactError, SignatureError) as error:
         return [f"{SIGNATURE}: {error}"]
-    problems = _file_problems(folder, statement)
-    return problems or _claim_problems(folder, statement)
+    problems = _file_problems(folder, statement) or _claim_problems(folder, statement)
+    return problems or site_problems(folder, statement["predicate"])
+
+
+def ledger_anchors(folder: Path) -> list[tuple[int, str]]:
+    """Number and digest of a ledger's last line when the folder was released; of several hospitals, each one's. Raises ArtifactError."""
+    sites = statements_of(folder)
+    return [(found.ledger_lines, found.ledger_sha256) for found in sites.values()] if sites else [ledger_anchor(folder)]
 
 
 def ledger_anchor(folder: Path) -> tuple[int, str]:
