@@ -192,11 +192,18 @@ def release(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder.")],
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Public key of the releasing site.")],
+    site_key: Annotated[
+        list[str] | None,
+        typer.Option("--site-key", metavar="SITE=FILE", help="Of several hospitals: a public key that one of them gave you; repeatable."),
+    ] = None,
 ) -> None:
     """Tell whether a released folder is complete, unchanged and signed by the key. Needs neither data nor torch."""
     from dpsynth.release.verify import verify as find_problems
 
-    problems = find_problems(folder, key)
+    pairs = [item.partition("=") for item in site_key or []]
+    if wrong := [name + sign + file for name, sign, file in pairs if not (name and file)]:
+        raise UsageError(f"Expected --site-key SITE=FILE, found {wrong[0]!r}.")
+    problems = find_problems(folder, key, {name: Path(file) for name, _, file in pairs})
     for problem in problems:
         print(problem)
     print("false" if problems else "true")

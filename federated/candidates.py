@@ -172,6 +172,8 @@ def _layout_problem(candidates: Candidates, moments: Moments, cells: Cells) -> s
         return f"expected 8-bit images of shape {moments.shape}, found {images.dtype} of {images.shape[1:]}"
     if labels.shape != (len(images),) or labels.dtype.kind != "i" or labels.min() < 0 or labels.max() >= len(cells.classes):
         return "expected one label of the site's classes for each image"
+    if candidates.seeds.shape != labels.shape or candidates.seeds.dtype.kind not in "ui":
+        return "expected one seed for each image"
     for name, values in cells.attributes:
         given = candidates.attributes[name]
         if given.shape != (len(images),) or not set(given.tolist()) <= set(values):

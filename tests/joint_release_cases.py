@@ -119,13 +119,13 @@ def played(evidence: Evidence, gate: GateConfig, **_: object) -> tuple[Verdict, 
 @pytest.fixture(scope="session")
 def approved(tmp_path_factory: pytest.TempPathFactory) -> Joint:
     """To read only."""
-    return _built(tmp_path_factory)
+    return _built(tmp_path_factory.getbasetemp())
 
 
 @cache
-def _built(factory: pytest.TempPathFactory) -> Joint:
+def _built(base: Path) -> Joint:
     """Once a session, whichever folders of tests import the fixture."""
-    return build(factory.mktemp("joint"))
+    return build(base / "joint")
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def images_digest(candidates: Candidates) -> str:
 def archive_digest(path: Path) -> str:
     """The same of a released archive. Raises ArtifactError when it cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             own = [name for name in archive.files if name.startswith(_TRAIN) and name not in _NO_ATTRIBUTES]
             values = {name.removeprefix(_TRAIN): archive[name] for name in own}
             return _digest(archive["train_images"], archive["train_labels"], values)

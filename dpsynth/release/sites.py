@@ -145,14 +145,20 @@ def _signed_of(folder: Path) -> dict[str, SignedStatement]:
     return found
 
 
-def site_problems(folder: Path, predicate: Mapping[str, Any]) -> list[str]:
-    """Why the sites' part of a bundle does not hold, whose files are those that `predicate` was signed with; empty for one site."""
+def site_problems(folder: Path, predicate: Mapping[str, Any], expected: Mapping[str, Ed25519PublicKey]) -> list[str]:
+    """Why the sites' part of a bundle does not hold, whose files are those that `predicate` was signed with; empty for one site.
+
+    expected: keys of sites as somebody knows them from elsewhere.
+    """
     if not (folder / RECORD).is_file() and SITES not in predicate:
-        return []
+        return [f"{SITES}: this release has none, so none can be {name}" for name in expected]
     try:
         sites = FederatedSites(run=federated_run(read_json(folder / RECORD)), signed=_signed_of(folder))
         if sites.key_ids() != predicate.get(SITES):
             return [f"{SITES}: their keys are not those that were signed"]
+        given = sites.key_ids()
+        if strange := [name for name, public in expected.items() if given.get(name) != key_id(public)]:
+            return [f"{SITES}: {name}: its statement is not signed by the key that you have of it" for name in strange]
         question = SitesQuestion(
             run=sites.run,
             guarantee=Guarantee.from_json(read_json(folder / "guarantee.json")),

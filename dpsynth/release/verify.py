@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from dpsynth.release.sites import site_problems, statements_of
 from dpsynth.signing import load_public, verify_envelope
 
 
-def verify(folder: Path, public_key: Path) -> list[str]:
-    """Problems, each naming its file; empty when all is well. Raises SignatureError or ArtifactError when there is nothing to verify."""
-    public = load_public(public_key)
+def verify(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | None = None) -> list[str]:
+    """Problems, each naming its file; empty when all is well. Raises SignatureError or ArtifactError when there is nothing to verify.
+
+    site_keys: for a release of several hospitals, keys that one got from them and not from the folder.
+    """
+    public, expected = load_public(public_key), {site: load_public(path) for site, path in (site_keys or {}).items()}
     if not folder.is_dir():
         raise ArtifactError(f"Expected a released folder at {folder}, found none.")
     try:
@@ -26,7 +30,7 @@ def verify(folder: Path, public_key: Path) -> list[str]:
     except (ArtifactError, SignatureError) as error:
         return [f"{SIGNATURE}: {error}"]
     problems = _file_problems(folder, statement) or _claim_problems(folder, statement)
-    return problems or site_problems(folder, statement["predicate"])
+    return problems or site_problems(folder, statement["predicate"], expected)
 
 
 def ledger_anchors(folder: Path) -> list[tuple[int, str]]:

@@ -368,3 +368,17 @@ def test_an_approval_needs_a_flag_to_accept(joint: Joint) -> None:
         approve(
             joint.guard("north"), joint.candidates, key_path=joint.key("north"), out=joint.folder / "x.json", reviews={"copying": "A: B"}
         )
+
+
+def test_whoever_has_a_sites_key_from_the_site_finds_out_a_coordinator_that_made_up_sites(joint: Joint) -> None:
+    """A bundle in which all fits, but for who signed."""
+    private, public = generate_key(joint.folder / "made-up")
+    write_json(joint.statement("south"), sign_site_statement(opened(joint, "south"), load_private(private)))
+    study = joint.folder / "study.yaml"
+    study.write_text(study.read_text().replace("south: south/keys/signing.pub", f"south: {public}"))
+    out, key = joint.release(), joint.coordinator_key.with_name("signing.pub")
+    genuine = {site: joint.key(site).with_name("signing.pub") for site in SITES}
+    assert verify(out, key) == []
+    assert verify(out, key, {"north": genuine["north"]}) == []
+    assert verify(out, key, genuine) == ["sites: south: its statement is not signed by the key that you have of it"]
+    assert verify(out, key, {"west": genuine["north"]}) == ["sites: west: its statement is not signed by the key that you have of it"]
