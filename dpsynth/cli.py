@@ -139,12 +139,14 @@ def generate(
 ) -> None:
     """Draw the candidates: as many images as the configuration says, one seed each, in the wanted mix."""
     from dpsynth.generate import generate as draw
+    from dpsynth.trained import is_federated
 
     with progress_bars() as progress:
         drawn = draw(run, progress=progress, target=_target(target or []))
     for warning in drawn.warnings:
         print(f"Warning: {warning}.")
-    print(f"{drawn.count} candidates in {run / 'generate'}. Next: dpsynth check {run}")
+    step = "dpsynth-federation candidates" if is_federated(run) else "dpsynth check"
+    print(f"{drawn.count} candidates in {run / 'generate'}. Next: {step} {run}")
 
 
 @app.command()
@@ -182,7 +184,7 @@ def release(
     from dpsynth.release.run import release as write_release
 
     with progress_bars() as progress:
-        folder = write_release(run, out=out, key_path=key, ledger_path=ledger, reviews=_reviews(accept or []), progress=progress)
+        folder = write_release(run, out=out, key_path=key, ledger_path=ledger, reviews=parse_reviews(accept or []), progress=progress)
     print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key {key.with_name('signing.pub')}")
 
 
@@ -190,11 +192,18 @@ def release(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder.")],
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Public key of the releasing site.")],
+    site_key: Annotated[
+        list[str] | None,
+        typer.Option("--site-key", metavar="SITE=FILE", help="Of several hospitals: a public key that one of them gave you; repeatable."),
+    ] = None,
 ) -> None:
     """Tell whether a released folder is complete, unchanged and signed by the key. Needs neither data nor torch."""
     from dpsynth.release.verify import verify as find_problems
 
-    problems = find_problems(folder, key)
+    pairs = [item.partition("=") for item in site_key or []]
+    if wrong := [name + sign + file for name, sign, file in pairs if not (name and file)]:
+        raise UsageError(f"Expected --site-key SITE=FILE, found {wrong[0]!r}.")
+    problems = find_problems(folder, key, {name: Path(file) for name, _, file in pairs})
     for problem in problems:
         print(problem)
     print("false" if problems else "true")
@@ -279,9 +288,10 @@ def ledger_verify(
 ) -> None:
     """Check chain, head, budget and every charge; name each line that does not hold."""
     from dpsynth.privacy.ledger import Ledger
-    from dpsynth.release.verify import ledger_anchor
+    from dpsynth.release.verify import ledger_anchors
 
-    problems = Ledger.problems_of(ledger, anchor=None if release is None else ledger_anchor(release))
+    anchors = [None] if release is None else ledger_anchors(release)  # of several hospitals' heads, this ledger must have one
+    problems = min((Ledger.problems_of(ledger, anchor=anchor) for anchor in anchors), key=len)
     for problem in problems:
         print(problem)
     print("false" if problems else "true")
@@ -302,7 +312,7 @@ def _figure(value: float | str) -> str:
     return "infinite" if isinstance(value, str) else f"{value:.3f}"
 
 
-def _reviews(accepted: list[str]) -> dict[str, str]:
+def parse_reviews(accepted: list[str]) -> dict[str, str]:
     """Parse `CHECK=WHO: WHY`. Raises UsageError."""
     reviews = {}
     for item in accepted:

@@ -32,9 +32,8 @@ def generate_key(folder: Path) -> tuple[Path, Path]:
         raise ArtifactError(f"{private_path} exists already. Name another folder; a lost key cannot be made again.")
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     write_bytes(private_path, secret, private=True)
-    write_bytes(public_path, public)
+    write_bytes(public_path, public_bytes(key.public_key()))
     return private_path, public_path
 
 
@@ -58,6 +57,11 @@ def load_public(path: Path) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise SignatureError(f"Expected an Ed25519 key in {path.name}, found another kind.")
     return key
+
+
+def public_bytes(public: Ed25519PublicKey) -> bytes:
+    """The key in PEM, as signing.pub holds it."""
+    return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def key_id(public: Ed25519PublicKey) -> str:

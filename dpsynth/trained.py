@@ -34,13 +34,18 @@ def default_ledger(data: DataConfig) -> Path:
 
 def load_trained(run: RunFolder, data: DataConfig, *, ledger_path: Path | None) -> Trained:
     """Read what train left and find it in the data set's ledger. Raises ArtifactError or LedgerError."""
-    if (run.path / "train" / FEDERATION).is_file():
+    if is_federated(run.path):
         raise ArtifactError(
             "This generator was trained by several hospitals, whose patients are not here to check it against. `dpsynth generate` "
-            "draws from it; check, report and release do not take such a run."
+            "draws from it; check, report and release do not take such a run: each site checks and approves, `dpsynth-federation` releases."
         )
     ledger = Ledger.load(ledger_path or default_ledger(data))
     return Trained(guarantee=read_claim(run), ledger=ledger, charge=booking(run, ledger))
+
+
+def is_federated(run_path: Path) -> bool:
+    """Whether several hospitals trained the run."""
+    return (run_path / "train" / FEDERATION).is_file()
 
 
 def read_claim(run: RunFolder) -> Guarantee:

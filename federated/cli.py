@@ -1,4 +1,4 @@
-"""The hospital's command: `dpsynth-site init | doctor | serve | ledger`. Errors are one line and an exit code, as with `dpsynth`."""
+"""The hospital's command: `dpsynth-site init | doctor | serve | ledger | check | approve | refuse`. Errors are one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dpsynth.cli import Format, OutputFormat, new_app, progress_bars, run_app
+from dpsynth.cli import Format, OutputFormat, new_app, parse_reviews, progress_bars, run_app
 from dpsynth.errors import RefusedError
 
 app = new_app(
@@ -18,6 +18,11 @@ app = new_app(
     "The hospital's guard in a federation: it owns data, policy and ledger, and refuses what they do not allow, whoever asks.",
 )
 PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="The site's policy; docs/site.md lists every setting.")]
+CandidatesFile = Annotated[
+    Path, typer.Argument(metavar="CANDIDATES", help="What the coordinator sent, as `dpsynth-federation candidates` writes it.")
+]
+KeyOption = Annotated[Path, typer.Option("--key", metavar="FILE", help="The site's private signing key; `dpsynth key FOLDER` makes one.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the signed statement, for the coordinator.")]
 
 
 @app.callback()
@@ -98,6 +103,54 @@ def ledger(policy: PolicyFile, output: Format = OutputFormat.TEXT) -> None:
     from federated.policy import load_policy
 
     ledger_show(load_policy(policy).ledger, output)
+
+
+@app.command()
+def check(policy: PolicyFile, candidates: CandidatesFile) -> None:
+    """Test a study's candidates against this site's own patients. Counts as one gate attempt; what it finds stays here."""
+    from dpsynth.release.gate import Refused
+    from federated.policy import load_policy
+    from federated.site import Guard
+    from federated.site_checks import check_candidates
+
+    settings = load_policy(policy)
+    with progress_bars() as progress:
+        found = check_candidates(Guard.open(settings, progress=progress), candidates, progress=progress)
+    for verdict in found.verdicts:
+        print(f"{verdict.check:<12} {verdict.outcome.value:<13} {verdict.reason}")
+    reasons = found.answer.reasons if isinstance(found.answer, Refused) else ()
+    print("The site's gate would refuse: " + "; ".join(reasons) + "." if reasons else "Nothing stands in the way of an approval.")
+    print(f"Report, which must not leave: {found.page}. Next: dpsynth-site approve, or dpsynth-site refuse")
+
+
+@app.command()
+def approve(
+    policy: PolicyFile,
+    candidates: CandidatesFile,
+    key: KeyOption,
+    out: OutOption,
+    accept: Annotated[
+        list[str] | None, typer.Option("--accept", metavar="CHECK=WHO: WHY", help="Accept a flag of a check after looking; stays here.")
+    ] = None,
+) -> None:
+    """Sign that this site approves checked candidates, if its gate allows it. The statement says no more than docs/site.md lists."""
+    from federated.policy import load_policy
+    from federated.site import Guard
+    from federated.site_approval import approve as sign
+
+    sign(Guard.open(load_policy(policy)), candidates, key_path=key, out=out, reviews=parse_reviews(accept or []))
+    print(f"Approved: {out}. Send it to the coordinator.")
+
+
+@app.command()
+def refuse(policy: PolicyFile, candidates: CandidatesFile, key: KeyOption, out: OutOption) -> None:
+    """Sign that this site refuses checked candidates. The reasons stay here."""
+    from federated.policy import load_policy
+    from federated.site import Guard
+    from federated.site_approval import refuse as sign
+
+    sign(Guard.open(load_policy(policy)), candidates, key_path=key, out=out)
+    print(f"Refused: {out}. Send it to the coordinator.")
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from federated.rounds import MOMENTS, Model
 
 EMA = "ema."
 _LARGEST_REPLY_BYTES = 1 << 30
+_MAY_BE_CHARGED = (Code.LOST, Code.ORDER, Code.MESSAGE_REUSED)  # refusals of a round that an earlier message may have booked
 
 
 class QuorumLost(DpsynthError):
@@ -94,6 +95,7 @@ class Coordinator:
     report: Callable[[Event], None] = quiet
     facts: dict[str, Facts] = field(default_factory=dict)  # by site, from its last answer
     asked: dict[str, list[int]] = field(default_factory=dict)  # by site, the rounds that may have been released
+    answered: dict[str, list[int]] = field(default_factory=dict)  # by site, the rounds of which a usable answer came
     attempts: dict[str, int] = field(default_factory=dict)  # by "site/round"
 
     def run(self, initial: Arrays) -> State:
@@ -158,7 +160,9 @@ class Coordinator:
             for site, request in requests.items():
                 outcome, reason, found = self._read(site, request, replies.get(site), problem)
                 if outcome == "refused" and kind != "join":
-                    self._refused(site, number, charged=reason.startswith(Code.LOST.value))
+                    self._refused(site, number, charged=reason.partition(":")[0] in _MAY_BE_CHARGED)
+                if outcome == "ok" and kind != "join":
+                    self.answered[site] = sorted({*self.answered.get(site, []), number})
                 self._note(number, site, outcome, reason)
                 if found is not None:
                     usable[site] = found
@@ -231,7 +235,7 @@ class Coordinator:
 
     def _keep(self) -> None:
         facts = {site: known.model_dump(mode="json") for site, known in self.facts.items()}
-        write_json(self.folder / "sites.json", {"facts": facts, "asked": self.asked, "attempts": self.attempts})
+        write_json(self.folder / "sites.json", {"facts": facts, "asked": self.asked, "answered": self.answered, "attempts": self.attempts})
 
     def _remember(self) -> None:
         """What an earlier process of this study knew. Raises ArtifactError when the folder is another study's."""
@@ -244,7 +248,7 @@ class Coordinator:
         if (self.folder / "sites.json").is_file():
             known = read_json(self.folder / "sites.json")
             self.facts = {site: Facts.model_validate_json(json.dumps(value)) for site, value in known["facts"].items()}
-            self.asked, self.attempts = known["asked"], known["attempts"]
+            self.asked, self.answered, self.attempts = known["asked"], known.get("answered", {}), known["attempts"]
 
     def _save(self, state: State) -> None:
         arrays = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}

@@ -146,6 +146,40 @@ def run(
 
 
 @app.command()
+def candidates(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a study, after `dpsynth generate`.")],
+    folder: Annotated[Path, typer.Option("--folder", help="The coordinator's folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write, for every site that trained.")],
+) -> None:
+    """Pack and sign a study's candidates, for the sites to check against their own patients."""
+    from dpsynth.signing import load_private
+    from federated.candidates import pack
+
+    header = pack(run_path, out=out, private=load_private(folder / "coordinator" / "signing.key"))
+    print(f"Candidates of {header.study}: {out}. Each site runs: dpsynth-site check POLICY {out.name}")
+
+
+@app.command()
+def release(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study; its site_keys say who may approve.")],
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of the study, after `dpsynth generate`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; it must not exist.")],
+    folder: Annotated[Path, typer.Option("--folder", help="The coordinator's folder.")],
+    approvals: Annotated[
+        list[Path], typer.Option("--approval", metavar="FILE", help="A site's signed statement, as `dpsynth-site approve` writes it.")
+    ],
+) -> None:
+    """Ask the gate, which wants the approval of every site that was charged, and if it allows, write the signed release folder."""
+    from dpsynth.release.federated import release_federated
+    from federated.federation import load_federation
+
+    home, keys = folder / "coordinator", load_federation(study).public_keys()
+    with progress_bars() as progress:
+        made = release_federated(run_path, out=out, key_path=home / "signing.key", approvals=approvals, site_keys=keys, progress=progress)
+    print(f"Released: {made}. Anyone with the public key can run: dpsynth verify {made} --key {home / 'signing.pub'}")
+
+
+@app.command()
 def status(
     folder: Folder,
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")],
@@ -164,14 +198,15 @@ def status(
 
 @app.command()
 def demo(folder: Folder, flower: FlowerPrograms) -> None:
-    """Play three hospitals on this machine, on procedural images: certificates, guards, Flower with TLS, one study."""
+    """Play three hospitals on this machine, on procedural images: Flower with TLS, one study, checks at each site, a verified release."""
     from federated.demonstration import demonstrate
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all parties are ended
     with progress_bars() as progress:
-        guarantee = demonstrate(folder, flower, report=_print_event, progress=progress)
+        guarantee = demonstrate(folder, flower, report=_print_event, note=print, progress=progress)
     print(guarantee.sentence())
-    print(f"Next: dpsynth generate {folder / 'run'}")
+    print(f"Report:  {folder / 'release' / 'report.html'}")
+    print(f"Release: {folder / 'release'}, verified with {folder / 'coordinator' / 'coordinator' / 'signing.pub'}")
 
 
 def _print_event(event: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpsynth.config import Config, dump_config, parse_config, wrong_settings, yaml_mapping
@@ -13,6 +14,7 @@ from dpsynth.plan import planned_mechanisms
 from dpsynth.privacy.accountant import FINE
 from dpsynth.privacy.calibrate import resolve_delta
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
+from dpsynth.signing import load_public
 from federated.messages import Digest, Name, Plan
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -37,6 +39,10 @@ class Federation(BaseModel):
     )
     left_out: tuple[Name, ...] = Field((), description="Sites whose answers are no longer used.")
     app_sha256: Digest | None = Field(None, description="SHA-256 of the app that carries the messages, where sites approve apps.")
+    site_keys: dict[Name, Path] = Field(
+        {},
+        description="For the release: by site the public key (signing.pub) of its officer. Compare it with the site by telephone.",
+    )
     config: Config
 
     @model_validator(mode="after")
@@ -47,6 +53,8 @@ class Federation(BaseModel):
             raise ValueError("quorum is larger than the number of sites")
         if self.weights != "uniform" and set(self.weights) != set(self.sites):
             raise ValueError("weights must be declared for all sites and no others")
+        if unknown := sorted(set(self.site_keys) - set(self.sites)):
+            raise ValueError(f"site_keys names {unknown[0]}, which is none of the sites")
         if self.config.method != "diffusion" or self.config.votes.share > 0:
             raise ValueError("config.method must be diffusion, without votes")
         if self.config.diffusion.trainable not in ("all", "small"):
@@ -56,6 +64,10 @@ class Federation(BaseModel):
     def weight(self, site: str) -> float:
         """Of one site in the mean."""
         return 1.0 if self.weights == "uniform" else self.weights[site]
+
+    def public_keys(self) -> dict[str, Ed25519PublicKey]:
+        """By site the key that signs its statements. Raises SignatureError."""
+        return {site: load_public(path) for site, path in self.site_keys.items()}
 
     @property
     def delta(self) -> float:
@@ -73,8 +85,10 @@ def load_federation(path: Path) -> Federation:
     if not isinstance(config, dict):
         raise ConfigError("config: expected a configuration of dpsynth, as docs/config.md lists it.")
     try:
-        own = Config.model_validate(config)
-        return Federation.model_validate({**raw, "config": parse_config(dump_config(own), base=path.resolve().parent)})
+        own, base = Config.model_validate(config), path.resolve().parent
+        federation = Federation.model_validate({**raw, "config": parse_config(dump_config(own), base=base)})
+        keys = {site: (base / key.expanduser()).resolve() for site, key in federation.site_keys.items()}
+        return federation.model_copy(update={"site_keys": keys})
     except ValidationError as error:
         raise ConfigError(f"Wrong federation: {wrong_settings(error)}. docs/coordinator.md lists every setting.") from error
 

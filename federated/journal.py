@@ -4,8 +4,9 @@ The journal is for repeating answers and for going on after a crash. It is no re
 journal the guard refuses more, never less. All files are for their owner only.
 
     STATE/studies/STUDY/study.json            plan's digest and coordinator's key id
-    STATE/studies/STUDY/split.key             who is in the control set, for all rounds of the study
-    STATE/studies/STUDY/messages/ID/          request (digest), key (while the round is open), checkpoint.safetensors, reply
+    STATE/studies/STUDY/split.json            the coins: who is in the control set and in the audit pool, for all rounds of the study
+    STATE/studies/STUDY/messages/ID/          request (digest), key (while the round is open), checkpoint.safetensors, proof.json, reply
+    STATE/studies/STUDY/check/                what the checks found about the study's candidates
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from federated.messages import Code, Refused
 
+_PROOF = "proof.json"
 _LARGEST_NUMBER_OF_ANSWERS = 5000  # of a study; further refusals are given and forgotten, so that nobody can fill the disk with them
 
 
@@ -58,6 +61,15 @@ class Message:
             raise Refused(Code.LOST)
         return NoiseStream(key=key)
 
+    def proof(self) -> Any:
+        """What the engine proved of the round, as `note_proof` wrote it; None when there is nothing."""
+        path = self.folder / _PROOF
+        return read_json(path) if path.is_file() else None
+
+    def note_proof(self, found: Mapping[str, Any]) -> None:
+        """Keep what the engine proved of the round, for the checks; batch sizes shine through it, so it stays at the site."""
+        write_json(self.folder / _PROOF, found, private=True)
+
     def begin(self, digest: str) -> None:
         """Write a fresh secret key and the request's digest: before the charge, so that no charge is ever without its key."""
         write_bytes(self.folder / "request", digest.encode(), private=True)
@@ -85,12 +97,13 @@ class Study:
         """The message of that id, known or not."""
         return Message(self.folder / "messages" / message_id)
 
-    def split_key(self) -> bytes:
-        """The key of the study's split, made at the first call."""
-        path = self.folder / "split.key"
+    def coins(self, control_fraction: float) -> tuple[bytes, float]:
+        """Key and control fraction of the study's split: those of the first call, whatever the policy says since."""
+        path = self.folder / "split.json"
         if not path.is_file():
-            write_bytes(path, fresh_key(), private=True)
-        return path.read_bytes()
+            write_json(path, {"key": fresh_key().hex(), "control_fraction": control_fraction}, private=True)
+        known = read_json(path)
+        return bytes.fromhex(known["key"]), float(known["control_fraction"])
 
     def is_full(self) -> bool:
         """Whether no further refusal is kept."""
@@ -127,6 +140,14 @@ class Journal:
         """Names of the studies that began here."""
         folder = self.folder / "studies"
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    def known(self, name: str) -> tuple[Study, str, str] | None:
+        """The study of that name with the plan's digest and the coordinator's key id; None when none began here."""
+        folder = self.folder / "studies" / name
+        if not (folder / "study.json").is_file():
+            return None
+        facts = read_json(folder / "study.json")
+        return Study(folder), str(facts["plan_sha256"]), str(facts["coordinator"])
 
     def study(self, name: str, *, plan_sha256: str, key: str, booked: bool, limit: int) -> Study:
         """The study of that name, begun now when it is new. Its plan may change until a round was `booked`.

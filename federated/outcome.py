@@ -14,7 +14,7 @@ from dpsynth.model.generator import Generator
 from dpsynth.model.moments import count_stddev
 from dpsynth.privacy.accountant import account, epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee, claim
-from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd
+from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, to_json
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.train.second_opinion import prv_epsilon
 from dpsynth.trained import CLAIM, FEDERATION
@@ -70,13 +70,23 @@ def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> 
         {
             "site": site,
             "epsilon": spent.by_site[site],
-            "rounds": coordinator.asked[site],
+            "rounds": sorted(coordinator.asked[site]),
+            "answered": coordinator.answered.get(site, []),
+            "mechanisms": [to_json(mechanism) for mechanism in by_site[site]],
             "states": coordinator.facts[site].model_dump(mode="json") if site in coordinator.facts else None,
         }
         for site in by_site
     ]
-    plan = coordinator.plan.model_dump(mode="json")
-    facts = {"study": federation.study, "spending": spent.to_json(), "sites": sites, "plan": plan, "rounds": state.round}
+    plan = coordinator.plan
+    facts = {
+        "study": federation.study,
+        "plan": plan.model_dump(mode="json"),
+        "plan_sha256": plan.digest,
+        "steps_per_round": plan.steps_per_round,
+        "rounds": state.round,
+        "spending": spent.to_json(),
+        "sites": sites,
+    }
     write_json(run.folder("train") / FEDERATION, facts)
     write_json(run.folder("train") / CLAIM, guarantee.to_json())
     run.complete("train", facts={"study": federation.study})

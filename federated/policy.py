@@ -20,6 +20,7 @@ from dpsynth.config import (
     Config,
     DataConfig,
     DiffusionConfig,
+    GateConfig,
     MomentsConfig,
     PretrainConfig,
     PrivacyConfig,
@@ -28,6 +29,7 @@ from dpsynth.config import (
     yaml_mapping,
 )
 from dpsynth.errors import ConfigError
+from dpsynth.release.statement import Check
 from dpsynth.signing import load_public
 from federated.messages import Code, Digest, Name, Plan
 
@@ -87,6 +89,14 @@ class SitePolicy(_Settings):
     largest_num_phantoms: Count = Field(5000, description="Procedural images from which public constants are computed.")
     hours: tuple[OpeningHours, ...] = Field((), description="When rounds may begin; empty: always.")
     largest_message_bytes: Count = Field(256 << 20, description="Of one message.")
+    gate: GateConfig = Field(
+        GateConfig(),
+        description="By which candidates of a study are approved, as `gate` in a configuration of dpsynth ([config.md](config.md)).",
+    )
+    public_checks: tuple[Check, ...] = Field(
+        (),
+        description="Checks whose outcome, one word, stands in the signed statement; by default approved or refused is all that leaves.",
+    )
     studies: Count = Field(20, description="Studies that the guard keeps; further ones are refused.")
     reply_grid_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
         5.0, description="Answers leave at multiples of this time after the question came, so that their time tells less; 0: at once."

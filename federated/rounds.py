@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from dpsynth.config import Config
 from dpsynth.data.split import Split
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.moments import Moments, PublicReference, frequencies, moment_queries, public_reference
+from dpsynth.privacy.audit import BEFORE, DURING, Audit
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent
 from dpsynth.train import selfcheck
+from dpsynth.train.canaries import require_audit, start_up_audit
 from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor
 from dpsynth.train.public import public_images
@@ -98,20 +100,51 @@ def model_of(config_json: str) -> Model:
     return Model.of(Config.model_validate_json(config_json))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What the engine proved of a round: findings and audits by canaries, by the names that the checks know."""
+
+    findings: Mapping[str, selfcheck.Finding]
+    audits: Mapping[str, Audit]
+
+    def with_more(self, findings: Mapping[str, selfcheck.Finding], audits: Mapping[str, Audit]) -> Proof:
+        """The same with more."""
+        return Proof(findings={**self.findings, **findings}, audits={**self.audits, **audits})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the site alone."""
+        audits = {name: audit.to_json() for name, audit in self.audits.items()}
+        return {"findings": selfcheck.to_json(dict(self.findings)), "audits": audits}
+
+
+Record = Callable[[Proof], None]
+
+
 @lru_cache(maxsize=8)
-def require_bound(config_json: str, mechanism: PoissonDpSgd) -> None:
+def require_bound(config_json: str, mechanism: PoissonDpSgd) -> Proof:
     """Raise SelfCheckFailed unless the trainer keeps its bound on a net of this size. Weights of a message do not matter: they change
     a patient's gradient, and whatever it is, it is clipped. What was proved is kept, as long as the process lives.
     """
     model = model_of(config_json)
-    prove_bound(model.config, model.denoiser(), model.reference, (mechanism,))
+    findings = prove_bound(model.config, model.denoiser(), model.reference, (mechanism,))
+    return Proof(findings=findings, audits={BEFORE: _audited()})
 
 
-def moments_round(model: Model, split: Split, *, mechanism: MomentRelease, stream: NoiseStream) -> dict[str, NDArray[Any]]:
+@cache
+def _audited() -> Audit:
+    """Canaries on a toy net, once a process."""
+    audit = start_up_audit()
+    require_audit(audit)
+    return audit
+
+
+def moments_round(model: Model, split: Split, *, mechanism: MomentRelease, stream: NoiseStream, record: Record) -> dict[str, NDArray[Any]]:
     """The site's noised moments. Raises SelfCheckFailed when the noise was not what was booked."""
     monitor = MomentMonitor(mechanism=mechanism)
     moments = noised_moments(model.config, split, model.reference, monitor, stream)
-    selfcheck.require(monitor.findings(), consequence="the charge stays")
+    findings = monitor.findings()
+    record(Proof(findings=findings, audits={}))
+    selfcheck.require(findings, consequence="the charge stays")
     return {MOMENTS + name: array for name, array in moments.to_arrays().items()}
 
 
@@ -124,6 +157,8 @@ def train_round(
     stream: NoiseStream,
     checkpoint: Path,
     binding: str,
+    proved: Proof,
+    record: Record,
     callback: Callable[[int], None],
 ) -> dict[str, NDArray[Any]]:
     """The trained weights after the mechanism's steps, from where the denoiser stands. Raises SelfCheckFailed."""
@@ -137,7 +172,9 @@ def train_round(
         binding=binding,
         callback=callback,
     )
-    selfcheck.require(monitor.findings(mechanism, split.training.num_patients), consequence="the charge stays")
+    findings = monitor.findings(mechanism, split.training.num_patients)
+    record(proved.with_more(findings, {} if monitor.canaries is None else {DURING: monitor.canaries}))
+    selfcheck.require(findings, consequence="the charge stays")
     return weights_of(denoiser, trainable=True)
 
 

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from dpsynth.config import Config, PrivacyConfig, ReleaseConfig
 from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
-from dpsynth.data.split import split_patients
+from dpsynth.data.split import Split, split_patients
 from dpsynth.errors import BudgetExceeded, ConfigError, SelfCheckFailed
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Charge, Ledger
@@ -32,7 +32,7 @@ from dpsynth.train.run import private_images, usable_delta
 from federated.journal import Journal, Message, Study
 from federated.messages import Code, Facts, Refused, Request, Signed, decode_request, encode_refusal, encode_reply, require_arrays
 from federated.policy import SitePolicy, config_of, is_open, problem
-from federated.rounds import Model, model_of, moments_round, require_bound, sgd_of, train_round
+from federated.rounds import Model, Proof, model_of, moments_round, require_bound, sgd_of, train_round
 
 _LOG = logging.getLogger("dpsynth.site")
 
@@ -128,16 +128,21 @@ class Guard:
         denoiser = model.with_weights(signed.arrays) if request.kind == "train" else None
         if denoiser is None:
             require_arrays(signed.arrays, {})
-        split = split_patients(self.images, control_fraction=self.policy.data.control_fraction, key=study.split_key())
+        split = self._split(request.study, study)
         if charge is None:
-            charge = self._book(signed, study, message, self._mechanism(request, model))
+            charge = self._book(signed, study, message, self._mechanism(request, model), coins=split.key_commitment)
         elif charge.settled or charge.config_sha256 != self._booked_digest(signed.digest) or message.key() is None:
             raise Refused(Code.LOST)
         else:
-            self.ledger.resume(charge.reservation, charge.mechanisms, config_sha256=charge.config_sha256)
+            coins = charge.coins_sha256
+            self.ledger.resume(charge.reservation, charge.mechanisms, config_sha256=charge.config_sha256, coins_sha256=coins)
         (mechanism,), stream = charge.mechanisms, message.stream()  # from here on, what the ledger booked and nothing else
+
+        def record(found: Proof) -> None:
+            message.note_proof(found.to_json())
+
         if isinstance(mechanism, MomentRelease):
-            return moments_round(model, split, mechanism=mechanism, stream=stream)
+            return moments_round(model, split, mechanism=mechanism, stream=stream, record=record)
         if denoiser is None or not isinstance(mechanism, PoissonDpSgd):
             raise Refused(Code.LOST)
         return train_round(
@@ -148,8 +153,18 @@ class Guard:
             stream=stream,
             checkpoint=message.checkpoint,
             binding=charge.reservation,
+            proved=require_bound(self._config_json(request), mechanism),
+            record=record,
             callback=lambda step: self.progress(f"{request.study} round {request.round}", step, mechanism.steps),
         )
+
+    def _split(self, name: str, study: Study) -> Split:
+        """The study's split. Raises Refused(LOST) when its coins are not those that the ledger noted with the study's first round."""
+        key, fraction = study.coins(self.policy.data.control_fraction)
+        split = split_patients(self.images, control_fraction=fraction, key=key)
+        if any(charge.coins_sha256 != split.key_commitment for _, charge in self._charges(name)):
+            raise Refused(Code.LOST)
+        return split
 
     def _allowed(self, request: Request) -> Model:
         """The model of a round that the policy allows and whose turn it is. Raises Refused."""
@@ -176,8 +191,8 @@ class Guard:
         require_bound(self._config_json(request), mechanism)
         return mechanism
 
-    def _book(self, signed: Signed, study: Study, message: Message, mechanism: Mechanism) -> Charge:
-        """Charge the round in full before any patient's image is used for it. Raises Refused or BudgetExceeded."""
+    def _book(self, signed: Signed, study: Study, message: Message, mechanism: Mechanism, *, coins: str) -> Charge:
+        """Charge the round in full, and note the patients' coins, before any image is used for it. Raises Refused or BudgetExceeded."""
         request = signed.request
         spent = [m for _, charge in self._charges(request.study) for m in charge.mechanisms]
         if epsilon_pld([*spent, mechanism], self.policy.delta) > self.policy.study_epsilon:
@@ -189,6 +204,7 @@ class Guard:
             purpose=f"federation {request.study}, round {request.round}",
             run_id=_run_id(request),
             config_sha256=self._booked_digest(signed.digest),
+            coins_sha256=coins,
         )
         study.forget_others(message)
         return self.ledger.charge(reservation)
@@ -203,9 +219,7 @@ class Guard:
         return next((charge for charge in self.ledger.charges() if charge.run_id == _run_id(request)), None)
 
     def _charges(self, study: str) -> list[tuple[int, Charge]]:
-        """Number and charge of every round of a study, by the ledger alone."""
-        parts = [(charge.run_id.split("/"), charge) for charge in self.ledger.charges()]
-        return [(int(names[1]), charge) for names, charge in parts if len(names) == 3 and names[0] == study]
+        return charges_of(self.ledger, study)
 
     def _facts(self, request: Request) -> Facts:
         """Public numbers that go with an answer."""
@@ -236,6 +250,12 @@ class Guard:
 
     def _data_config(self) -> Config:
         return Config(data=self.policy.data, privacy=PrivacyConfig(delta=self.policy.delta), release=ReleaseConfig(formats=("nifti",)))
+
+
+def charges_of(ledger: Ledger, study: str) -> list[tuple[int, Charge]]:
+    """Number and charge of every round of a study, by the ledger alone."""
+    parts = [(charge.run_id.split("/"), charge) for charge in ledger.charges()]
+    return [(int(names[1]), charge) for names, charge in parts if len(names) == 3 and names[0] == study]
 
 
 def _run_id(request: Request) -> str:

@@ -26,7 +26,7 @@ from dpsynth.progress import Progress
 from dpsynth.trained import load_trained
 
 _UNFINISHED = "unfinished_check"  # in the run's folder, while a check is going on
-_SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
+SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
 
 
 def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tuple[Verdict, ...]:
@@ -64,7 +64,7 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
         generator=generator,
         withheld=withheld(run),
     )
-    verdicts = run_checks(evidence, config.gate, seed=_SEED, progress=progress, keep=unfinished)
+    verdicts = run_checks(evidence, config.gate, seed=SEED, progress=progress, keep=unfinished)
     run.reset("check")
     facts = {"attempt": attempt, "candidates_sha256": candidates_digest(run)}
     record = run.folder("check") / VERDICTS

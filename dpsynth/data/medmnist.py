@@ -65,12 +65,17 @@ def _image(stored: NDArray[np.generic], *, colour: bool) -> Image:
     return Image(voxels=np.ascontiguousarray(np.moveaxis(voxels, -1, 0)) if colour else voxels[None])
 
 
+def stored_layout(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images (n, channel, *space) as an archive holds them: channels last, and none when there is one."""
+    return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)
+
+
 def write_npz(path: Path, *, images: NDArray[np.uint8], labels: NDArray[np.int64], extra: Mapping[str, NDArray[np.generic]]) -> None:
     """Write images (n, channel, *space) in MedMNIST layout: train_* filled, val_* and test_* empty.
 
     Equal input gives equal bytes.
     """
-    channels_last = images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)
+    channels_last = stored_layout(images)
     column = labels.astype(np.uint8).reshape(-1, 1)
     arrays: dict[str, NDArray[np.generic]] = {"train_images": channels_last, "train_labels": column}
     for split in ("val", "test"):

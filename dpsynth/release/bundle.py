@@ -34,6 +34,7 @@ from dpsynth.progress import Progress
 from dpsynth.release.gate import Allowed
 from dpsynth.release.mark import DISCLOSURE, data_card, marking
 from dpsynth.release.metadata import require_expected_metadata
+from dpsynth.release.sites import SITES, FederatedSites
 from dpsynth.signing import STATEMENT_TYPE, sign_statement
 
 MANIFEST, SIGNATURE, ARCHIVE = "manifest.json", "manifest.dsse.json", "synthetic.npz"
@@ -57,9 +58,10 @@ class Release:
     reviews: dict[str, str]
     method: str
     report_html: str
-    ledger_head: tuple[int, str]
+    ledger_head: tuple[int, str] | None  # none when several hospitals trained: each site's statement names its own
     settings: ReleaseConfig
     detector: Detector | None = None
+    sites: FederatedSites | None = None
 
     def __post_init__(self) -> None:
         if self.allowed.candidates_sha256 != self.candidates_sha256:
@@ -111,6 +113,8 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
     write_bytes(folder / "DISCLOSURE.txt", DISCLOSURE.encode())
     if release.detector is not None:
         write_json(folder / DETECTOR, release.detector.to_json())
+    for name, content in release.sites.files().items() if release.sites else ():
+        write_bytes(folder / name, content)
     counts = {name: int((candidates.labels == label).sum()) for label, name in enumerate(names)}
     card = data_card(
         title=release.settings.title,
@@ -122,6 +126,7 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
         guarantee=release.guarantee,
         method=release.method,
         detector=release.detector is not None,
+        sites=release.sites.lines() if release.sites else (),
     )
     write_bytes(folder / "README.md", card.encode())
 
@@ -163,13 +168,14 @@ def release_files(folder: Path) -> list[str]:
 
 def _manifest(release: Release, folder: Path) -> dict[str, Any]:
     files = {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in release_files(folder)}
+    head = release.ledger_head
     return {
         "schema": SCHEMA,
         "dpsynth": __version__,
         "release": release.release_id,
         "synthetic": True,
         "images": len(release.candidates.images),
-        "ledger_head": {"lines": release.ledger_head[0], "sha256": release.ledger_head[1]},
+        **({} if head is None else {"ledger_head": {"lines": head[0], "sha256": head[1]}}),
         "files": files,
     }
 
@@ -178,4 +184,6 @@ def _statement(release: Release, manifest: dict[str, Any], folder: Path) -> dict
     subjects = [{"name": MANIFEST, "digest": {"sha256": sha256_file(folder / MANIFEST)}}]
     subjects += [{"name": name, "digest": {"sha256": entry["sha256"]}} for name, entry in manifest["files"].items()]
     predicate = {"release": release.release_id, "images": manifest["images"], "guarantee": release.guarantee.to_json()}
+    if release.sites:
+        predicate[SITES] = release.sites.key_ids()
     return {"_type": STATEMENT_TYPE, "subject": subjects, "predicateType": PREDICATE_TYPE, "predicate": predicate}

@@ -48,8 +48,9 @@ def data_card(
     guarantee: Guarantee,
     method: str,
     detector: bool = False,
+    sites: Sequence[str] = (),
 ) -> str:
-    """README.md of a release. counts: images by class; attributes: by name images by value."""
+    """README.md of a release. counts: images by class; attributes: by name images by value; sites: a line each, when several trained."""
     tables = "".join(
         f"\n| {name} | images |\n|---|---|\n" + "".join(f"| {value} | {number} |\n" for value, number in sorted(numbers.items()))
         for name, numbers in attributes.items()
@@ -57,6 +58,7 @@ def data_card(
     arrays = "".join(f", `train_{name}`" for name in attributes)
     files = "labels and attributes" if attributes else "labels"
     rows = "\n".join(f"| {name} | {counts[name]} |" for name in classes)
+    hospitals = "\n## Sites\n\n" + "".join(f"- {line}\n" for line in sites) if sites else ""
     relation = guarantee.neighboring_relation.lower().replace("_", " ")
     return f"""\
 # {title}
@@ -69,7 +71,7 @@ def data_card(
 
 Protected unit: {guarantee.unit.value}; neighbouring data sets differ by {relation}.
 What is not claimed is in `report.html`.
-
+{hospitals}
 ## Images
 
 Method: {method}.

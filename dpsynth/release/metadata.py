@@ -16,7 +16,11 @@ import pydicom
 
 from dpsynth.errors import GateRefused
 
-_NAMES = ("synthetic.npz", "labels.csv", "guarantee.json", "verdicts.json", "report.html", "DISCLOSURE.txt", "README.md", "detector.json")
+_NAMES = (
+    "synthetic.npz", "labels.csv", "guarantee.json", "verdicts.json", "report.html", "DISCLOSURE.txt", "README.md", "detector.json",
+    "federation.json",
+)  # fmt: skip
+_SITE_NAME = re.compile(r"sites/[a-z0-9][a-z0-9-]{0,39}\.(dsse\.json|pub)")
 _IMAGE_NAME = re.compile(r"images/synthetic-\d{6}\.(png|nii\.gz|dcm)")
 _ARRAYS = {f"{split}_{part}" for split in ("train", "val", "test") for part in ("images", "labels")} | {"synthetic", "provenance"}
 _PNG_SIGNATURE, _PNG_CHUNKS = b"\x89PNG\r\n\x1a\n", {"IHDR", "IDAT", "IEND", "iTXt"}
@@ -57,7 +61,7 @@ def _problem(path: Path, name: str, attribute_arrays: set[str]) -> str:
         with zipfile.ZipFile(path) as archive:
             known = {f"{array}.npy" for array in _ARRAYS | attribute_arrays}
             return _unknown("arrays", {entry.filename for entry in archive.infolist()} - known) or ("a comment" if archive.comment else "")
-    if name in _NAMES:
+    if name in _NAMES or _SITE_NAME.fullmatch(name):
         return ""
     if not _IMAGE_NAME.fullmatch(name):
         return "an unexpected file name"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,30 @@ from dpsynth.artifacts import json_bytes, read_json, sha256_file
 from dpsynth.errors import ArtifactError, SignatureError
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.release.bundle import MANIFEST, PREDICATE_TYPE, SIGNATURE, release_files
+from dpsynth.release.sites import site_problems, statements_of
 from dpsynth.signing import load_public, verify_envelope
 
 
-def verify(folder: Path, public_key: Path) -> list[str]:
-    """Problems, each naming its file; empty when all is well. Raises SignatureError or ArtifactError when there is nothing to verify."""
-    public = load_public(public_key)
+def verify(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | None = None) -> list[str]:
+    """Problems, each naming its file; empty when all is well. Raises SignatureError or ArtifactError when there is nothing to verify.
+
+    site_keys: for a release of several hospitals, keys that one got from them and not from the folder.
+    """
+    public, expected = load_public(public_key), {site: load_public(path) for site, path in (site_keys or {}).items()}
     if not folder.is_dir():
         raise ArtifactError(f"Expected a released folder at {folder}, found none.")
     try:
         statement = _statement(folder, public)
     except (ArtifactError, SignatureError) as error:
         return [f"{SIGNATURE}: {error}"]
-    problems = _file_problems(folder, statement)
-    return problems or _claim_problems(folder, statement)
+    problems = _file_problems(folder, statement) or _claim_problems(folder, statement)
+    return problems or site_problems(folder, statement["predicate"], expected)
+
+
+def ledger_anchors(folder: Path) -> list[tuple[int, str]]:
+    """Number and digest of a ledger's last line when the folder was released; of several hospitals, each one's. Raises ArtifactError."""
+    sites = statements_of(folder)
+    return [(found.ledger_lines, found.ledger_sha256) for found in sites.values()] if sites else [ledger_anchor(folder)]
 
 
 def require_signed(folder: Path, name: str, public_key: Path) -> None:

@@ -41,19 +41,22 @@ def epsilon_report(
     verdicts: Sequence[Verdict],
     required: Sequence[str],
     decision: Mapping[str, Any],
-    budget: Mapping[str, Any],
+    budget: Mapping[str, Any] | None,
     method: str,
     title: str,
     count: int,
     site: bool,
     provenance: Mapping[str, str],
     cells: Sequence[Mapping[str, Any]] = (),
+    sites: Sequence[Mapping[str, Any]] = (),
+    overlapping: float = 0.0,
 ) -> dict[str, Any]:
     """The view model. `site=False` makes the public card, in which non-public verdicts keep only their outcome.
 
     required: names of the checks without which the policy releases nothing. decision: {"allowed": bool, "reasons": [...]}.
-    budget: the ledger's {"epsilon", "delta", "spent", "left", "gate_attempts", "max_gate_attempts"}.
+    budget: the ledger's {"epsilon", "delta", "spent", "left", "gate_attempts", "max_gate_attempts"}; none when there are several ledgers.
     cells: of a generator with attributes, rows of {"name", "noisy_patients", "stddev", "images"}.
+    sites: of images that several hospitals trained, a row for each with its word; overlapping: epsilon of a patient whom all hold.
     """
     private = math.isfinite(guarantee.epsilon)
     return {
@@ -76,7 +79,7 @@ def epsilon_report(
             "problems": list(guarantee.problems()) if private else ["no guarantee"],
         },
         "ledger_epsilon": _number(guarantee.ledger_epsilon),
-        "budget": dict(budget) if site else {name: budget[name] for name in ("epsilon", "delta")},
+        "budget": None if budget is None else dict(budget) if site else {name: budget[name] for name in ("epsilon", "delta")},
         "mechanisms": [_mechanism(mechanism, guarantee.delta) for mechanism in guarantee.mechanisms],
         "attack_rates": _attack_rates(guarantee),
         "posterior": _posterior(guarantee),
@@ -88,6 +91,8 @@ def epsilon_report(
         "lower_bounds": _lower_bounds(verdicts, guarantee) if site else [],
         "cells": [{**row, "small": row["noisy_patients"] < FEWEST_PATIENTS} for row in cells],
         "fewest_patients": FEWEST_PATIENTS,
+        "sites": [dict(row) for row in sites],
+        "overlapping": overlapping,
         "decision": dict(decision),
         "provenance": dict(provenance),
     }

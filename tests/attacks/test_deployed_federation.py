@@ -17,6 +17,7 @@ import pytest
 
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import silent
+from dpsynth.release.verify import verify
 from dpsynth.signing import load_private
 from federated.certs import CA_CERTIFICATE, make_ca, make_node_key
 from federated.coordinator import quiet
@@ -165,7 +166,7 @@ def test_the_bundle_that_travels_holds_the_carrier_and_nothing_else(parties: Dem
 
 def test_three_hospitals_train_together_by_one_command(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("d", numbered=True) / "x"
-    guarantee = demonstrate(folder, PROGRAMS, report=quiet, progress=silent)
+    guarantee = demonstrate(folder, PROGRAMS, report=quiet, note=lambda _: None, progress=silent)
     assert 9 < guarantee.epsilon <= 9.9
     facts = json.loads((folder / "run" / "train" / "federation.json").read_text())
     assert [site["site"] for site in facts["sites"]] == list(SITES)
@@ -173,3 +174,6 @@ def test_three_hospitals_train_together_by_one_command(tmp_path_factory: pytest.
     for site in SITES:
         charges = Ledger.load(folder / site / "ledger.jsonl").charges()
         assert [charge.settled for charge in charges] == [True] * 4
+    assert verify(folder / "release", folder / "coordinator" / "coordinator" / "signing.pub") == []
+    page = (folder / "release" / "report.html").read_text()
+    assert all(f"<strong>{site}</strong>" in page for site in SITES)

@@ -154,6 +154,22 @@ def test_a_site_that_leaves_is_not_counted_for_the_rounds_that_it_refused(empty:
     assert spending(coordinator).by_site["c"] < spending(coordinator).by_site["a"]
 
 
+@pytest.mark.parametrize("code", [Code.LOST, Code.ORDER, Code.MESSAGE_REUSED])
+def test_a_refusal_after_which_the_round_may_be_booked_leaves_it_counted(empty: World, tmp_path: Path, code: Code) -> None:
+    """A site that lost a round it had charged refuses the next try by its order: the charge is there all the same."""
+    sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    honest = sites["c"]
+
+    def refuses_round_1(raw: bytes) -> bytes:
+        signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
+        return encode_refusal(code, request_sha256=signed.digest) if signed.request.round == 1 else honest(raw)
+
+    coordinator = study(empty, {**sites, "c": refuses_round_1}, tmp_path / "study")
+    coordinator.run(initial(empty))
+    assert coordinator.asked["c"] == [0, 1, 2]
+    assert coordinator.answered == {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 2]}
+
+
 def test_both_bounds_over_sites_are_those_of_their_mechanisms(empty: World, tmp_path: Path) -> None:
     coordinator = study(empty, {name: Hospital(empty, seed) for seed, name in enumerate("abc")}, tmp_path / "study")
     coordinator.run(initial(empty))

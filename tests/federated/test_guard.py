@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from federation_cases import Site, World, config, new_site
 
 import federated.site as module
+from dpsynth.checks.accounting import ALWAYS, REQUIRED
 from dpsynth.data.split import split_patients
 from dpsynth.errors import ConfigError, SelfCheckFailed
 from dpsynth.privacy.calibrate import mu_of
@@ -251,3 +253,44 @@ def test_a_net_on_which_the_bound_is_not_proved_is_refused_before_the_charge(wor
     rounds.require_bound.cache_clear()
     assert world.ask("train", 1).code is Code.FAILED
     assert booked(world.sites["a"]) == []
+
+
+def test_the_coins_are_in_the_ledger_with_the_first_charge_and_cannot_be_drawn_again(world: World) -> None:
+    """Who is trained on is noted before anybody is; a guard that lost the coins takes no further round with new ones."""
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    (path,) = site.policy.state.rglob("split.json")
+    key = bytes.fromhex(json.loads(path.read_text())["key"])
+    (line,) = reserve_lines(site)
+    assert line["coins_sha256"] == hashlib.sha256(key).hexdigest()
+    assert world.ask("train", 1).outcome == "ok"
+    assert {line["coins_sha256"] for line in reserve_lines(site)} == {hashlib.sha256(key).hexdigest()}
+    path.unlink()
+    assert world.ask("train", 2).code is Code.LOST
+    assert len(reserve_lines(site)) == 2
+
+
+def test_a_policy_that_moves_the_control_fraction_does_not_move_the_patients_of_a_study_that_began(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, seen = world.sites["a"], []
+    monkeypatch.setattr(module, "train_round", lambda denoiser, model, split, **_: seen.append(split.control.patient_ids) or {})
+    world.ask("train", 1)
+    site.write_policy(data={**site.policy.data.model_dump(mode="json", exclude_defaults=True), "control_fraction": 0.4})
+    site.restart()
+    world.ask("train", 2)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_what_the_engine_proved_of_each_round_is_kept_for_the_checks(world: World) -> None:
+    site = world.sites["a"]
+    world.ask()
+    world.ask("train", 1)
+    folder = site.policy.state / "studies" / "study" / "messages"
+    moments, train = (json.loads((folder / name / "proof.json").read_text()) for name in ("moments-0", "train-1"))
+    assert set(moments["findings"]) == set(ALWAYS)
+    assert set(REQUIRED) <= set(train["findings"])
+    assert all(found["ok"] for found in (*moments["findings"].values(), *train["findings"].values()))
+    assert set(train["audits"]) == {"before training", "during training"}
+    assert train["audits"]["during training"]["mechanism"]["steps"] == 2

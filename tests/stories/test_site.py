@@ -1,24 +1,32 @@
-"""The hospital's story: it writes its rules, opens its ledger, lets its guard listen, says no, is killed in a round, and goes on."""
+"""The hospital's story: it writes its rules, opens its ledger, lets its guard listen, says no, is killed in a round, and goes on;
+and when the study is over it checks what came of it, approves it, and it is released."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from federation_cases import POLICY, config, train_body
+from joint_release_cases import SITES, Joint
 from typer.testing import CliRunner
 
+from dpsynth.errors import GateRefused
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.signing import generate_key, load_private
 from federated.cli import app
+from federated.coordinator_cli import app as coordinator_app
 from federated.federation import Federation, plan_of
 from federated.messages import Code, decode_reply, encode_request
 from federated.rounds import MOMENTS, Model
@@ -103,3 +111,63 @@ def until(condition: object) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_hospitals_check_what_they_trained_approve_it_and_it_is_released_and_verified_without_them(
+    joint: Joint, without_torch: Callable[[str], subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hospitals trained in one process. One checks with all that there is; the other's word is there. No figure leaves."""
+    monkeypatch.setattr("dpsynth.checks.suite.train_arms", not_today)  # utility is not required here, and takes half of the time
+    policy, out = joint.folder / "north" / "policy.yaml", joint.folder / "out"
+    said = run("check", policy, joint.candidates)
+    assert "Nothing stands in the way of an approval." in said
+    page = joint.policy("north").state / "studies" / "joint" / "check" / "report.html"
+    assert f"Report, which must not leave: {page}" in said
+    assert page.stat().st_mode & 0o077 == 0
+    refusal, approval = joint.folder / "refusal.dsse.json", joint.folder / "approval.dsse.json"
+    run("refuse", policy, joint.candidates, "--key", joint.key("north"), "--out", refusal)
+    run("approve", policy, joint.candidates, "--key", joint.key("north"), "--out", approval)
+    (joint.folder / "coordinator").mkdir()
+    for name in ("signing.key", "signing.pub"):
+        shutil.copy(joint.folder / "keys" / name, joint.folder / "coordinator" / name)
+    release = ["release", joint.folder / "study.yaml", joint.run, out, "--folder", joint.folder, "--approval", joint.statement("south")]
+    refused = CliRunner().invoke(coordinator_app, [*map(str, release), "--approval", str(refusal)])
+    assert isinstance(refused.exception, GateRefused)
+    assert "north: it refused" in str(refused.exception)
+    assert CliRunner().invoke(coordinator_app, [*map(str, release), "--approval", str(approval)]).exit_code == 0
+
+    verified = without_torch(
+        "sys.modules['federated'] = sys.modules['flwr'] = None\n"
+        f"sys.argv = ['dpsynth', 'verify', {str(out)!r}, '--key', {str(joint.coordinator_key.with_name('signing.pub'))!r}]\n"
+        "from dpsynth.cli import main\nmain()"
+    )
+    assert (verified.returncode, verified.stdout) == (0, "true\n"), verified.stderr
+    report, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    for site in SITES:
+        assert f"<strong>{site}</strong>" in report
+        assert f"{site}: epsilon" in card
+    released_texts_hold_no_figure_of(joint, out)
+
+
+def not_today(*_: object, **__: object) -> None:
+    raise RuntimeError("no classifier is trained")
+
+
+def released_texts_hold_no_figure_of(joint: Joint, out: Path) -> None:
+    secrets, numbers = [str(joint.folder)], []
+    for site in SITES:
+        checks = joint.policy(site).state / "studies" / "joint" / "check"
+        for verdict in json.loads((checks / "verdicts.json").read_text())["verdicts"]:
+            secrets += [verdict["reason"]] if verdict["reason"] != "because" else []
+            if verdict["check"] not in ("accounting", "content"):
+                numbers += [f"{n:.4g}" for n in (verdict["statistic"], *verdict["interval"], *verdict["figures"].values())]
+        secrets += [json.loads((checks.parent / "split.json").read_text())["key"], joint.guard(site).ledger.genesis["digest_salt"]]
+    statements = [base64.b64decode(json.loads(path.read_text())["payload"]).decode() for path in (out / "sites").glob("*.json")]
+    assert len(statements) == 2
+    files = [path.read_text() for path in out.rglob("*") if path.suffix in {".json", ".html", ".md", ".csv", ".txt"}]
+    for text in (*files, *statements):
+        for secret in secrets:
+            assert secret not in text, secret
+        plain = re.sub(r' d="[^"]*"', "", text)  # the coordinates of curves hold any four digits sooner or later
+        for number in (number for number in numbers if len(number) > 5):
+            assert not re.search(r"(?<![\d.])" + re.escape(number), plain), number

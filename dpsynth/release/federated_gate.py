@@ -1,0 +1,210 @@
+"""The gate for images of several hospitals: pure, and fails closed, as the gate for one. Release and verification ask the same questions.
+
+The coordinator has no patients, so each site's word stands in for the checks. A site is charged when its round was asked for, answered
+or not; what it states must hold every round of which an answer was used, and none that was not asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dpsynth.artifacts import json_bytes
+from dpsynth.errors import ArtifactError, LedgerError
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, from_json
+from dpsynth.release.gate import ALWAYS_REQUIRED, Allowed, Refused
+from dpsynth.release.statement import Count, Digest, Name, SiteStatement
+
+_TOLERANCE = 1e-3  # between two computations of one epsilon
+_REFUSING = ("fail", "inconclusive")
+
+
+class SiteRecord(BaseModel):
+    """What the coordinator counted of a site: rounds asked for and not refused, their mechanisms, and rounds whose answer was usable."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    site: Name
+    rounds: tuple[int, ...]
+    answered: tuple[int, ...]
+    mechanisms: tuple[dict[str, Any], ...]
+
+    @property
+    def counted(self) -> tuple[Mechanism, ...]:
+        """The mechanisms."""
+        return tuple(from_json(value) for value in self.mechanisms)
+
+
+class Spending(BaseModel):
+    """Epsilon at one delta: of a patient of one site, and of one who is at all."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    delta: float = Field(gt=0, lt=1)
+    disjoint: float
+    overlapping: float
+
+
+class FederatedRun(BaseModel):
+    """A study as its coordinator counted it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    study: Name
+    plan_sha256: Digest
+    steps_per_round: Count
+    sites: tuple[SiteRecord, ...]
+    spending: Spending
+
+    @property
+    def charged(self) -> tuple[SiteRecord, ...]:
+        """Sites that may have released anything."""
+        return tuple(site for site in self.sites if site.rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitesQuestion:
+    """Everything that this gate looks at. statements: by site, signatures verified. required: checks without which nothing is released."""
+
+    run: FederatedRun
+    guarantee: Guarantee
+    required: tuple[str, ...]
+    statements: Mapping[str, SiteStatement]
+    images_sha256: str
+
+
+def federated_run(value: object) -> FederatedRun:
+    """The record of a federated run. Raises ArtifactError."""
+    try:
+        run = FederatedRun.model_validate_json(json_bytes(value))
+        for site in run.sites:
+            _ = site.counted
+    except (ValidationError, ValueError, TypeError, LedgerError) as error:
+        raise ArtifactError("Expected the record of a federated study, found something else. Run the study with this version.") from error
+    return run
+
+
+def decide_sites(question: SitesQuestion, *, configured_epsilon: float) -> Allowed | Refused:
+    """Allow only when the claim stands and every charged site approved these very images."""
+    reasons = federated_problems(question)
+    if not question.guarantee.epsilon <= configured_epsilon * (1 + 1e-6):
+        reasons.append(f"epsilon {question.guarantee.epsilon:.4g} is above the {configured_epsilon:g} of the study")
+    return Refused(reasons=tuple(reasons)) if reasons else Allowed(candidates_sha256=question.images_sha256)
+
+
+def federated_problems(question: SitesQuestion) -> list[str]:
+    """Why the claim or a site's word does not hold; empty when all do."""
+    run, statements = question.run, question.statements
+    charged = {site.site: site for site in run.charged}
+    reasons = _claim_problems(run, question.guarantee)
+    reasons += [] if charged else ["no site was charged in this study"]
+    reasons += [f"{name}: no approval of this site was given" for name in charged if name not in statements]
+    reasons += [f"{name}: it speaks for a study in which it was not charged" for name in sorted(statements.keys() - charged.keys())]
+    for name in sorted(statements.keys() & charged.keys()):
+        found = [*_word_problems(question, statements[name]), *_ledger_problems(question, charged[name], statements[name])]
+        reasons += [f"{name}: {problem}" for problem in found]
+    return reasons
+
+
+def _claim_problems(run: FederatedRun, guarantee: Guarantee) -> list[str]:
+    if not math.isfinite(guarantee.epsilon):
+        return ["epsilon is infinite: there is no privacy guarantee"]
+    found, delta = list(guarantee.problems()), guarantee.delta
+    if run.spending.delta != delta:
+        found.append(f"the study counts at delta {run.spending.delta:.3g}, the guarantee at {delta:.3g}")
+    worst = max((epsilon_pld(site.counted, delta) for site in run.sites), default=0.0)
+    everyone = [_as_one(mechanism) for site in run.sites for mechanism in site.counted]
+    for name, stated, computed in (
+        ("claimed epsilon", guarantee.epsilon, worst),
+        ("largest epsilon of a site", run.spending.disjoint, worst),
+        ("epsilon of a patient of all sites", run.spending.overlapping, epsilon_pld(everyone, delta)),
+    ):
+        if not _close(stated, computed):
+            found.append(f"the {name}, {stated:.4g}, is not the {computed:.4g} of what the sites were asked for")
+    return found
+
+
+def _word_problems(question: SitesQuestion, statement: SiteStatement) -> list[str]:
+    """What the site said, and of what."""
+    found = []
+    if statement.decision != "approved":
+        found.append("it refused")
+    if statement.study != question.run.study or statement.plan_sha256 != question.run.plan_sha256:
+        found.append("its statement is about another study or plan")
+    if statement.images_sha256 != question.images_sha256:
+        found.append("it approved other images than these")
+    missing = sorted({*question.required, *ALWAYS_REQUIRED} - set(statement.required))
+    found += [f"it did not require the check {name!r}" for name in missing]
+    found += [f"{check}: {word}" for check, word in statement.outcomes.items() if word in _REFUSING and check in statement.required]
+    if not 1 <= statement.attempt <= statement.max_attempts:
+        found.append(f"attempt {statement.attempt} of {statement.max_attempts} allowed")
+    return found
+
+
+def _ledger_problems(question: SitesQuestion, record: SiteRecord, statement: SiteStatement) -> list[str]:
+    """What its ledger holds against what it was asked for."""
+    found, delta = [], question.guarantee.delta
+    if statement.unit != question.guarantee.unit.value and statement.unit == "image":
+        found.append("it protects the image, and the guarantee speaks of the patient")
+    lacking = sorted(set(record.answered) - set(statement.rounds))
+    surplus = sorted(set(statement.rounds) - set(record.rounds))
+    if lacking:
+        found.append(f"its ledger states fewer rounds than it answered: {_listed(lacking)} missing")
+    if surplus:
+        found.append(f"its ledger states rounds that were not counted for it: {_listed(surplus)}")
+    if not lacking and not surplus and _losses(statement.booked) != _losses(_of_rounds(question.run, record, statement.rounds)):
+        found.append("its ledger booked other mechanisms than it was asked for")
+    if statement.delta != delta:
+        found.append(f"it counts at delta {statement.delta:.3g}, the study at {delta:.3g}")
+        return found
+    epsilon, ledger = statement.epsilons
+    computed = epsilon_pld(statement.booked, delta)
+    if not _close(epsilon, computed):
+        found.append(f"it states epsilon {epsilon:.4g} where its mechanisms cost {computed:.4g}")
+    if not (math.isfinite(ledger) and ledger >= epsilon * (1 - 1e-6)):
+        found.append(f"it states epsilon {ledger:.4g} for its whole ledger, of which this study is a part")
+    return found
+
+
+def _of_rounds(run: FederatedRun, record: SiteRecord, rounds: Sequence[int]) -> tuple[Mechanism, ...]:
+    """The counted mechanisms as they are for some of the rounds."""
+    steps = run.steps_per_round * sum(number > 0 for number in rounds)
+    found: list[Mechanism] = []
+    for mechanism in record.counted:
+        if isinstance(mechanism, PoissonDpSgd):
+            found += [replace(mechanism, steps=steps)] if steps else []
+        elif 0 in rounds:
+            found.append(mechanism)
+    return tuple(found)
+
+
+def _losses(mechanisms: Sequence[Mechanism]) -> list[tuple[float | str, ...]]:
+    """What of mechanisms costs privacy. Clip norms come from public images, which two machines may compute with another last digit."""
+    found: list[tuple[float | str, ...]] = []
+    for mechanism in mechanisms:
+        if isinstance(mechanism, MomentRelease):
+            found.append((mechanism.kind, mechanism.noise_multiplier))
+        elif isinstance(mechanism, PoissonDpSgd):
+            found.append((mechanism.kind, mechanism.noise_multiplier, mechanism.sampling_probability, float(mechanism.steps)))
+        else:
+            found.append((mechanism.kind,))
+    return sorted(found, key=str)
+
+
+def _as_one(mechanism: Mechanism) -> Mechanism:
+    """Sites declare different numbers of patients, which changes no loss: as one, their steps add up exactly."""
+    return replace(mechanism, declared_patients=1) if isinstance(mechanism, PoissonDpSgd) else mechanism
+
+
+def _close(stated: float, computed: float) -> bool:
+    return math.isfinite(stated) and abs(stated - computed) <= _TOLERANCE * max(computed, 1e-3)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")

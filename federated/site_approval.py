@@ -1,0 +1,80 @@
+"""The officer's word on checked candidates, signed with the site's key: approved or refused, and what the site's ledger holds.
+
+An approval exists only when the site's gate allows it; a refusal can always be signed. Neither carries what the checks measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from dpsynth.artifacts import write_json
+from dpsynth.checks.verdict import Outcome
+from dpsynth.errors import ArtifactError, GateRefused, UsageError
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.mechanism import to_json
+from dpsynth.release.gate import Question, Refused, decide
+from dpsynth.release.statement import SiteStatement, plain, sign_site_statement, site_statement
+from dpsynth.signing import load_private
+from federated.site import Guard
+from federated.site_checks import Joined, joined, question_of
+
+REVIEWS = "reviews.json"  # beside the verdicts: the officer's words, which stay at the site
+
+
+def approve(guard: Guard, path: Path, *, key_path: Path, out: Path, reviews: Mapping[str, str]) -> SiteStatement:
+    """Ask the site's gate and sign its yes. Raises GateRefused with every reason, UsageError for a review of what was not flagged."""
+    work = joined(guard, path)
+    question = question_of(guard, work, reviews=reviews)
+    flagged = {verdict.check for verdict in question.verdicts if verdict.outcome is Outcome.FLAG}
+    if unknown := sorted(set(reviews) - flagged):
+        raise UsageError(f"--accept {unknown[0]}: only a flag can be accepted; flagged: {', '.join(sorted(flagged)) or 'none'}.")
+    answer = decide(question)
+    if isinstance(answer, Refused):
+        raise GateRefused("Nothing was signed: " + "; ".join(answer.reasons) + ". `dpsynth-site refuse` signs a refusal.")
+    write_json(work.folder / REVIEWS, dict(reviews), private=True)
+    return _signed(guard, work, question, decision="approved", key_path=key_path, out=out)
+
+
+def refuse(guard: Guard, path: Path, *, key_path: Path, out: Path) -> SiteStatement:
+    """Sign a refusal of candidates that were checked, whatever the checks found."""
+    work = joined(guard, path)
+    return _signed(guard, work, question_of(guard, work, reviews={}), decision="refused", key_path=key_path, out=out)
+
+
+def _signed(
+    guard: Guard, work: Joined, question: Question, *, decision: Literal["approved", "refused"], key_path: Path, out: Path
+) -> SiteStatement:
+    private = load_private(key_path)
+    if out.exists():
+        raise ArtifactError(f"Expected {out} not to exist. Name another file.")
+    policy, header, delta = guard.policy, work.carried.header, question.guarantee.delta
+    lines, head = guard.ledger.head()
+    statement = site_statement(
+        {
+            "site": policy.site,
+            "study": header.study,
+            "decision": decision,
+            "images_sha256": header.images_sha256,
+            "plan_sha256": header.plan_sha256,
+            "unit": policy.data.unit.value,
+            "declared_patients": policy.data.declared_patients,
+            "max_images_per_patient": policy.data.max_images_per_patient,
+            "rounds": list(work.rounds),
+            "mechanisms": [to_json(mechanism) for mechanism in work.mechanisms],
+            "delta": delta,
+            "epsilon": plain(epsilon_pld(work.mechanisms, delta)),
+            "ledger_epsilon": plain(question.guarantee.ledger_epsilon),
+            "budget_epsilon": plain(guard.ledger.budget_epsilon),
+            "budget_delta": guard.ledger.delta,
+            "attempt": question.attempt,
+            "max_attempts": question.max_attempts,
+            "required": list(question.required),
+            "outcomes": {v.check: v.outcome.value for v in question.verdicts if v.check in policy.public_checks},
+            "ledger_lines": lines,
+            "ledger_sha256": head,
+        }
+    )
+    write_json(out, sign_site_statement(statement, private))
+    return statement

@@ -1,0 +1,384 @@
+"""Ways to release images of several hospitals without the word of one of them: each is refused by one line that names it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from joint_release_cases import SITES, Joint, played
+
+import federated.site_checks as site_checks
+from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
+from dpsynth.data.candidates import FILE, load_candidates, save_candidates
+from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, SignatureError
+from dpsynth.progress import silent
+from dpsynth.release.bundle import MANIFEST, SIGNATURE
+from dpsynth.release.statement import SiteStatement, open_site_statement, sign_site_statement, site_statement
+from dpsynth.release.verify import ledger_anchors, verify
+from dpsynth.signing import generate_key, load_private, load_public, sign_statement, verify_envelope
+from federated.candidates import pack
+from federated.site_approval import approve, refuse
+from federated.site_checks import check_candidates
+
+
+def opened(joint: Joint, site: str) -> SiteStatement:
+    return open_site_statement(read_json(joint.statement(site)), load_public(joint.key(site).with_name("signing.pub")))
+
+
+def says(joint: Joint, site: str, **changes: Any) -> None:
+    """The site signs its statement with other values, as a site that lies can."""
+    fields = {**opened(joint, site).model_dump(mode="json"), **changes}
+    write_json(joint.statement(site), sign_site_statement(site_statement(fields), load_private(joint.key(site))))
+
+
+def sealed(joint: Joint) -> None:
+    """The stage's record fits its files again, as the owner of the run folder can make it."""
+    run = RunFolder.open(joint.run)
+    run.complete("generate", needs=("train",), facts=json.loads((joint.run / "generate" / "stage.json").read_text())["facts"])
+
+
+def other_candidates(joint: Joint) -> None:
+    run = RunFolder.open(joint.run)
+    candidates = load_candidates(run)
+    candidates.images[3, 0, 5, 5] ^= 1
+    save_candidates(run, candidates)
+    sealed(joint)
+
+
+def swapped_labels(joint: Joint) -> None:
+    run = RunFolder.open(joint.run)
+    candidates = load_candidates(run)
+    candidates.labels[:] = 1 - candidates.labels
+    save_candidates(run, candidates)
+    sealed(joint)
+
+
+def forged(joint: Joint) -> None:
+    envelope = read_json(joint.statement("south"))
+    envelope["payload"] = envelope["payload"].replace("A", "B", 1)
+    write_json(joint.statement("south"), envelope)
+
+
+def a_strangers_key(joint: Joint) -> None:
+    private, _ = generate_key(joint.folder / "stranger")
+    write_json(joint.statement("south"), sign_site_statement(opened(joint, "south"), load_private(private)))
+
+
+def one_speaks_for_the_other(joint: Joint) -> None:
+    write_json(joint.statement("south"), sign_site_statement(opened(joint, "south"), load_private(joint.key("north"))))
+
+
+def half_the_epsilon(joint: Joint) -> None:
+    says(joint, "south", epsilon=opened(joint, "south").epsilons[0] / 2)
+
+
+def fewer_rounds(joint: Joint) -> None:
+    says(joint, "south", rounds=[0, 1])
+
+
+def fewer_steps(joint: Joint) -> None:
+    mechanisms = [dict(value) for value in opened(joint, "south").mechanisms]
+    mechanisms[1]["steps"] -= 2
+    says(joint, "south", mechanisms=mechanisms)
+
+
+def more_noise_than_asked(joint: Joint) -> None:
+    mechanisms = [dict(value) for value in opened(joint, "south").mechanisms]
+    mechanisms[0]["noise_multiplier"] *= 4
+    says(joint, "south", mechanisms=mechanisms)
+
+
+def more_rounds_than_counted(joint: Joint) -> None:
+    says(joint, "south", rounds=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (other_candidates, "north: it approved other images than these"),
+        (swapped_labels, "south: it approved other images than these"),
+        (forged, "signature was not made by this key|is signed by no key"),
+        (a_strangers_key, "south.dsse.json is signed by no key that this study knows"),
+        (one_speaks_for_the_other, "signed with the key of north and speaks for south"),
+        (half_the_epsilon, "south: it states epsilon"),
+        (fewer_rounds, "south: its ledger states fewer rounds than it answered: 2 missing"),
+        (fewer_steps, "south: its ledger booked other mechanisms than it was asked for"),
+        (more_noise_than_asked, "south: its ledger booked other mechanisms than it was asked for"),
+        (more_rounds_than_counted, "south: its ledger states rounds that were not counted for it: 3"),
+        (lambda joint: says(joint, "south", decision="refused"), "south: it refused"),
+        (lambda joint: says(joint, "south", required=["accounting", "mechanism", "membership"]), "did not require the check 'copying'"),
+        (lambda joint: says(joint, "south", attempt=3), "south: attempt 3 of 2 allowed"),
+        (lambda joint: says(joint, "south", outcomes={"copying": "fail"}), "south: copying: fail"),
+        (lambda joint: says(joint, "south", ledger_epsilon="inf"), "south: it states epsilon inf for its whole ledger"),
+        (lambda joint: says(joint, "south", ledger_epsilon=1.0), "for its whole ledger, of which this study is a part"),
+        (lambda joint: says(joint, "south", delta=1e-3), "south: it counts at delta 0.001"),
+        (lambda joint: says(joint, "south", study="other"), "south: its statement is about another study"),
+        (lambda joint: says(joint, "south", plan_sha256="0" * 64), "south: its statement is about another study or plan"),
+        (lambda joint: says(joint, "south", unit="image"), "south: it protects the image"),
+    ],
+)
+def test_no_release_without_every_sites_word_on_these_images(joint: Joint, fault: Callable[[Joint], None], words: str) -> None:
+    fault(joint)
+    with pytest.raises(DpsynthError, match=words):
+        joint.release()
+    assert not (joint.folder / "out").exists()
+
+
+def test_a_site_that_was_charged_and_is_silent_stops_the_release(joint: Joint) -> None:
+    with pytest.raises(GateRefused, match="south: no approval of this site was given"):
+        joint.release(approvals=[joint.statement("north")])
+    with pytest.raises(ArtifactError, match="second statement of north"):
+        joint.release(approvals=[joint.statement("north"), joint.statement("north")])
+
+
+def test_a_coordinator_that_counts_less_for_a_site_than_it_booked_is_found_out(joint: Joint) -> None:
+    """The coordinator owns its run folder; the site's ledger does not."""
+    record = joint.run / "train" / "federation.json"
+    value = read_json(record)
+    south = next(site for site in value["sites"] if site["site"] == "south")
+    south["rounds"], south["answered"] = [0, 1], [0, 1]
+    write_json(record, value)
+    RunFolder.open(joint.run).complete("train", facts={"study": "joint"})
+    sealed(joint)
+    with pytest.raises(GateRefused, match="south: its ledger states rounds that were not counted for it: 2"):
+        joint.release()
+
+
+@pytest.mark.parametrize(
+    "planted", [{"auc": 0.73}, {"patients": ["MRN-4711"]}, {"outcomes": {"membership": "AUC 0.73"}}, {"site": "North /data"}]
+)
+def test_the_statement_has_no_place_for_a_private_figure(joint: Joint, planted: dict[str, Any]) -> None:
+    fields = {**opened(joint, "south").model_dump(mode="json"), **planted}
+    with pytest.raises(ArtifactError, match=next(iter(planted))):
+        site_statement(fields)
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        {"kind": "non_private", "reason": "MRN-4711"},
+        {"kind": "poisson_dp_sgd", "noise_multiplier": 1, "clip_norm": 1, "sampling_probability": 0.1, "steps": 1, "declared_patients": 9,
+         "true_patients": 7},
+        {"kind": "moment_release", "noise_multiplier": 1, "queries": [{"name": "MRN 4711", "share": 1, "clip_norm": 1}]},
+    ],
+)  # fmt: skip
+def test_nor_has_a_mechanism_in_it(joint: Joint, mechanism: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="mechanisms"):
+        site_statement({**opened(joint, "south").model_dump(mode="json"), "mechanisms": [mechanism]})
+
+
+def rewritten(path: Path, change: Callable[[dict[str, bytes]], None]) -> None:
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def flipped(name: str) -> Callable[[dict[str, bytes]], None]:
+    def change(members: dict[str, bytes]) -> None:
+        members[name] = members[name][:-30] + bytes([members[name][-30] ^ 1]) + members[name][-29:]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (flipped(FILE), "changed since the coordinator signed it"),
+        (flipped("moments.npz"), "changed since the coordinator signed it"),
+        (flipped("header.dsse.json"), "No coordinator that the policy approves signed|header of the candidates is no JSON"),
+        (lambda members: members.update(extra=b"x"), "found other files"),
+        (lambda members: members.pop("moments.npz"), "found other files"),
+    ],
+)
+def test_a_file_of_candidates_that_was_changed_is_not_checked(joint: Joint, change: Callable[[dict[str, bytes]], None], words: str) -> None:
+    rewritten(joint.candidates, change)
+    untouched(joint, DpsynthError, words)
+
+
+def untouched(joint: Joint, error: type[DpsynthError], words: str) -> None:
+    """The check is refused, no attempt is counted and no patient is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site_checks, "read_cohort", lambda *_: pytest.fail("patients were read"))
+        before = joint.guard("north").ledger.head()
+        with pytest.raises(error, match=words):
+            check_candidates(joint.guard("north"), joint.candidates, progress=silent)
+        assert joint.guard("north").ledger.head() == before
+
+
+def test_candidates_that_a_stranger_signed_are_not_checked(joint: Joint) -> None:
+    private, _ = generate_key(joint.folder / "stranger")
+    joint.candidates.unlink()
+    pack(joint.run, out=joint.candidates, private=load_private(private))
+    untouched(joint, SignatureError, "No coordinator that the policy approves signed")
+
+
+def test_candidates_of_a_study_that_the_site_never_joined_are_not_checked(joint: Joint) -> None:
+    record = joint.run / "train" / "federation.json"
+    write_json(record, {**read_json(record), "study": "elsewhere"})
+    RunFolder.open(joint.run).complete("train", facts={})
+    sealed(joint)
+    joint.candidates.unlink()
+    pack(joint.run, out=joint.candidates, private=load_private(joint.coordinator_key))
+    untouched(joint, GateRefused, "took no part in the study elsewhere")
+
+
+def test_candidates_of_another_plan_are_not_checked(joint: Joint) -> None:
+    record = joint.run / "train" / "federation.json"
+    write_json(record, {**read_json(record), "plan_sha256": "0" * 64})
+    RunFolder.open(joint.run).complete("train", facts={})
+    sealed(joint)
+    joint.candidates.unlink()
+    pack(joint.run, out=joint.candidates, private=load_private(joint.coordinator_key))
+    untouched(joint, GateRefused, "another plan or another coordinator")
+
+
+def test_attempts_are_capped_over_a_study_whatever_the_candidates(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_checks, "run_checks", lambda *_, **__: ())
+    check_candidates(joint.guard("north"), joint.candidates, progress=silent)
+    with pytest.raises(BudgetExceeded, match="checked 2 times and the data owner allows 2"):
+        check_candidates(joint.guard("north"), joint.candidates, progress=silent)
+    with pytest.raises(GateRefused, match="the required check 'copying' has not run"):  # what the last attempt found counts, not the first
+        joint.approve("north", "again.dsse.json")
+    assert not (joint.folder / "again.dsse.json").exists()
+
+
+def test_coins_that_were_not_noted_before_training_are_refused(joint: Joint) -> None:
+    (path,) = joint.policy("north").state.rglob("split.json")
+    write_json(path, {**read_json(path), "key": "00" * 32}, private=True)
+    with pytest.raises(LedgerError, match="coins are not those that the ledger noted"):
+        check_candidates(joint.guard("north"), joint.candidates, progress=silent)
+
+
+def test_a_round_of_which_no_proof_was_kept_cannot_pass(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard of another make, or a folder that was tidied up: the checks say so, and the gate does not allow it."""
+    monkeypatch.setattr(site_checks, "run_checks", played)
+    (joint.policy("north").state / "studies" / "joint" / "messages" / "train-2-1" / "proof.json").unlink()
+    found = {
+        v.check: (v.outcome.value, v.reason) for v in check_candidates(joint.guard("north"), joint.candidates, progress=silent).verdicts
+    }
+    assert found["accounting"][0] == found["mechanism"][0] == "inconclusive"
+    assert "live_noise_scale" in found["accounting"][1]
+    with pytest.raises(GateRefused, match="Nothing was signed: accounting: inconclusive"):
+        joint.approve("north", "again.dsse.json")
+
+
+def test_verdicts_that_were_edited_and_rounds_that_came_later_are_not_approved(joint: Joint) -> None:
+    path = joint.policy("north").state / "studies" / "joint" / "check" / "verdicts.json"
+    kept = path.read_bytes()
+    value = read_json(path)
+    value["verdicts"][2]["outcome"] = "pass"
+    write_json(path, {**value, "attempt": 0}, private=True)
+    with pytest.raises(ArtifactError, match="not those that the ledger noted"):
+        joint.approve("north", "again.dsse.json")
+    path.write_bytes(kept)
+    guard = joint.guard("north")
+    first = guard.ledger.charges()[0]
+    guard.ledger.reserve(first.mechanisms[:0], purpose="x", run_id="joint/3/train-3-1", coins_sha256=first.coins_sha256)
+    with pytest.raises(ArtifactError, match="The study went on after the check"):
+        joint.approve("north", "again.dsse.json")
+
+
+def test_a_refusal_is_signed_too_and_says_no_more(joint: Joint) -> None:
+    out = joint.folder / "refusal.dsse.json"
+    refuse(joint.guard("south"), joint.candidates, key_path=joint.key("south"), out=out)
+    said = opened(joint, "south").model_dump()
+    statement = open_site_statement(read_json(out), load_public(joint.key("south").with_name("signing.pub")))
+    assert {name for name, value in statement.model_dump().items() if value != said[name]} == {"decision"}
+    with pytest.raises(GateRefused, match="south: it refused"):
+        joint.release(approvals=[joint.statement("north"), out])
+
+
+@pytest.fixture
+def out(joint: Joint) -> Path:
+    return joint.release()
+
+
+def resigned(joint: Joint, out: Path, name: str) -> None:
+    """The coordinator signs a bundle again in which one file was changed."""
+    manifest, envelope = read_json(out / MANIFEST), read_json(out / SIGNATURE)
+    statement = verify_envelope(envelope, load_public(joint.coordinator_key.with_name("signing.pub")))
+    manifest["files"][name] = {"sha256": sha256_file(out / name), "bytes": (out / name).stat().st_size}
+    write_json(out / MANIFEST, manifest)
+    digests = {MANIFEST: sha256_file(out / MANIFEST), name: manifest["files"][name]["sha256"]}
+    for subject in statement["subject"]:
+        subject["digest"]["sha256"] = digests.get(subject["name"], subject["digest"]["sha256"])
+    write_json(out / SIGNATURE, sign_statement(statement, load_private(joint.coordinator_key)))
+
+
+def test_a_sites_statement_that_was_changed_after_the_release_is_named(joint: Joint, out: Path) -> None:
+    """By the coordinator's signature, and where the coordinator itself changes it and signs again, by the site's."""
+    key, name = joint.coordinator_key.with_name("signing.pub"), "sites/south.dsse.json"
+    assert verify(out, key) == []
+    kept = (out / name).read_bytes()
+    envelope = read_json(out / name)
+    envelope["payload"] = envelope["payload"].replace("A", "B", 1)
+    write_json(out / name, envelope)
+    assert verify(out, key) == [f"{name}: changed since it was signed"]
+    resigned(joint, out, name)
+    (problem,) = verify(out, key)
+    assert problem.startswith("sites: The signature was not made by this key")
+    (out / name).write_bytes(kept)
+    resigned(joint, out, name)
+    assert verify(out, key) == []
+
+
+def test_images_that_no_site_approved_are_named_though_the_coordinator_signs_them(joint: Joint, out: Path) -> None:
+    with zipfile.ZipFile(out / "synthetic.npz") as archive:
+        assert "train_images.npy" in archive.namelist()
+    rewritten(out / "synthetic.npz", flipped("train_images.npy"))
+    resigned(joint, out, "synthetic.npz")
+    assert verify(out, joint.coordinator_key.with_name("signing.pub")) == [
+        f"sites: {site}: it approved other images than these" for site in SITES
+    ]
+
+
+def test_a_site_that_was_left_out_of_the_bundle_is_missed(joint: Joint, out: Path) -> None:
+    record = read_json(out / "federation.json")
+    record["sites"] = record["sites"][:1]
+    write_json(out / "federation.json", record)
+    resigned(joint, out, "federation.json")
+    problems = verify(out, joint.coordinator_key.with_name("signing.pub"))
+    assert "sites: south: it speaks for a study in which it was not charged" in problems
+
+
+def test_another_key_beside_the_statement_is_named(joint: Joint, out: Path) -> None:
+    shutil.copy(joint.key("north").with_name("signing.pub"), out / "sites" / "south.pub")
+    resigned(joint, out, "sites/south.pub")
+    (problem,) = verify(out, joint.coordinator_key.with_name("signing.pub"))
+    assert problem.startswith("sites: ")
+
+
+def test_each_sites_ledger_is_anchored_in_the_bundle(joint: Joint, out: Path) -> None:
+    anchors = ledger_anchors(out)
+    for site in SITES:
+        ledger = joint.guard(site).ledger
+        assert sum(not ledger.problems_of(ledger.path, anchor=anchor) for anchor in anchors) == 1
+
+
+def test_an_approval_needs_a_flag_to_accept(joint: Joint) -> None:
+    with pytest.raises(DpsynthError, match="only a flag can be accepted"):
+        approve(
+            joint.guard("north"), joint.candidates, key_path=joint.key("north"), out=joint.folder / "x.json", reviews={"copying": "A: B"}
+        )
+
+
+def test_whoever_has_a_sites_key_from_the_site_finds_out_a_coordinator_that_made_up_sites(joint: Joint) -> None:
+    """A bundle in which all fits, but for who signed."""
+    private, public = generate_key(joint.folder / "made-up")
+    write_json(joint.statement("south"), sign_site_statement(opened(joint, "south"), load_private(private)))
+    study = joint.folder / "study.yaml"
+    study.write_text(study.read_text().replace("south: south/keys/signing.pub", f"south: {public}"))
+    out, key = joint.release(), joint.coordinator_key.with_name("signing.pub")
+    genuine = {site: joint.key(site).with_name("signing.pub") for site in SITES}
+    assert verify(out, key) == []
+    assert verify(out, key, {"north": genuine["north"]}) == []
+    assert verify(out, key, genuine) == ["sites: south: its statement is not signed by the key that you have of it"]
+    assert verify(out, key, {"west": genuine["north"]}) == ["sites: west: its statement is not signed by the key that you have of it"]
