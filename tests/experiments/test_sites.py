@@ -59,16 +59,16 @@ def test_a_tiny_cell_is_trained_tested_and_put_into_the_table(tmp_path: Path, mo
     monkeypatch.setattr("federated.outcome.prv_epsilon", epsilon_pld)  # as a second opinion, which takes seconds
     monkeypatch.setattr(sites, "train_and_predict", lambda images, labels, test, **_: np.random.default_rng(0).dirichlet((1, 1), len(test)))
     setting = sites.Setting(data=None, work=tmp_path, side=12, channels=(8, 8), pretrain_steps=2, steps=2, count=60, num_phantoms=60)
-    cell = ("phantom-even-2", "together", 8.0, 0, 0)
+    cell = ("phantom-even-2", "together", 1.0, 0, 0)
     found = sites.one_run(setting, *cell)
     assert found["declared"] == [120, 120]
-    assert 7 < found["epsilon"] <= 8
+    assert 0.9 < found["epsilon"] <= 1
     assert 0 <= found["figures"]["phantom"]["auc"] <= 1
     name = sites.name_of(setting, *cell)
-    assert name == "phantom-even-2/12 px/8/together/0.0"
+    assert name == "phantom-even-2/12 px/1/together/0.0"
     results = {name: found}
     for arm in ("pooled", "alone-0", "alone-1"):
-        results[sites.name_of(setting, "phantom-even-2", arm, 8.0, 0, 0)] = {"figures": {"phantom": {"auc": 0.4 + 0.1 * len(arm)}}}
+        results[sites.name_of(setting, "phantom-even-2", arm, 1.0, 0, 0)] = {"figures": {"phantom": {"auc": 0.4 + 0.1 * len(arm)}}}
     (row,) = sites.table(results).splitlines()[2:]
     own = found["figures"]["phantom"]["auc"]
     assert row.split(" | ")[3:] == ["1.000", f"{own:.3f}", "1.100", f"{own - 1:.3f}", f"{own - 1.1:.3f} |"]

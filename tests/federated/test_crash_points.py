@@ -69,7 +69,7 @@ def some(*values: object, stride: int, name: str) -> list[object]:
 CASES = [
     *some("moments", 0, "", False, stride=2, name="killed-in-moments"),
     *some("moments", 0, "", True, stride=3, name="full-in-moments"),
-    *some("train", 1, "checkpoint", False, stride=10, name="killed-at-a-checkpoint"),
+    *some("train", 1, "checkpoint", False, stride=14, name="killed-at-a-checkpoint"),
     *some("train", 1, "checkpoint", True, stride=4, name="full-at-a-checkpoint"),
     pytest.param("train", 1, "", False, 1, id="killed-in-training-all", marks=pytest.mark.slow),
     pytest.param("train", 1, "", True, 1, id="full-in-training-all", marks=pytest.mark.slow),
