@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dpsynth.artifacts import read_json, write_bytes, write_json
+from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
 from dpsynth.errors import ArtifactError, DpsynthError
 from dpsynth.model.moments import Moments
 from federated.combine import averaged, combined_moments, combined_weights, largest_update, moments_problem, odd_sites, update_norm
 from federated.federation import Federation
+from federated.lines import append_line
 from federated.messages import (
     REASONS,
     TRANSIENT,
@@ -228,8 +229,7 @@ class Coordinator:
 
     def _note(self, number: int, site: str, outcome: str, reason: str) -> None:
         event = Event(round=number, site=site, outcome=outcome, reason=reason)
-        with (self.folder / "events.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(event)) + "\n")
+        append_line(self.folder / "events.jsonl", asdict(event))
         self._keep()
         self.report(event)
 
@@ -239,7 +239,8 @@ class Coordinator:
 
     def _remember(self) -> None:
         """What an earlier process of this study knew. Raises ArtifactError when the folder is another study's."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         plan = {"study": self.federation.study, "plan_sha256": self.plan.digest}
         path = self.folder / "study.json"
         if path.is_file() and read_json(path) != plan:

@@ -180,6 +180,23 @@ def release(
 
 
 @app.command()
+def price(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study.")],
+    output: Format = OutputFormat.TEXT,
+) -> None:
+    """Say what local noise at every site costs, beside one guard that all departments trust with their images; nobody is asked."""
+    from federated.federation import load_federation
+    from federated.price import describe, price_of
+
+    found = price_of(load_federation(study))
+    if output is OutputFormat.JSON:
+        print(json.dumps(found.to_json(), indent=2, sort_keys=True))
+        return
+    for line in describe(found):
+        print(line)
+
+
+@app.command()
 def status(
     folder: Folder,
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")],

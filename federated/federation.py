@@ -93,14 +93,20 @@ def load_federation(path: Path) -> Federation:
         raise ConfigError(f"Wrong federation: {wrong_settings(error)}. docs/coordinator.md lists every setting.") from error
 
 
-def plan_of(federation: Federation) -> Plan:
-    """The plan: noise such that the moments and all rounds together cost a site `config.privacy.epsilon`. Raises ConfigError."""
+def planned(federation: Federation) -> tuple[MomentRelease, PoissonDpSgd]:
+    """Noise such that the moments and all rounds together cost a site `config.privacy.epsilon`. Raises ConfigError."""
     config = federation.config
     diffusion = config.diffusion.model_copy(update={"steps": federation.rounds * federation.steps_per_round})
     settings = config.model_copy(update={"diffusion": diffusion})
     release, sgd = planned_mechanisms(settings, delta=federation.delta, interval=FINE)
     if not isinstance(release, MomentRelease) or not isinstance(sgd, PoissonDpSgd):
         raise ConfigError("config.privacy.unsafe_non_private: sites take part with privacy only. Remove it.")
+    return release, sgd
+
+
+def plan_of(federation: Federation) -> Plan:
+    """The plan that goes to every site. Raises ConfigError."""
+    config, (release, sgd) = federation.config, planned(federation)
     values: dict[str, Any] = {
         "classes": config.data.classes,
         "attributes": config.data.cells.attributes,

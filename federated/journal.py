@@ -171,6 +171,11 @@ class Journal:
             write_json(path, own, private=True)
         return Study(folder)
 
+    def forget_answered(self) -> None:
+        """Destroy the secrets of rounds whose answer is kept: a guard that was killed just then left them."""
+        for reply in self.folder.glob("studies/*/messages/*/reply"):
+            Message(reply.parent).forget()
+
     def remove(self, name: str) -> None:
         """Forget a study: its answers can then not be repeated, and its rounds not go on."""
         shutil.rmtree(self.folder / "studies" / name, ignore_errors=True)

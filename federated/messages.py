@@ -66,6 +66,7 @@ class Code(StrEnum):
     LOST = "lost"
     FAILED = "failed"
     UNREACHABLE = "unreachable"
+    CARRIER = "carrier"
 
 
 REASONS = {
@@ -92,8 +93,13 @@ REASONS = {
     Code.LOST: "the round was charged and what is needed to go on with it is gone; its charge stays",
     Code.FAILED: "the site failed; its own log says why",
     Code.UNREACHABLE: "the guard of the site does not answer",
+    Code.CARRIER: "Flower lost the message: the site's node is not connected, or its app ended",
 }
-TRANSIENT = (Code.FAILED, Code.UNREACHABLE)  # asking again with the same message may succeed; every other answer is final for its message
+TRANSIENT = (
+    Code.FAILED,
+    Code.UNREACHABLE,
+    Code.CARRIER,
+)  # asking again with the same message may succeed; every other answer is final for its message
 
 
 class Refused(RefusedError):

@@ -63,7 +63,7 @@ def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> 
     federation, spent = coordinator.federation, spending(coordinator)
     by_site = charged(coordinator)
     worst = max(by_site, key=lambda site: spent.by_site[site])
-    run = RunFolder.create(run_path, config_text=dump_config(federation.config))
+    run = _begun(run_path, config_text=dump_config(federation.config))
     _generator(coordinator, state).save(run.folder("train"))
     guarantee = _claim(coordinator, by_site[worst], spent)
     sites = [
@@ -91,6 +91,17 @@ def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> 
     write_json(run.folder("train") / CLAIM, guarantee.to_json())
     run.complete("train", facts={"study": federation.study})
     return guarantee
+
+
+def _begun(path: Path, *, config_text: str) -> RunFolder:
+    """The run folder, new, or half written by a process that died: what it holds is computed again from the last checkpoint."""
+    if (path / "run.json").is_file():
+        run = RunFolder.open(path)
+        local = (path / "train" / "site").exists()  # a run of `dpsynth train`, which has secrets of its own
+        if run.config_text == config_text and not run.is_complete("train") and not local:
+            run.reset("train")
+            return run
+    return RunFolder.create(path, config_text=config_text)
 
 
 def _generator(coordinator: Coordinator, state: State) -> Generator:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dpsynth.artifacts import read_json
 from dpsynth.errors import ArtifactError
+from federated.lines import read_lines
 
 
 def progress_of(folder: Path) -> dict[str, Any]:
     """Plain values. Raises ArtifactError when no study began there."""
     if not (folder / "study.json").is_file():
         raise ArtifactError(f"Expected a study at {folder}, found none. `dpsynth-federation run` begins one.")
-    study, lines = read_json(folder / "study.json"), (folder / "events.jsonl").read_text().splitlines()
-    known = read_json(folder / "sites.json")
+    study, events = read_json(folder / "study.json"), read_lines(folder / "events.jsonl")
+    known = read_json(folder / "sites.json") if (folder / "sites.json").is_file() else {"asked": {}, "facts": {}}
     rounds = sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.safetensors"))
-    events = [json.loads(line) for line in lines]
     last = {event["site"]: event for event in events}
     sites = {
         site: {

@@ -13,11 +13,13 @@ from io import BufferedRWPair
 from pathlib import Path
 
 from dpsynth.errors import DpsynthError
+from federated.messages import Code, encode_refusal
 from federated.serve import LENGTH
 
 _STARTING_SECONDS = 120.0
 _GRACE_SECONDS = 60.0  # beyond a round's deadline, for Flower's own polling
 _LARGEST_BLOCK_BYTES = 1 << 30
+_NO_GUARD = 1003  # what the client app says when nobody listens at the guard's socket; other codes are Flower's
 
 
 class CarrierLost(DpsynthError):
@@ -35,7 +37,10 @@ class Relay:
     _connection: socket.socket | None = field(default=None)
 
     def __call__(self, requests: Mapping[str, bytes], *, deadline_seconds: float) -> dict[str, bytes]:
-        """Replies by site; none when the carrier dies underway. Raises CarrierLost when it does not start."""
+        """Replies by site, in the place of a missing one its reason where that is known; none when the carrier dies underway.
+
+        Raises CarrierLost when it does not start.
+        """
         connection = self._connected()
         connection.settimeout(deadline_seconds + _GRACE_SECONDS)
         try:
@@ -51,9 +56,11 @@ class Relay:
         for block in (json.dumps(head).encode(), *(requests[site] for site in sites)):
             stream.write(LENGTH.pack(len(block)) + block)
         stream.flush()
-        answered = json.loads(_block(stream))["nodes"]
+        answer = json.loads(_block(stream))
         names = {str(node): site for site, node in self.nodes.items()}
-        replies = {names[str(node)]: _block(stream) for node in answered}
+        replies = {names[str(node)]: _block(stream) for node in answer["nodes"]}
+        for node, code in answer["failed"].items():
+            replies[names[node]] = encode_refusal(Code.UNREACHABLE if code == _NO_GUARD else Code.CARRIER)
         return {site: reply for site, reply in replies.items() if site in requests}
 
     def _connected(self) -> socket.socket:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpsynth.config import Config
+from dpsynth.config import Config, DataConfig, PretrainConfig
 from dpsynth.data.split import Split
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.moments import Moments, PublicReference, frequencies, moment_queries, public_reference
@@ -42,8 +42,8 @@ class Model:
     @classmethod
     def of(cls, config: Config) -> Model:
         """Draw the procedural images and compute the public constants."""
-        images = public_images(config, progress=silent)
-        return cls(config=config, reference=public_reference(images, low_frequencies=config.moments.low_frequencies))
+        shape, low = (config.data.channels, *config.data.spatial_shape), config.moments.low_frequencies
+        return cls(config=config, reference=_procedural_reference(config.pretrain, shape, low))
 
     def denoiser(self) -> Denoiser:
         """A denoiser of the plan's size under public moments, its weights from a fixed seed."""
@@ -83,6 +83,15 @@ class Model:
         return denoiser
 
 
+@lru_cache(maxsize=8)
+def _procedural_reference(pretrain: PretrainConfig, shape: tuple[int, ...], low_frequencies: int) -> PublicReference:
+    """Public constants of procedural images: the same for all sites of a plan, so many sites in one process compute them once."""
+    layout = DataConfig.model_validate({"channels": shape[0], "spatial_shape": shape[1:]})
+    procedural = pretrain.model_copy(update={"source": "phantom", "path": None})
+    images = public_images(Config(data=layout, pretrain=procedural), progress=silent)
+    return public_reference(images, low_frequencies=low_frequencies)
+
+
 def sgd_of(plan: Plan, *, steps: int, declared_patients: int) -> PoissonDpSgd:
     """What a site that declares so many patients books for DP-SGD by this plan."""
     return PoissonDpSgd(
@@ -94,7 +103,7 @@ def sgd_of(plan: Plan, *, steps: int, declared_patients: int) -> PoissonDpSgd:
     )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)  # of many sites in one process, each has its own
 def model_of(config_json: str) -> Model:
     """The model of a configuration in JSON; kept, since rounds of a study ask for the same one."""
     return Model.of(Config.model_validate_json(config_json))
@@ -120,7 +129,7 @@ class Proof:
 Record = Callable[[Proof], None]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def require_bound(config_json: str, mechanism: PoissonDpSgd) -> Proof:
     """Raise SelfCheckFailed unless the trainer keeps its bound on a net of this size. Weights of a message do not matter: they change
     a patient's gradient, and whatever it is, it is clipped. What was proved is kept, as long as the process lives.

@@ -61,6 +61,7 @@ class Guard:
             if stated != booked:
                 raise ConfigError(f"{name}: the policy says {stated:g}, the ledger's first line {booked:g}. Correct the policy.")
         keys, journal = policy.coordinator_keys(), Journal(policy.state)
+        journal.forget_answered()
         return cls(policy=policy, coordinators=keys, ledger=ledger, journal=journal, clock=clock, progress=progress)
 
     @cached_property
@@ -102,6 +103,7 @@ class Guard:
         if given is None:
             given = self._first_answer(signed, study, message)
         self._settle(request)
+        message.forget()  # also after an answer whose keeping was cut off
         return given
 
     def _first_answer(self, signed: Signed, study: Study, message: Message) -> bytes:

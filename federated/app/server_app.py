@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+import time
 from typing import BinaryIO
 
 import numpy as np
@@ -11,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 app = ServerApp()
 LENGTH = struct.Struct(">Q")
+POLL_SECONDS = 0.5  # Flower's own loop asks every 3 seconds
 
 
 @app.main()
@@ -22,12 +24,25 @@ def main(grid: Grid, context: Context) -> None:
             while job := read_block(stream):
                 head = json.loads(job)
                 messages = [query(int(node), read_block(stream)) for node in head["nodes"]]
-                answers = list(grid.send_and_receive(messages, timeout=float(head["seconds"])))
-                found = [(answer.metadata.src_node_id, answer) for answer in answers if not answer.has_error()]
-                write_block(stream, json.dumps({"nodes": [str(node) for node, _ in found]}).encode())
-                for _, answer in found:
+                answers = answered(grid, messages, float(head["seconds"]))
+                found = {node: answer for node, answer in answers.items() if not answer.has_error()}
+                failed = {str(node): answer.error.code for node, answer in answers.items() if answer.has_error()}
+                write_block(stream, json.dumps({"nodes": [str(node) for node in found], "failed": failed}).encode())
+                for answer in found.values():
                     write_block(stream, answer.content["frame"].to_numpy_ndarrays()[0].tobytes())
                 stream.flush()
+
+
+def answered(grid: Grid, messages: list[Message], seconds: float) -> dict[int, Message]:
+    """Answers by node; an error that Flower makes itself names no node, but the message that it answers."""
+    nodes = dict(zip(grid.push_messages(messages), [message.metadata.dst_node_id for message in messages], strict=True))
+    waiting, end, found = {name for name in nodes if name}, time.monotonic() + seconds, {}
+    while waiting and time.monotonic() < end:
+        for answer in grid.pull_messages(waiting):
+            found[nodes[answer.metadata.reply_to_message_id]] = answer
+            waiting.discard(answer.metadata.reply_to_message_id)
+        time.sleep(POLL_SECONDS if waiting else 0)
+    return found
 
 
 def query(node: int, frame: bytes) -> Message:

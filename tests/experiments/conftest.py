@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "baselines"), str(EXPERIMENTS / "005-planning-curves")]
+sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "baselines"), str(EXPERIMENTS / "005-planning-curves"), str(EXPERIMENTS / "012-sites")]

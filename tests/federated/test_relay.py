@@ -7,6 +7,7 @@ import socket
 import threading
 from pathlib import Path
 
+from federated.messages import Code, decode_reply
 from federated.relay import Relay
 from federated.serve import LENGTH
 
@@ -18,6 +19,7 @@ class App:
 
     def __init__(self, path: Path, *, deaths: int = 0) -> None:
         self.path, self.deaths, self.starts = path, deaths, 0
+        self.failed: dict[str, int] = {}  # Flower's error code by node
 
     def start(self) -> None:
         self.starts += 1
@@ -32,8 +34,11 @@ class App:
                     frames = [stream.read(LENGTH.unpack(stream.read(8))[0]) for _ in job["nodes"]]
                     if dies:
                         return
-                    order = list(zip(job["nodes"], frames, strict=True))[::-1]
-                    for block in (json.dumps({"nodes": [node for node, _ in order]}).encode(), *(frame[::-1] for _, frame in order)):
+                    order = [pair for pair in zip(job["nodes"], frames, strict=True) if pair[0] not in self.failed][::-1]
+                    for block in (
+                        json.dumps({"nodes": [node for node, _ in order], "failed": self.failed}).encode(),
+                        *(frame[::-1] for _, frame in order),
+                    ):
                         stream.write(LENGTH.pack(len(block)) + block)
                     stream.flush()
 
@@ -53,4 +58,16 @@ def test_an_app_that_dies_gives_no_answers_and_the_next_question_starts_another(
     assert relay({"a": b"123"}, deadline_seconds=5) == {}
     assert relay({"a": b"123"}, deadline_seconds=5) == {"a": b"321"}
     assert app.starts == 2
+    relay.close()
+
+
+def test_a_site_that_was_not_reached_is_told_apart_from_one_that_is_silent(tmp_path: Path) -> None:
+    """1003 is the client app's own code, for a guard that does not listen; 5 is Flower's, for a node that is gone."""
+    app = App(tmp_path / "relay.sock")
+    relay = Relay(path=app.path, nodes={**NODES, "c": 9}, start=app.start)
+    app.failed = {"7": 1003, "9": 5}
+    replies = relay({"a": b"123", "b": b"xyz", "c": b"xyz"}, deadline_seconds=5)
+    assert replies["a"] == b"321"
+    assert decode_reply(replies["b"], largest_bytes=1 << 20)[0].code is Code.UNREACHABLE
+    assert decode_reply(replies["c"], largest_bytes=1 << 20)[0].code is Code.CARRIER
     relay.close()

@@ -1,0 +1,33 @@
+"""A file of JSON lines that only grows. A process that died underway leaves half a line: the next one begins anew, readers skip it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dpsynth.artifacts import storage_errors
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Add one line. Raises StorageError."""
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, (b"\n" if torn else b"") + json.dumps(value).encode() + b"\n")
+        finally:
+            os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; none when there is no file yet."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
