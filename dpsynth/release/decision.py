@@ -77,11 +77,12 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         ledger=ledger,
         candidates=load_candidates(run),
         cells=load_cell_rows(run),
-        detector=_detector(run),
+        detector=detector_of(run),
         question=question,
     )
 
 
-def _detector(run: RunFolder) -> Detector | None:
+def detector_of(run: RunFolder) -> Detector | None:
+    """The detector that was made with the candidates, if any."""
     path = run.folder("generate") / DETECTOR
     return Detector.from_json(read_json(path)) if path.is_file() else None

@@ -17,6 +17,7 @@ from dpsynth.errors import ArtifactError, GateRefused
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
+from dpsynth.release.decision import detector_of
 from dpsynth.release.federated_gate import FederatedRun, SitesQuestion, decide_sites, federated_run
 from dpsynth.release.gate import ALWAYS_REQUIRED, Refused
 from dpsynth.release.sites import FederatedSites, read_statements
@@ -74,6 +75,7 @@ def release_federated(
         ledger_head=None,
         settings=config.release,
         sites=sites,
+        detector=detector_of(run),
     )
     return write_release(package, out=out, private=private, progress=progress)
 
