@@ -92,8 +92,7 @@ def serve(policy: PolicyFile) -> None:
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop.set())
-        print(f"listening: {settings.socket}", flush=True)
-        server.run()
+        server.run(listening=lambda: print(f"listening: {settings.socket}", flush=True))
 
 
 @app.command()

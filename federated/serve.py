@@ -34,9 +34,10 @@ class Server:
     grid_seconds: float = 0.0
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def run(self) -> None:
-        """Answer until `stop` is set. Raises UsageError when another guard listens there."""
+    def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
+        """Answer until `stop` is set; call `listening` once the socket is there. Raises UsageError when another guard listens at it."""
         listener = self._listener()
+        listening()
         places = threading.BoundedSemaphore(_LARGEST_NUMBER_OF_CONNECTIONS)
         try:
             while not self.stop.is_set():

@@ -19,6 +19,7 @@ from dpsynth.checks.membership import Attack, attack
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 from dpsynth.data.cohort import Float32, Int64
+from dpsynth.model.denoiser import LARGEST_SIGMA
 from dpsynth.model.generator import Generator
 from dpsynth.model.wiener import WienerFilter
 from dpsynth.progress import Progress
@@ -29,7 +30,7 @@ LIMITATION = (
     "It is one attack, the loss at a few noise levels, on average over patients; attacks with shadow models see more. The weights stay at "
     "the site, so it speaks of those who can read them there, not of the recipients of images."
 )
-SIGMAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0)
+SIGMAS = (0.05, 0.07, 0.1, 0.14, 0.2, 0.27, 0.37, LARGEST_SIGMA)  # above, the net is silent
 MOST = 1000  # pool patients who are looked at, drawn without regard to their coins
 _BATCH = 64
 

@@ -133,6 +133,7 @@ def test_the_honest_run_is_released_and_nothing_computed_on_patients_leaves(clin
     assert Ledger.problems_of(clinic / "ledger", anchor=ledger_anchor(out)) == []
     record = json.loads((clinic / "run" / "check" / "verdicts.json").read_text())
     split = json.loads((clinic / "run" / "train" / "site" / "split.json").read_text())
+    claimed = set(re.findall(r"\d+\.\d+", (clinic / "run" / "train" / "guarantee.json").read_text()))  # written before any check ran
     secrets, numbers = ["MRN-", str(clinic), "must not leave", f"draw of {len(split['control'])}"], []
     for verdict in record["verdicts"]:
         assert verdict["public"] == (verdict["check"] == "content"), "only what reads no patient may leave with its numbers"
@@ -147,6 +148,7 @@ def test_the_honest_run_is_released_and_nothing_computed_on_patients_leaves(clin
             for secret in secrets:
                 assert secret not in text, (path.name, secret)
             text = re.sub(r' d="[^"]*"', "", text)  # the coordinates of curves hold any four digits sooner or later
+            text = re.sub(r"\d+\.\d+", lambda found: "" if found[0] in claimed else found[0], text)
             for number in (number for number in numbers if len(number) > 4):
                 assert not re.search(r"(?<![\d.])" + re.escape(number), text), (path.name, number)
     page = report(clinic / "run", ledger_path=clinic / "ledger").read_text()
