@@ -9,13 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from joint_release_cases import SITES, Joint, played
 
 import federated.site_checks as site_checks
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
-from dpsynth.data.candidates import FILE, load_candidates, save_candidates
+from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.verdict import Verdict
+from dpsynth.config import GateConfig
+from dpsynth.data.candidates import FILE, load_candidates, save_candidates, to_unit_range
+from dpsynth.data.split import split_patients
 from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, SignatureError
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
 from dpsynth.progress import silent
 from dpsynth.release.bundle import MANIFEST, SIGNATURE
 from dpsynth.release.statement import SiteStatement, open_site_statement, sign_site_statement, site_statement
@@ -93,6 +100,15 @@ def more_noise_than_asked(joint: Joint) -> None:
     says(joint, "south", mechanisms=mechanisms)
 
 
+def training_with(name: str, factor: float) -> Callable[[Joint], None]:
+    def fault(joint: Joint) -> None:
+        mechanisms = [dict(value) for value in opened(joint, "south").mechanisms]
+        mechanisms[1][name] *= factor
+        says(joint, "south", mechanisms=mechanisms)
+
+    return fault
+
+
 def more_rounds_than_counted(joint: Joint) -> None:
     says(joint, "south", rounds=[0, 1, 2, 3])
 
@@ -109,6 +125,8 @@ def more_rounds_than_counted(joint: Joint) -> None:
         (fewer_rounds, "south: its ledger states fewer rounds than it answered: 2 missing"),
         (fewer_steps, "south: its ledger booked other mechanisms than it was asked for"),
         (more_noise_than_asked, "south: its ledger booked other mechanisms than it was asked for"),
+        (training_with("noise_multiplier", 2), "south: its ledger booked other mechanisms than it was asked for"),
+        (training_with("sampling_probability", 0.5), "south: its ledger booked other mechanisms than it was asked for"),
         (more_rounds_than_counted, "south: its ledger states rounds that were not counted for it: 3"),
         (lambda joint: says(joint, "south", decision="refused"), "south: it refused"),
         (lambda joint: says(joint, "south", required=["accounting", "mechanism", "membership"]), "did not require the check 'copying'"),
@@ -248,6 +266,64 @@ def test_attempts_are_capped_over_a_study_whatever_the_candidates(joint: Joint, 
     with pytest.raises(GateRefused, match="the required check 'copying' has not run"):  # what the last attempt found counts, not the first
         joint.approve("north", "again.dsse.json")
     assert not (joint.folder / "again.dsse.json").exists()
+
+
+def test_the_suite_is_given_the_sites_own_patients_by_its_coins_and_all_that_was_withheld(
+    joint: Joint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Evidence, GateConfig]] = []
+
+    def look(evidence: Evidence, gate: GateConfig, **_: Any) -> tuple[Verdict, ...]:
+        seen.append((evidence, gate))
+        return ()
+
+    monkeypatch.setattr("federated.candidates.withheld", lambda _: 7)
+    monkeypatch.setattr(site_checks, "run_checks", look)
+    joint.candidates.unlink()
+    pack(joint.run, out=joint.candidates, private=load_private(joint.coordinator_key))
+    check_candidates(joint.guard("north"), joint.candidates, progress=silent)
+    ((evidence, gate),) = seen
+    (path,) = joint.policy("north").state.rglob("split.json")
+    coins = read_json(path)
+    split = split_patients(joint.guard("north").images, control_fraction=coins["control_fraction"], key=bytes.fromhex(coins["key"]))
+    assert evidence.training.patient_ids == split.training.patient_ids
+    assert evidence.control.patient_ids == split.control.patient_ids
+    assert np.array_equal(evidence.in_pool, split.in_pool)
+    assert 0 < evidence.in_pool.sum() < len(evidence.in_pool)
+    assert np.array_equal(evidence.synthetic, to_unit_range(load_candidates(RunFolder.open(joint.run)).images))
+    assert evidence.epsilon == pytest.approx(opened(joint, "north").epsilons[0])
+    assert evidence.withheld == 7
+    assert gate == joint.policy("north").gate
+
+
+def test_what_other_runs_spent_is_in_the_sites_word_and_in_the_release(joint: Joint) -> None:
+    study = opened(joint, "north").epsilons[0]
+    local = MomentRelease(noise_multiplier=2.0, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
+    joint.guard("north").ledger.reserve([local], purpose="a local run", run_id="local")
+    joint.statement("north").unlink()
+    word = joint.approve("north", joint.statement("north").name)
+    assert word.epsilons[0] == pytest.approx(study)
+    assert word.epsilons[1] == pytest.approx(epsilon_pld([*word.booked, local], word.delta), rel=1e-3)
+    assert word.epsilons[1] > 1.01 * study
+    assert read_json(joint.release() / "guarantee.json")["ledger_epsilon"] == pytest.approx(word.epsilons[1])
+
+
+def test_no_word_of_a_check_leaves_but_those_that_the_policy_names(joint: Joint) -> None:
+    assert opened(joint, "north").outcomes == {}
+    path = joint.folder / "north" / "policy.yaml"
+    path.write_text(path.read_text() + "\npublic_checks: [content]\n")
+    assert joint.approve("north", "again.dsse.json").outcomes == {"content": "pass"}
+
+
+def test_a_site_requires_what_it_demands_and_what_the_study_does(joint: Joint) -> None:
+    path = joint.folder / "north" / "policy.yaml"
+    demanded = path.read_text()
+    path.write_text(demanded.replace(", content]", "]"))
+    assert "content" not in joint.policy("north").gate.required
+    assert "content" in joint.approve("north", "again.dsse.json").required
+    path.write_text(demanded.replace(", content]", ", content, groups]"))
+    with pytest.raises(GateRefused, match="the required check 'groups' has not run"):
+        joint.approve("north", "more.dsse.json")
 
 
 def test_coins_that_were_not_noted_before_training_are_refused(joint: Joint) -> None:
