@@ -247,6 +247,9 @@ class PretrainConfig(_Settings):
     cache: Path | None = Field(None, description="Folder that keeps the pre-trained weights for other runs with equal settings.")
 
 
+LARGEST_SIGMA = 0.5  # noise level of images in [-1, 1] above which the released moments draw alone
+
+
 class GenerateConfig(_Settings):
     """What to draw from the finished generator."""
 
@@ -262,7 +265,9 @@ class GenerateConfig(_Settings):
     )
     seed: int = Field(0, ge=0, description="Image i has its own seed made from this one and i.")
     steps: Count = Field(8, description="Sampler steps.")
-    sigma_min: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.08, description="Last noise level of the sampler; the first is 0.5.")
+    sigma_min: Annotated[float, Field(gt=0, lt=LARGEST_SIGMA)] = Field(
+        0.08, description=f"Last noise level of the sampler; the first is {LARGEST_SIGMA:g}."
+    )
 
 
 Limits = tuple[float, float]

@@ -47,7 +47,7 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
     generator = Generator.load(run.folder("train"))
     run.reset("generate")
     drawn = draw(generator, settings, progress=progress)
-    screening = screen_candidates(drawn, generator, config.gate.content, sample_key=b"", progress=progress)
+    screening = screen_candidates(drawn, generator.cells, generator.moments, config.gate.content, sample_key=b"", progress=progress)
     rejected = screening.of(Decision.REJECT)
     if rejected.all():
         raise GateRefused(f"The policy rejects all {len(rejected)} drawn images: {screening.counts(Decision.REJECT)}. Train for longer.")

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpsynth.config import Config, ReleaseConfig
-from dpsynth.data.fingerprint import open_ledger
 from dpsynth.progress import silent
 from dpsynth.signing import generate_key, load_private
 from federated.coordinator import Coordinator
 from federated.federation import Federation, load_federation
-from federated.policy import load_policy
+from federated.policy import load_policy, open_site_ledger
 from federated.simulate import InProcess, coordinator_of
 from federated.site import Guard
 
@@ -52,8 +50,7 @@ class Study:
         path.chmod(0o600)
         policy = load_policy(path)
         if not policy.ledger.exists():
-            config = Config(data=policy.data, release=ReleaseConfig(formats=("nifti",)))
-            open_ledger(config, path=policy.ledger, epsilon=self.epsilon, delta=DELTA, max_gate_attempts=1, progress=silent)
+            open_site_ledger(policy, max_gate_attempts=1, progress=silent)
 
     def policy(self, name: str) -> Path:
         """The policy file of a site."""

@@ -36,23 +36,13 @@ def init(
     max_gate_attempts: Annotated[int, typer.Option("--max-gate-attempts", help="Per trained generator, for the site's own releases.")] = 3,
 ) -> None:
     """Read the data set once and open its ledger with the policy's epsilon and delta. A ledger that is there stays as it is."""
-    from dpsynth.config import Config, ReleaseConfig
-    from dpsynth.data.fingerprint import open_ledger
-    from federated.policy import load_policy
+    from federated.policy import load_policy, open_site_ledger
     from federated.site import Guard
 
     settings = load_policy(policy)
     if not settings.ledger.exists():
-        config = Config(data=settings.data, release=ReleaseConfig(formats=("nifti",)))
         with progress_bars() as progress:
-            open_ledger(
-                config,
-                path=settings.ledger,
-                epsilon=settings.epsilon,
-                delta=settings.delta,
-                max_gate_attempts=max_gate_attempts,
-                progress=progress,
-            )
+            open_site_ledger(settings, max_gate_attempts=max_gate_attempts, progress=progress)
     Guard.open(settings)
     print(f"Ledger: {settings.ledger}. Next: dpsynth-site doctor {policy}")
 

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from dpsynth.artifacts import write_bytes
 from dpsynth.checks.verdict import Outcome
-from dpsynth.config import Config, ReleaseConfig
-from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ArtifactError, DpsynthError, GateRefused
 from dpsynth.generate import generate
 from dpsynth.privacy.guarantee import Guarantee
@@ -28,7 +26,7 @@ from federated.certs import CA_CERTIFICATE, make_ca, make_node_key, make_server_
 from federated.coordinator import Event
 from federated.federation import load_federation
 from federated.launch import Coordination, Flower, Processes
-from federated.policy import load_policy
+from federated.policy import load_policy, open_site_ledger
 from federated.relay import Relay
 from federated.simulate import coordinator_of, run_study
 from federated.site import Guard
@@ -105,10 +103,7 @@ class Demonstration:
             write_bytes(path, POLICY.replace("SITE", site).replace("SEED", str(seed + 1)).encode())
             make_node_key(self.folder / site / "node")
             generate_key(self.folder / site / "keys")
-            policy = load_policy(path)
-            config = Config(data=policy.data, release=ReleaseConfig(formats=("nifti",)))
-            budget = {"epsilon": policy.epsilon, "delta": policy.delta}
-            open_ledger(config, path=policy.ledger, max_gate_attempts=3, progress=progress, **budget)
+            open_site_ledger(load_policy(path), max_gate_attempts=3, progress=progress)
 
     def start(self) -> None:
         """Flower's server side, guards and nodes; returns when all nodes are connected. Raises what they raise."""

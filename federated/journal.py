@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
+from dpsynth.data.cohort import ImageSet
+from dpsynth.data.split import Split, split_patients
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from federated.messages import Code, Refused
 
@@ -97,13 +99,13 @@ class Study:
         """The message of that id, known or not."""
         return Message(self.folder / "messages" / message_id)
 
-    def coins(self, control_fraction: float) -> tuple[bytes, float]:
-        """Key and control fraction of the study's split: those of the first call, whatever the policy says since."""
+    def split(self, images: ImageSet, *, control_fraction: float) -> Split:
+        """Who is trained on: by the key and the control fraction of the first call, whatever the policy says since."""
         path = self.folder / "split.json"
         if not path.is_file():
             write_json(path, {"key": fresh_key().hex(), "control_fraction": control_fraction}, private=True)
         known = read_json(path)
-        return bytes.fromhex(known["key"]), float(known["control_fraction"])
+        return split_patients(images, control_fraction=float(known["control_fraction"]), key=bytes.fromhex(known["key"]))
 
     def is_full(self) -> bool:
         """Whether no further refusal is kept."""

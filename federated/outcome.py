@@ -82,7 +82,6 @@ def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> 
         "study": federation.study,
         "plan": plan.model_dump(mode="json"),
         "plan_sha256": plan.digest,
-        "steps_per_round": plan.steps_per_round,
         "rounds": state.round,
         "spending": spent.to_json(),
         "sites": sites,

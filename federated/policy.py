@@ -28,7 +28,10 @@ from dpsynth.config import (
     wrong_settings,
     yaml_mapping,
 )
+from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ConfigError
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.progress import Progress
 from dpsynth.release.statement import Check
 from dpsynth.signing import load_public
 from federated.messages import Code, Digest, Name, Plan
@@ -161,6 +164,18 @@ def is_open(policy: SitePolicy, now: datetime) -> bool:
     return not policy.hours or any(span.holds(now) for span in policy.hours)
 
 
+def data_config(policy: SitePolicy) -> Config:
+    """A configuration of dpsynth that says no more than what the site's data are."""
+    formats = ReleaseConfig(formats=("nifti",))  # which any number of dimensions allows
+    return Config(data=policy.data, privacy=PrivacyConfig(delta=policy.delta), release=formats)
+
+
+def open_site_ledger(policy: SitePolicy, *, max_gate_attempts: int, progress: Progress) -> Ledger:
+    """Read the site's data once and open their ledger with the policy's budget. Raises what `open_ledger` raises."""
+    budget: dict[str, Any] = {"epsilon": policy.epsilon, "delta": policy.delta, "max_gate_attempts": max_gate_attempts}
+    return open_ledger(data_config(policy), path=policy.ledger, progress=progress, **budget)
+
+
 def config_of(policy: SitePolicy, plan: Plan) -> Config:
     """The configuration by which the trainer is called: data from the policy, the rest from the plan, epsilon from neither.
 
@@ -174,7 +189,7 @@ def config_of(policy: SitePolicy, plan: Plan) -> Config:
         moments=MomentsConfig(low_frequencies=plan.low_frequencies),
         pretrain=PretrainConfig(anatomies=plan.anatomies, num_phantoms=plan.num_phantoms, seed=plan.public_seed, steps=0),
         diffusion=DiffusionConfig(channels=plan.net_channels, draws=plan.draws, learning_rate=plan.learning_rate, **settings),
-        release=ReleaseConfig(formats=("nifti",)),  # which any number of dimensions allows
+        release=data_config(policy).release,
     )
 
 

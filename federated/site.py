@@ -19,10 +19,9 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from dpsynth.config import Config, PrivacyConfig, ReleaseConfig
 from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
-from dpsynth.data.split import Split, split_patients
+from dpsynth.data.split import Split
 from dpsynth.errors import BudgetExceeded, ConfigError, SelfCheckFailed
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Charge, Ledger
@@ -31,7 +30,7 @@ from dpsynth.progress import Progress, silent
 from dpsynth.train.run import private_images, usable_delta
 from federated.journal import Journal, Message, Study
 from federated.messages import Code, Facts, Refused, Request, Signed, decode_request, encode_refusal, encode_reply, require_arrays
-from federated.policy import SitePolicy, config_of, is_open, problem
+from federated.policy import SitePolicy, config_of, data_config, is_open, problem
 from federated.rounds import Model, Proof, model_of, moments_round, require_bound, sgd_of, train_round
 
 _LOG = logging.getLogger("dpsynth.site")
@@ -67,7 +66,7 @@ class Guard:
     @cached_property
     def images(self) -> ImageSet:
         """The data set of the ledger, read once: what changes on disk later is not trained on. Raises DataError, LedgerError and others."""
-        config = self._data_config()
+        config = data_config(self.policy)
         images = private_images(config, self.ledger, self.progress)
         usable_delta(config, images, self.ledger)
         return images
@@ -162,8 +161,7 @@ class Guard:
 
     def _split(self, name: str, study: Study) -> Split:
         """The study's split. Raises Refused(LOST) when its coins are not those that the ledger noted with the study's first round."""
-        key, fraction = study.coins(self.policy.data.control_fraction)
-        split = split_patients(self.images, control_fraction=fraction, key=key)
+        split = study.split(self.images, control_fraction=self.policy.data.control_fraction)
         if any(charge.coins_sha256 != split.key_commitment for _, charge in self._charges(name)):
             raise Refused(Code.LOST)
         return split
@@ -249,9 +247,6 @@ class Guard:
 
     def _config_json(self, request: Request) -> str:
         return config_of(self.policy, request.plan).model_dump_json()
-
-    def _data_config(self) -> Config:
-        return Config(data=self.policy.data, privacy=PrivacyConfig(delta=self.policy.delta), release=ReleaseConfig(formats=("nifti",)))
 
 
 def charges_of(ledger: Ledger, study: str) -> list[tuple[int, Charge]]:

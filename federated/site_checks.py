@@ -12,17 +12,15 @@ from typing import Any
 
 from dpsynth.artifacts import read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.evidence import Evidence
-from dpsynth.checks.plausibility import Reference
 from dpsynth.checks.run import SEED
-from dpsynth.checks.screening import CONTENT, Screening, screen
+from dpsynth.checks.screening import CONTENT, screen_candidates
 from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import VERDICTS, Verdict
-from dpsynth.config import Config, PrivacyConfig, ReleaseConfig
 from dpsynth.data.candidates import to_unit_range
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
-from dpsynth.data.split import Split, split_patients
+from dpsynth.data.split import Split
 from dpsynth.errors import ArtifactError, GateRefused, LedgerError
 from dpsynth.privacy.accountant import account, epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee
@@ -35,6 +33,7 @@ from dpsynth.report.html import render
 from dpsynth.train.second_opinion import prv_epsilon
 from federated.candidates import Carried, unpack
 from federated.journal import Study
+from federated.policy import data_config
 from federated.proofs import proofs_of
 from federated.site import Guard, charges_of
 
@@ -100,7 +99,8 @@ def check_candidates(guard: Guard, path: Path, *, progress: Progress) -> Checked
     split = _split(guard, work, progress)
     guarantee = _guarantee(guard, work)
     attempt = ledger.record_gate_attempt(work.run_id)
-    screening = _screening(guard, carried, split, progress)
+    cells, content = policy.data.cells, policy.gate.content
+    screening = screen_candidates(carried.candidates, cells, carried.moments, content, sample_key=split.key, progress=progress)
     proofs = proofs_of(work.study, work.charges, largest_bytes=policy.largest_message_bytes)
     evidence = Evidence(
         synthetic=to_unit_range(carried.candidates.images),
@@ -175,8 +175,7 @@ def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
     data = guard.policy.data
     cohort = read_cohort(data)
     require_data(cohort, data, guard.ledger, progress=progress)
-    key, fraction = work.study.coins(data.control_fraction)
-    split = split_patients(prepare(cohort, data, progress=progress), control_fraction=fraction, key=key)
+    split = work.study.split(prepare(cohort, data, progress=progress), control_fraction=data.control_fraction)
     if any(charge.coins_sha256 != split.key_commitment for _, charge in work.charges):
         raise LedgerError("The patients' coins are not those that the ledger noted before training. Restore the study's split.json.")
     return split
@@ -197,30 +196,17 @@ def _guarantee(guard: Guard, work: Joined) -> Guarantee:
     )
 
 
-def _screening(guard: Guard, carried: Carried, split: Split, progress: Progress) -> Screening:
-    candidates = carried.candidates
-    return screen(
-        to_unit_range(candidates.images),
-        guard.policy.data.cells.index(candidates.labels, candidates.conditions()),
-        Reference.of(carried.moments),
-        guard.policy.gate.content,
-        sample_key=split.key,
-        progress=progress,
-    )
-
-
 def _report(guard: Guard, work: Joined, question: Question, answer: object) -> str:
     summary = guard.ledger.summary()
     budget = {name: summary[name] for name in ("epsilon", "delta", "spent", "left", "max_gate_attempts")}
     candidates, header = work.carried.candidates, work.carried.header
-    config = Config(data=guard.policy.data, privacy=PrivacyConfig(delta=guard.policy.delta), release=ReleaseConfig(formats=("nifti",)))
     view = epsilon_report(
         guarantee=question.guarantee,
         verdicts=question.verdicts,
         required=question.required,
         decision={"allowed": isinstance(answer, Allowed), "reasons": list(getattr(answer, "reasons", ()))},
         budget={**budget, "gate_attempts": question.attempt},
-        method=config.method,
+        method=data_config(guard.policy).method,
         title=f"Candidates of the study {header.study} at {guard.policy.site}",
         count=len(candidates.images),
         site=True,

@@ -19,8 +19,6 @@ from federation_cases import DATA
 from safetensors.numpy import load_file
 
 from dpsynth.artifacts import read_json, write_bytes
-from dpsynth.config import Config, ReleaseConfig
-from dpsynth.data.fingerprint import open_ledger
 from dpsynth.privacy.ledger import Charge, Ledger
 from dpsynth.progress import silent
 from dpsynth.signing import generate_key, load_private
@@ -28,7 +26,7 @@ from federated.certs import CA_CERTIFICATE, make_ca, make_node_key, make_server_
 from federated.demonstration import free_port
 from federated.federation import load_federation
 from federated.launch import Coordination, Flower
-from federated.policy import load_policy
+from federated.policy import load_policy, open_site_ledger
 from federated.simulate import InProcess, coordinator_of, run_study
 from federated.site import Guard
 
@@ -173,9 +171,7 @@ class Parties:
             make_node_key(folder / "node")
             (folder / "signing.pub").write_bytes(public.read_bytes())
             write_bytes(folder / "policy.yaml", POLICY.replace("NAME", site).replace("SEED", str(seed)).encode())
-            policy = load_policy(folder / "policy.yaml")
-            config = Config(data=policy.data, release=ReleaseConfig(formats=("nifti",)))
-            open_ledger(config, path=policy.ledger, epsilon=policy.epsilon, delta=policy.delta, max_gate_attempts=1, progress=silent)
+            open_site_ledger(load_policy(folder / "policy.yaml"), max_gate_attempts=1, progress=silent)
 
     def start(self, *, host: str = "127.0.0.1", address: str = "127.0.0.1", prefix: Mapping[str, Sequence[str]] | None = None) -> None:
         """Everybody; returns when all nodes are connected. prefix: by site, words before its node's command; address: what nodes dial."""

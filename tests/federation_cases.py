@@ -13,13 +13,12 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dpsynth.config import Config, parse_config
-from dpsynth.data.fingerprint import open_ledger
 from dpsynth.progress import silent
 from dpsynth.signing import generate_key, load_private
 from federated.coordinator import Coordinator
 from federated.federation import Federation, plan_of
 from federated.messages import Facts, Plan, Reply, decode_reply, decode_request, encode_reply, encode_request
-from federated.policy import SitePolicy, load_policy
+from federated.policy import SitePolicy, load_policy, open_site_ledger
 from federated.rounds import MOMENTS, NET, Model
 from federated.simulate import InProcess
 from federated.site import Guard
@@ -110,8 +109,7 @@ def new_site(folder: Path, *, name: str, seed: int, public_key: bytes) -> Site:
     path.write_text(POLICY.replace("NAME", name).replace("SEED", str(seed)))
     path.chmod(0o600)
     policy = load_policy(path)
-    settings = config().model_copy(update={"data": policy.data})
-    open_ledger(settings, path=policy.ledger, epsilon=EPSILON, delta=DELTA, max_gate_attempts=3, progress=silent)
+    open_site_ledger(policy, max_gate_attempts=3, progress=silent)
     return Site(folder=folder, policy=policy, guard=Guard.open(policy))
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from cases import verdict
-from federation_cases import CONFIG, DELTA, EPSILON, POLICY
+from federation_cases import CONFIG, POLICY
 
 from dpsynth.checks.accounting import accounting
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.verdict import Verdict
-from dpsynth.config import Config, GateConfig, ReleaseConfig
-from dpsynth.data.fingerprint import open_ledger
+from dpsynth.config import GateConfig
 from dpsynth.generate import generate
 from dpsynth.progress import silent
 from dpsynth.release.federated import release_federated
@@ -26,7 +25,7 @@ from dpsynth.signing import generate_key, load_private
 from federated import site_checks
 from federated.candidates import pack
 from federated.federation import load_federation
-from federated.policy import SitePolicy, load_policy
+from federated.policy import SitePolicy, load_policy, open_site_ledger
 from federated.simulate import InProcess, coordinator_of, run_study
 from federated.site import Guard
 from federated.site_approval import approve
@@ -90,11 +89,7 @@ def build(folder: Path) -> Joint:
         path = folder / site / "policy.yaml"
         path.write_text(text.replace("num_patients: 120", "num_patients: 240").replace("name:", "control_fraction: 0.3, name:") + GATE)
         path.chmod(0o600)
-        policy = joint.policy(site)
-        open_ledger(
-            Config(data=policy.data, release=ReleaseConfig(formats=("nifti",))),
-            path=policy.ledger, epsilon=EPSILON, delta=DELTA, max_gate_attempts=2, progress=silent,
-        )  # fmt: skip
+        open_site_ledger(joint.policy(site), max_gate_attempts=2, progress=silent)
     indented = "".join(f"  {line}\n" for line in f"{CONFIG}generate: {{count: 60}}\n{GATE}".splitlines())
     (folder / "study.yaml").write_text(f"{STUDY}config:\n{indented}")
     federation = load_federation(folder / "study.yaml")

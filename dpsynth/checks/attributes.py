@@ -9,13 +9,13 @@ No score depends on the coins, so flipping the coins again gives the exact null;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Bool, Evidence, Features
-from dpsynth.checks.family import false_alarms, relied_on
+from dpsynth.checks.family import ALONE, false_alarms, relied_on
 from dpsynth.checks.statistics import auc_interval, coin_flip_ranks_p, difference_of_rates, nearest, smallest_detectable_auc
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -30,6 +30,19 @@ LIMITATION = (
 )
 LABEL = "label"
 _FEWEST = 20  # pool patients whose value some synthetic image has
+_NOTHING_FOUND = Verdict(
+    check="attributes",
+    question=QUESTION,
+    outcome=Outcome.PASS,
+    statistic_name="AUC of how well a value is told, in training against outside",
+    statistic=0.5,
+    interval=(0.0, 1.0),
+    threshold=0.5,
+    confidence_level=0.95,
+    false_alarm_rate=ALONE,
+    reason="",
+    limitation=LIMITATION,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +57,7 @@ class Secret:
 def secrets(evidence: Evidence) -> list[Secret]:
     """The label and every declared attribute that has two values or more among the synthetic images."""
     columns: dict[str, tuple[list[str], list[str]]] = {}
-    firsts = [(images, int(rows[0])) for images in (evidence.training, evidence.control) for rows in images.rows_of()]
-    classes = evidence.training.classes
+    firsts, classes = evidence.first_rows, evidence.training.classes
     columns[LABEL] = ([classes[int(images.labels[row])] for images, row in firsts], [classes[int(n)] for n in evidence.synthetic_labels])
     for name, values in evidence.synthetic_attributes.items():
         columns[name] = ([images.attributes[row].get(name, "") for images, row in firsts], [str(value) for value in values])
@@ -132,43 +144,42 @@ def _standardised(scores: Array) -> Array:
 def attributes(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
     """Accuses when the coins explain too badly how well some value is told; the largest standardised rank sum over the attributes decides.
     INCONCLUSIVE when too few patients could show anything; PASS when there is nothing to learn."""
+    verdict = replace(_NOTHING_FOUND, false_alarm_rate=false_alarms("attributes", gate))
     inside, level = evidence.inside, relied_on("attributes", gate)
     wanted = secrets(evidence)
-    found = guesses(evidence, features, wanted) if wanted else Guesses(scores={}, right={})
-    tested = [secret.name for secret in wanted if np.isfinite(found.scores[secret.name]).sum() >= _FEWEST]
     if not wanted:
-        return _verdict(gate, Outcome.PASS, "no attribute is declared and there is one label: nothing can be learned about a patient")
+        return replace(verdict, reason="no attribute is declared and there is one label: nothing can be learned about a patient")
+    found = guesses(evidence, features, wanted)
+    tested = [secret.name for secret in wanted if np.isfinite(found.scores[secret.name]).sum() >= _FEWEST]
+    unseen = replace(verdict, outcome=Outcome.INCONCLUSIVE)
     if not tested:
-        return _verdict(gate, Outcome.INCONCLUSIVE, f"fewer than {_FEWEST} pool patients have values that synthetic images have")
+        return replace(unseen, reason=f"fewer than {_FEWEST} pool patients have values that synthetic images have")
     p, telling = coin_flip_ranks_p(np.stack([found.scores[name] for name in tested]), inside, rng=rng)
     name = tested[telling]
     known = np.isfinite(found.scores[name])
     ours, theirs = (found.scores[name][known & side] for side in (inside, ~inside))
     if not (len(ours) and len(theirs)):
-        return _verdict(gate, Outcome.INCONCLUSIVE, "one side of the pool is empty")
+        return replace(unseen, reason="one side of the pool is empty")
     auc, low, high = auc_interval(ours, theirs, 0.95)
     detectable = smallest_detectable_auc(len(ours), len(theirs), false_alarm_rate=level / len(tested))
     rates = {secret: _rates(found.right[secret], inside) for secret in tested}
     text = f"most for {name}: AUC {auc:.3f} (p {p:.2g}), guessed right {_text(rates[name])}"
-    outcome, reason = Outcome.PASS, f"no evidence for {', '.join(tested)}; {text}; an AUC of {detectable:.2f} would have been seen"
-    if detectable > gate.largest_membership_auc:
-        outcome, reason = (
-            Outcome.INCONCLUSIVE,
-            f"with {min(len(ours), len(theirs))} pool patients a side only an AUC above {detectable:.2f} could be seen",
-        )
-    return _verdict(
-        gate,
-        outcome,
-        reason,
+    verdict = replace(
+        verdict,
+        reason=f"no evidence for {', '.join(tested)}; {text}; an AUC of {detectable:.2f} would have been seen",
         statistic=auc,
         interval=(low, high),
         figures={
             "smallest detectable AUC": detectable,
             **{f"{key}, {secret}": value for secret in tested for key, value in rates[secret].items()},
         },
-        p=p,
+        p_value=p,
         accusation=f"the images tell more about patients who were trained on than about others, {text}",
     )
+    if detectable > gate.largest_membership_auc:
+        few = f"with {min(len(ours), len(theirs))} pool patients a side only an AUC above {detectable:.2f} could be seen"
+        return replace(verdict, outcome=Outcome.INCONCLUSIVE, reason=few)
+    return verdict
 
 
 def _rates(right: Bool, inside: Bool) -> dict[str, float]:
@@ -190,32 +201,3 @@ def _rates(right: Bool, inside: Bool) -> dict[str, float]:
 
 def _text(rates: Mapping[str, float]) -> str:
     return f"{rates['right guesses, in training']:.0%} of those in training and {rates['right guesses, outside']:.0%} of the others"
-
-
-def _verdict(
-    gate: GateConfig,
-    outcome: Outcome,
-    reason: str,
-    *,
-    statistic: float = 0.5,
-    interval: tuple[float, float] = (0.0, 1.0),
-    figures: Mapping[str, float] | None = None,
-    p: float | None = None,
-    accusation: str = "",
-) -> Verdict:
-    return Verdict(
-        check="attributes",
-        question=QUESTION,
-        outcome=outcome,
-        statistic_name="AUC of how well a value is told, in training against outside",
-        statistic=statistic,
-        interval=interval,
-        threshold=0.5,
-        confidence_level=0.95,
-        false_alarm_rate=false_alarms("attributes", gate),
-        reason=reason,
-        limitation=LIMITATION,
-        figures=figures or {},
-        p_value=p,
-        accusation=accusation,
-    )

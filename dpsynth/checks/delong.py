@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from dpsynth.checks.statistics import structural_components
+
 Array = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
@@ -50,11 +52,9 @@ def auc_difference(first: Array, second: Array, labels: Int64, patients: Int64) 
 
 
 def _components(scores: Array, positive: NDArray[np.bool_]) -> tuple[float, Array]:
-    """AUC, and of each image its structural component less the AUC, (n,): V10 of positives, V01 of negatives (DeLong 1988, eq. 3)."""
-    ranks, components = stats.rankdata(scores), np.empty(len(scores))
-    m, n = int(positive.sum()), int((~positive).sum())
-    components[positive] = (ranks[positive] - stats.rankdata(scores[positive])) / n
-    components[~positive] = 1 - (ranks[~positive] - stats.rankdata(scores[~positive])) / m
+    """AUC, and of each image its structural component less the AUC, (n,)."""
+    components = np.empty(len(scores))
+    components[positive], components[~positive] = structural_components(scores[positive], scores[~positive])
     area = float(components[positive].mean())
     return area, components - area
 

@@ -57,6 +57,11 @@ class Evidence:
         """For each patient of the pool whether the coin put them into training."""
         return np.asarray(self.pool < self.training.num_patients)
 
+    @property
+    def first_rows(self) -> list[tuple[ImageSet, int]]:
+        """Where the first image of each patient is, numbered as in `pool`."""
+        return [(images, int(rows[0])) for images in (self.training, self.control) for rows in images.rows_of()]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,20 @@ LIMITATION = (
 )
 ISOLATED = "most isolated tenth"
 _FEWEST, _FEWEST_A_SIDE, _MOST_VALUES = 20, 5, 8
+_NOTHING_FOUND = Verdict(
+    check="groups",
+    question=QUESTION,
+    outcome=Outcome.PASS,
+    statistic_name="AUC of the membership score in the worst group",
+    statistic=0.5,
+    interval=(0.0, 1.0),
+    threshold=0.5,
+    confidence_level=0.95,
+    false_alarm_rate=GateConfig().family_error,
+    reason="",
+    limitation=LIMITATION,
+    p_value=1.0,
+)
 
 
 def groups_of(evidence: Evidence, features: Features) -> dict[str, Bool]:
@@ -30,7 +45,7 @@ def groups_of(evidence: Evidence, features: Features) -> dict[str, Bool]:
     isolation = nearest(real[pool], real, own=pool)[0]
     size = max(min(_FEWEST, len(pool)), round(0.1 * len(pool)))
     found = {ISOLATED: np.asarray(isolation >= np.sort(isolation)[-size])}
-    rows = [(images, int(rows[0])) for images in (evidence.training, evidence.control) for rows in images.rows_of()]
+    rows = evidence.first_rows
     chosen = [rows[number] for number in pool]
     labels = [images.classes[int(images.labels[row])] for images, row in chosen]
     found |= {f"label {value}": np.array([label == value for label in labels]) for value in sorted(set(labels))}
@@ -47,6 +62,7 @@ def groups(evidence: Evidence, features: Features, gate: GateConfig, *, scores: 
 
     `scores` computes `pool_scores` of the membership check.
     """
+    verdict = replace(_NOTHING_FOUND, false_alarm_rate=gate.family_error)
     of_pool, inside, level = scores(), evidence.inside, strictest(gate)
     every = groups_of(evidence, features)
     large = {name: rows for name, rows in every.items() if _testable(rows, inside)}
@@ -55,52 +71,24 @@ def groups(evidence: Evidence, features: Features, gate: GateConfig, *, scores: 
     }
     left_out = f"; too small to test: {', '.join(sorted(every.keys() - large.keys()))}" if len(large) < len(every) else ""
     if not results:
-        return _verdict(Outcome.PASS, f"no group is large enough to be tested{left_out}", 0.5, (0.0, 1.0), gate, {}, 1.0, "")
+        return replace(verdict, reason=f"no group is large enough to be tested{left_out}")
     worst = min(results, key=lambda name: (results[name].p, -results[name].auc))
     found = results[worst]
     text = f"worst is {worst} with {int(large[worst].sum())} pool patients: AUC {found.auc:.3f}"
     figures = {f"AUC, {name}": result.auc for name, result in results.items()}
     figures |= {f"patients, {name}": float(large[name].sum()) for name in results}
-    return _verdict(
-        Outcome.PASS,
-        f"no evidence in {len(results)} groups; {text}; there an AUC of {min(found.detectable, 1.0):.2f} would have been seen{left_out}",
-        found.auc,
-        (found.low, found.high),
-        gate,
-        figures,
-        min(1.0, found.p * len(results)),
-        f"a group is easier to find than chance allows: {text}; a person must look",
+    seen = f"there an AUC of {min(found.detectable, 1.0):.2f} would have been seen"
+    return replace(
+        verdict,
+        reason=f"no evidence in {len(results)} groups; {text}; {seen}{left_out}",
+        statistic=found.auc,
+        interval=(found.low, found.high),
+        figures=figures,
+        p_value=min(1.0, found.p * len(results)),
+        accusation=f"a group is easier to find than chance allows: {text}; a person must look",
     )
 
 
 def _testable(rows: Bool, inside: Bool) -> bool:
     sides = int((rows & inside).sum()), int((rows & ~inside).sum())
     return sum(sides) >= _FEWEST and min(sides) >= _FEWEST_A_SIDE
-
-
-def _verdict(
-    outcome: Outcome,
-    reason: str,
-    statistic: float,
-    interval: tuple[float, float],
-    gate: GateConfig,
-    figures: dict[str, float],
-    p: float,
-    accusation: str,
-) -> Verdict:
-    return Verdict(
-        check="groups",
-        question=QUESTION,
-        outcome=outcome,
-        statistic_name="AUC of the membership score in the worst group",
-        statistic=statistic,
-        interval=interval,
-        threshold=0.5,
-        confidence_level=0.95,
-        false_alarm_rate=gate.family_error,
-        reason=reason,
-        limitation=LIMITATION,
-        figures=figures,
-        p_value=p,
-        accusation=accusation,
-    )

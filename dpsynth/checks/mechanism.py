@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -13,15 +15,29 @@ LIMITATION = (
     "tests of the accounting check do), nor the moments, whose noise is tested directly. A low lower bound is no evidence of privacy."
 )
 HEADLINE = "one run, curve"
+_NOTHING_FOUND = Verdict(
+    check="mechanism",
+    question=QUESTION,
+    outcome=Outcome.PASS,
+    statistic_name="lower bound on the epsilon of DP-SGD",
+    statistic=0.0,
+    interval=(0.0, 0.0),
+    threshold=0.0,
+    confidence_level=0.95,
+    false_alarm_rate=GateConfig().family_error,
+    reason="",
+    limitation=LIMITATION,
+)
 
 
 def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
     """Accuses when an audit refutes the curve of its mechanism, Bonferroni over the two; INCONCLUSIVE when one is missing."""
+    verdict = replace(_NOTHING_FOUND, false_alarm_rate=gate.family_error)
     if not evidence.uses_sgd:
-        return _verdict(Outcome.PASS, "nothing was trained by DP-SGD; the noise of the moments is tested by the accounting check", gate)
+        return replace(verdict, reason="nothing was trained by DP-SGD; the noise of the moments is tested by the accounting check")
     missing = [name for name in (BEFORE, DURING) if name not in evidence.canaries]
     if missing:
-        return _verdict(Outcome.INCONCLUSIVE, f"no result of the canaries {', '.join(missing)}", gate)
+        return replace(verdict, outcome=Outcome.INCONCLUSIVE, reason=f"no result of the canaries {', '.join(missing)}")
     audits = {name: Audit.from_json(evidence.canaries[name]) for name in (BEFORE, DURING)}
     bounds = {name: audit.lower_bounds(evidence.delta) for name, audit in audits.items()}
     claimed = {name: audit.claimed(evidence.delta) for name, audit in audits.items()}
@@ -33,43 +49,15 @@ def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
     figures |= {f"booked, {name}": value for name, value in claimed.items()}
     figures |= {f"right guesses of {audit.guesses}, {name}": float(audit.correct) for name, audit in audits.items()}
     seen = f"half of the noise would have been seen; {'; '.join(texts)}"
-    return _verdict(
-        Outcome.PASS,
-        f"no evidence (p {p:.2g}); {seen}",
-        gate,
-        statistic=bounds[DURING][HEADLINE],
+    found = bounds[DURING][HEADLINE]
+    return replace(
+        verdict,
+        reason=f"no evidence (p {p:.2g}); {seen}",
+        statistic=found,
+        interval=(found, found),
         threshold=claimed[DURING],
         figures=figures,
-        p=p,
-        accusation=f"the canaries give away more than DP-SGD as booked allows: {'; '.join(texts)}",
-    )
-
-
-def _verdict(
-    outcome: Outcome,
-    reason: str,
-    gate: GateConfig,
-    *,
-    statistic: float = 0.0,
-    threshold: float = 0.0,
-    figures: dict[str, float] | None = None,
-    p: float | None = None,
-    accusation: str = "",
-) -> Verdict:
-    return Verdict(
-        check="mechanism",
-        question=QUESTION,
-        outcome=outcome,
-        statistic_name="lower bound on the epsilon of DP-SGD",
-        statistic=statistic,
-        interval=(statistic, statistic),
-        threshold=threshold,
-        confidence_level=0.95,
-        false_alarm_rate=gate.family_error,
-        reason=reason,
-        limitation=LIMITATION,
-        figures=figures or {},
         p_value=p,
-        accusation=accusation,
-        lower_bound=None if p is None else statistic,
+        lower_bound=found,
+        accusation=f"the canaries give away more than DP-SGD as booked allows: {'; '.join(texts)}",
     )

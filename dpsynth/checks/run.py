@@ -44,7 +44,9 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     candidates = load_candidates(run)
     synthetic = to_unit_range(candidates.images)
     generator = Generator.load(run.folder("train"))
-    screening = screen_candidates(candidates, generator, config.gate.content, sample_key=split.key, progress=progress)
+    screening = screen_candidates(
+        candidates, generator.cells, generator.moments, config.gate.content, sample_key=split.key, progress=progress
+    )
     site = run.folder("train") / "site"
     evidence = Evidence(
         synthetic=synthetic,

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsynth.cells import Cells
 from dpsynth.checks.burned_text import LIMITS, readable, text_scores
 from dpsynth.checks.plausibility import Reference, deviations
 from dpsynth.checks.statistics import pairwise
 from dpsynth.config import ContentConfig
 from dpsynth.data.candidates import Candidates, to_unit_range
 from dpsynth.data.cohort import Float32, Int64
-from dpsynth.model.generator import Generator
+from dpsynth.model.moments import Moments
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import Progress
 
@@ -95,12 +96,11 @@ class Screening:
 
 
 def screen_candidates(
-    candidates: Candidates, generator: Generator, policy: ContentConfig, *, sample_key: bytes, progress: Progress
+    candidates: Candidates, layout: Cells, moments: Moments, policy: ContentConfig, *, sample_key: bytes, progress: Progress
 ) -> Screening:
-    """Candidates against the released moments of the generator that drew them. The key, which stays at the site, chooses the sample."""
-    cells = generator.cells.index(candidates.labels, candidates.conditions())
-    reference = Reference.of(generator.moments)
-    return screen(to_unit_range(candidates.images), cells, reference, policy, sample_key=sample_key, progress=progress)
+    """Candidates against the released moments that they were drawn from. The key, which stays at the site, chooses the sample."""
+    cells = layout.index(candidates.labels, candidates.conditions())
+    return screen(to_unit_range(candidates.images), cells, Reference.of(moments), policy, sample_key=sample_key, progress=progress)
 
 
 def screen(

@@ -82,14 +82,18 @@ def neighbourhoods(real: Array, synthetic: Array, *, k: int = 5) -> Neighbourhoo
 
 def auc_interval(positive: Array, negative: Array, confidence_level: float) -> tuple[float, float, float]:
     """AUC that positives score higher, with DeLong's interval (DeLong et al. 1988): (auc, low, high)."""
-    ranks = stats.rankdata(np.concatenate([positive, negative]))
-    m, n = len(positive), len(negative)
-    auc = (ranks[:m].sum() - m * (m + 1) / 2) / (m * n)
-    v10 = (ranks[:m] - stats.rankdata(positive)) / n
-    v01 = 1 - (ranks[m:] - stats.rankdata(negative)) / m
+    v10, v01 = structural_components(positive, negative)
+    m, n, auc = len(positive), len(negative), v10.mean()
     stddev = float(np.sqrt(np.var(v10, ddof=1) / m + np.var(v01, ddof=1) / n)) if min(m, n) > 1 else 0.5
     half = float(stats.norm.ppf((1 + confidence_level) / 2)) * stddev
     return float(auc), max(0.0, float(auc) - half), min(1.0, float(auc) + half)
+
+
+def structural_components(positive: Array, negative: Array) -> tuple[Array, Array]:
+    """V10 (m,) of positives and V01 (n,) of negatives (DeLong et al. 1988, equation 3) by ranks (Sun and Xu 2014); the AUC is the mean of
+    either."""
+    ranks, m = stats.rankdata(np.concatenate([positive, negative])), len(positive)
+    return (ranks[:m] - stats.rankdata(positive)) / len(negative), 1 - (ranks[m:] - stats.rankdata(negative)) / m
 
 
 def coin_flip_p(scores: Array, inside: NDArray[np.bool_], *, rng: np.random.Generator, flips: int = 9999) -> float:

@@ -9,17 +9,18 @@ everybody and no score depends on the coins, so flipping them again is exact.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Evidence, first_images
-from dpsynth.checks.family import false_alarms, relied_on
-from dpsynth.checks.membership import Attack, attack
+from dpsynth.checks.family import ALONE, false_alarms, relied_on
+from dpsynth.checks.membership import attack
 from dpsynth.checks.verdict import Outcome, Verdict
-from dpsynth.config import GateConfig
+from dpsynth.config import LARGEST_SIGMA, GateConfig
 from dpsynth.data.cohort import Float32, Int64
-from dpsynth.model.denoiser import LARGEST_SIGMA
 from dpsynth.model.generator import Generator
 from dpsynth.model.wiener import WienerFilter
 from dpsynth.progress import Progress
@@ -33,27 +34,55 @@ LIMITATION = (
 SIGMAS = (0.05, 0.07, 0.1, 0.14, 0.2, 0.27, 0.37, LARGEST_SIGMA)  # above, the net is silent
 MOST = 1000  # pool patients who are looked at, drawn without regard to their coins
 _BATCH = 64
+_NOTHING_FOUND = Verdict(
+    check="white_box",
+    question=QUESTION,
+    outcome=Outcome.PASS,
+    statistic_name="AUC of the loss",
+    statistic=0.5,
+    interval=(0.0, 1.0),
+    threshold=0.5,
+    confidence_level=0.95,
+    false_alarm_rate=ALONE,
+    reason="",
+    limitation=LIMITATION,
+)
 
 
 def white_box(evidence: Evidence, gate: GateConfig, *, rng: np.random.Generator, progress: Progress) -> Verdict:
     """Accuses when the coins explain the losses too badly; INCONCLUSIVE without a generator, or with too few patients to show anything."""
+    verdict = replace(_NOTHING_FOUND, false_alarm_rate=false_alarms("white_box", gate))
+    unseen = replace(verdict, outcome=Outcome.INCONCLUSIVE)
     if evidence.generator is None:
-        return _verdict(gate, Outcome.INCONCLUSIVE, "the weights are not at hand")
+        return replace(unseen, reason="the weights are not at hand")
     chosen = np.sort(rng.permutation(len(evidence.pool))[:MOST])
     inside = evidence.inside[chosen]
     if inside.all() or not inside.any():
-        return _verdict(gate, Outcome.INCONCLUSIVE, "one side of the pool is empty")
+        return replace(unseen, reason="one side of the pool is empty")
     images, cells = _pool(evidence, evidence.generator, evidence.pool[chosen])
     scores = loss_scores(evidence.generator, images, cells, seed=int(rng.integers(2**31)), progress=progress)
     found = attack(scores, inside, delta=evidence.delta, level=relied_on("white_box", gate), rng=rng)
     bound = f"epsilon is at least {found.epsilon:.2f} by this attack, {evidence.epsilon:.2f} is claimed"
-    outcome, reason = (
-        Outcome.PASS,
-        f"no evidence (AUC {found.auc:.3f}, p {found.p:.2g}); an AUC of {found.detectable:.2f} would have been seen; {bound}",
+    verdict = replace(
+        verdict,
+        reason=f"no evidence (AUC {found.auc:.3f}, p {found.p:.2g}); an AUC of {found.detectable:.2f} would have been seen; {bound}",
+        statistic=found.auc,
+        interval=(found.low, found.high),
+        figures={
+            "smallest detectable AUC": found.detectable,
+            "patients": float(len(inside)),
+            "guesses": float(found.guesses),
+            "right guesses": float(found.correct),
+            "epsilon at least": found.epsilon,
+        },
+        p_value=found.p,
+        accusation=f"the weights tell who was trained on (AUC {found.auc:.3f} of the loss); {bound}",
+        lower_bound=found.epsilon,
     )
     if found.detectable > gate.largest_membership_auc:
-        outcome, reason = Outcome.INCONCLUSIVE, f"with {len(inside)} pool patients only an AUC above {found.detectable:.2f} could be seen"
-    return _verdict(gate, outcome, reason, found=found, patients=len(inside), bound=bound)
+        few = f"with {len(inside)} pool patients only an AUC above {found.detectable:.2f} could be seen"
+        return replace(verdict, outcome=Outcome.INCONCLUSIVE, reason=few)
+    return verdict
 
 
 def loss_scores(generator: Generator, images: Float32, cells: Int64, *, seed: int, progress: Progress) -> Array:
@@ -89,36 +118,3 @@ def _pool(evidence: Evidence, generator: Generator, patients: Int64) -> tuple[Fl
     sides = (evidence.training, evidence.control)
     cells = [generator.cells.index(side.labels, side.attributes)[[int(rows[0]) for rows in side.rows_of()]] for side in sides]
     return images[patients], np.concatenate(cells)[patients]
-
-
-def _verdict(
-    gate: GateConfig, outcome: Outcome, reason: str, *, found: Attack | None = None, patients: int = 0, bound: str = ""
-) -> Verdict:
-    figures = (
-        {}
-        if found is None
-        else {
-            "smallest detectable AUC": found.detectable,
-            "patients": float(patients),
-            "guesses": float(found.guesses),
-            "right guesses": float(found.correct),
-            "epsilon at least": found.epsilon,
-        }
-    )
-    return Verdict(
-        check="white_box",
-        question=QUESTION,
-        outcome=outcome,
-        statistic_name="AUC of the loss",
-        statistic=0.5 if found is None else found.auc,
-        interval=(0.0, 1.0) if found is None else (found.low, found.high),
-        threshold=0.5,
-        confidence_level=0.95,
-        false_alarm_rate=false_alarms("white_box", gate),
-        reason=reason,
-        limitation=LIMITATION,
-        figures=figures,
-        p_value=None if found is None else found.p,
-        accusation="" if found is None else f"the weights tell who was trained on (AUC {found.auc:.3f} of the loss); {bound}",
-        lower_bound=None if found is None else found.epsilon,
-    )

@@ -47,13 +47,11 @@ def quality(real: Array, synthetic: Array) -> Quality:
     p = np.clip(np.concatenate([real, synthetic]), _ALMOST, 1 - _ALMOST)
     truth = np.r_[np.zeros(len(real)), np.ones(len(synthetic))]
     weights = np.r_[np.full(len(real), 0.5 / len(real)), np.full(len(synthetic), 0.5 / len(synthetic))]
-    ranks = stats.rankdata(p)[len(real) :]
-    m, n = len(synthetic), len(real)
     bins = np.minimum((p * _BINS).astype(int), _BINS - 1)
     gaps = [abs(float(weights[bins == b] @ (p - truth)[bins == b])) for b in np.unique(bins)]
     return Quality(
         log_loss=float(-(weights @ (truth * np.log(p) + (1 - truth) * np.log(1 - p)))),
-        auc=float((ranks.sum() - m * (m + 1) / 2) / (m * n)),
+        auc=float(stats.mannwhitneyu(p[len(real) :], p[: len(real)]).statistic / (len(real) * len(synthetic))),
         calibration_error=float(sum(gaps)),
     )
 

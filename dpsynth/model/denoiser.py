@@ -16,11 +16,11 @@ import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
+from dpsynth.config import LARGEST_SIGMA
 from dpsynth.model.moments import Moments
 from dpsynth.model.packing import Packing
 from dpsynth.model.wiener import WienerFilter
 
-LARGEST_SIGMA = 0.5  # from images in [-1, 1]
 _LOG_SIGMA_MEAN, _LOG_SIGMA_STD = -1.0, 1.3  # of training noise levels for images in [-1, 1]
 _PUBLIC_VARIANCE = 0.3  # typical variance of a pixel in [-1, 1]
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save
 
 from dpsynth.artifacts import read_json, write_bytes, write_json
 from dpsynth.cells import Cells
-from dpsynth.config import Config, GenerateConfig
+from dpsynth.config import LARGEST_SIGMA, Config, GenerateConfig
 from dpsynth.errors import ArtifactError
-from dpsynth.model.denoiser import LARGEST_SIGMA, Denoiser
+from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.labelling import Labelling
 from dpsynth.model.moments import Moments, sample_moment_images
 from dpsynth.model.sampler import sample, schedule, starting_noise

@@ -19,7 +19,7 @@ from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, from_json
 from dpsynth.release.gate import ALWAYS_REQUIRED, Allowed, Refused
-from dpsynth.release.statement import Count, Digest, Name, SiteStatement
+from dpsynth.release.statement import Digest, Name, SiteStatement
 
 _TOLERANCE = 1e-3  # between two computations of one epsilon
 _REFUSING = ("fail", "inconclusive")
@@ -58,7 +58,6 @@ class FederatedRun(BaseModel):
 
     study: Name
     plan_sha256: Digest
-    steps_per_round: Count
     sites: tuple[SiteRecord, ...]
     spending: Spending
 
@@ -158,7 +157,7 @@ def _ledger_problems(question: SitesQuestion, record: SiteRecord, statement: Sit
         found.append(f"its ledger states fewer rounds than it answered: {_listed(lacking)} missing")
     if surplus:
         found.append(f"its ledger states rounds that were not counted for it: {_listed(surplus)}")
-    if not lacking and not surplus and _losses(statement.booked) != _losses(_of_rounds(question.run, record, statement.rounds)):
+    if not lacking and not surplus and _losses(statement.booked) != _losses(_of_rounds(record, statement.rounds)):
         found.append("its ledger booked other mechanisms than it was asked for")
     if statement.delta != delta:
         found.append(f"it counts at delta {statement.delta:.3g}, the study at {delta:.3g}")
@@ -172,13 +171,13 @@ def _ledger_problems(question: SitesQuestion, record: SiteRecord, statement: Sit
     return found
 
 
-def _of_rounds(run: FederatedRun, record: SiteRecord, rounds: Sequence[int]) -> tuple[Mechanism, ...]:
-    """The counted mechanisms as they are for some of the rounds."""
-    steps = run.steps_per_round * sum(number > 0 for number in rounds)
+def _of_rounds(record: SiteRecord, rounds: Sequence[int]) -> tuple[Mechanism, ...]:
+    """The counted mechanisms as they are for some of the rounds, all of which have equally many steps."""
+    trained, wanted = (sum(number > 0 for number in numbers) for numbers in (record.rounds, rounds))
     found: list[Mechanism] = []
     for mechanism in record.counted:
         if isinstance(mechanism, PoissonDpSgd):
-            found += [replace(mechanism, steps=steps)] if steps else []
+            found += [replace(mechanism, steps=mechanism.steps // max(trained, 1) * wanted)] if wanted else []
         elif 0 in rounds:
             found.append(mechanism)
     return tuple(found)

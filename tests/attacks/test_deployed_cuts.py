@@ -17,15 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fault_cases import SITES, Parties, require_right, require_same, simulated_weights
+from flower_cases import DEPLOYED, PROGRAMS
 
 from federated.launch import Flower
 
-PROGRAMS = Path(os.environ.get("DPSYNTH_FLOWER", ""))
 TOOLS = all(shutil.which(name) for name in ("ip", "mount", "umount"))
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not (PROGRAMS / "flower-superlink").is_file(), reason="DPSYNTH_FLOWER does not name Flower's programs"),
+    *DEPLOYED,
     pytest.mark.skipif(os.geteuid() != 0 or not TOOLS, reason="only root makes file systems and network namespaces"),
 ]
 STUDY_SECONDS = 600

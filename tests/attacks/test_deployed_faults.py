@@ -6,22 +6,16 @@ DPSYNTH_FLOWER=flower/bin pytest -m slow tests/attacks/test_deployed_faults.py
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fault_cases import SITES, Parties, require_right, require_same, simulated_weights
+from flower_cases import DEPLOYED, PROGRAMS
 
 from federated.launch import Flower
 
-PROGRAMS = Path(os.environ.get("DPSYNTH_FLOWER", ""))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not (PROGRAMS / "flower-superlink").is_file(), reason="DPSYNTH_FLOWER does not name Flower's programs"),
-]
+pytestmark = DEPLOYED
 STUDY_SECONDS = 500
 SITE = SITES[0]
 VICTIMS = {  # by name: whose processes, and words in the command line of the one that is killed

@@ -6,7 +6,6 @@ DPSYNTH_FLOWER=flower/bin pytest -m slow tests/attacks/test_deployed_federation.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import zipfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flower_cases import DEPLOYED, PROGRAMS
 
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import silent
@@ -27,12 +27,7 @@ from federated.launch import APP, APP_FILES, Flower, Processes
 from federated.messages import Code, decode_reply, encode_request
 from federated.relay import Relay
 
-PROGRAMS = Path(os.environ.get("DPSYNTH_FLOWER", ""))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not (PROGRAMS / "flower-superlink").is_file(), reason="DPSYNTH_FLOWER does not name Flower's programs"),
-]
+pytestmark = DEPLOYED
 SITE = "north"
 
 TAKE = """

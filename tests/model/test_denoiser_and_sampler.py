@@ -11,10 +11,10 @@ import torch
 from scipy.stats import kstest, truncnorm
 
 from dpsynth.cells import Cells
-from dpsynth.config import GenerateConfig, packing
+from dpsynth.config import LARGEST_SIGMA, GenerateConfig, packing
 from dpsynth.errors import ArtifactError
 from dpsynth.generate import draw, image_seeds, mixed_cells
-from dpsynth.model.denoiser import LARGEST_SIGMA, Denoiser, noise_levels
+from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.generator import SETTINGS, WEIGHTS, Generator
 from dpsynth.model.moments import Moments, frequencies, from_frequencies
 from dpsynth.model.packing import depth_to_space, space_to_depth
