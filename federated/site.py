@@ -131,7 +131,7 @@ class Guard:
             require_arrays(signed.arrays, {})
         split = self._split(request.study, study)
         if charge is None:
-            charge = self._book(signed, study, message, self._mechanism(request, model), coins=split.key_commitment)
+            charge = self._book(signed, study, message, self._mechanism(request, model), coins=split.commitment)
         elif charge.settled or charge.config_sha256 != self._booked_digest(signed.digest) or message.key() is None:
             raise Refused(Code.LOST)
         else:
@@ -162,7 +162,7 @@ class Guard:
     def _split(self, name: str, study: Study) -> Split:
         """The study's split. Raises Refused(LOST) when its coins are not those that the ledger noted with the study's first round."""
         split = study.split(self.images, control_fraction=self.policy.data.control_fraction)
-        if any(charge.coins_sha256 != split.key_commitment for _, charge in self._charges(name)):
+        if any(charge.coins_sha256 != split.commitment for _, charge in self._charges(name)):
             raise Refused(Code.LOST)
         return split
 

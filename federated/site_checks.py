@@ -176,7 +176,7 @@ def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
     cohort = read_cohort(data)
     require_data(cohort, data, guard.ledger, progress=progress)
     split = work.study.split(prepare(cohort, data, progress=progress), control_fraction=data.control_fraction)
-    if any(charge.coins_sha256 != split.key_commitment for _, charge in work.charges):
+    if any(charge.coins_sha256 != split.commitment for _, charge in work.charges):
         raise LedgerError("The patients' coins are not those that the ledger noted before training. Restore the study's split.json.")
     return split
 

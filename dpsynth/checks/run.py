@@ -79,13 +79,9 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
 
 
 def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id: str) -> int:
-    """The attempt that a killed check of the same candidates had booked, or a new one, booked before anything is looked at."""
-    subject = {
-        "run_id": run_id,
-        "candidates_sha256": candidates_digest(run),
-        "dpsynth": __version__,
-        "split": sha256_file(_record_of_split(run)),
-    }
+    """The attempt that a killed check of the same candidates had booked, or a new one, booked before anything is looked at. Patients and
+    coins are those of the run's booking by now."""
+    subject = {"run_id": run_id, "candidates_sha256": candidates_digest(run), "dpsynth": __version__}
     begun = unfinished.attempt(subject, booked=ledger.gate_attempts(run_id))
     if begun is not None:
         return begun
@@ -99,11 +95,7 @@ def _split(run: RunFolder, config: Config, ledger: Ledger, committed: str, progr
     cohort = read_cohort(config.data)
     require_data(cohort, config.data, ledger, progress=progress)
     images = prepare(cohort, config.data, progress=progress)
-    split = restore_split(images, read_json(_record_of_split(run)))
-    if split.key_commitment != committed:
+    split = restore_split(images, read_json(run.folder("train") / "site" / "split.json"))
+    if split.commitment != committed:
         raise ArtifactError("The patients' coins are not those that the ledger noted before training. Restore train/site/split.json.")
     return split
-
-
-def _record_of_split(run: RunFolder) -> Path:
-    return run.folder("train") / "site" / "split.json"

@@ -35,9 +35,10 @@ class Split:
             raise SelfCheckFailed("split: " + "; ".join(problems))
 
     @property
-    def key_commitment(self) -> str:
-        """SHA-256 of the key, hexadecimal: the ledger notes it before training, so the coins cannot be chosen afterwards."""
-        return hashlib.sha256(self.key).hexdigest()
+    def commitment(self) -> str:
+        """SHA-256 of key and control fraction, hexadecimal: the ledger notes it before training, so neither the coins nor how many of them
+        mean control can be chosen afterwards."""
+        return hashlib.sha256(self.key + f"\0{self.control_fraction!r}".encode()).hexdigest()
 
     @property
     def in_pool(self) -> NDArray[np.bool_]:
@@ -51,7 +52,7 @@ class Split:
         return {
             "control_fraction": self.control_fraction,
             "key": self.key.hex(),
-            "key_commitment": self.key_commitment,
+            "commitment": self.commitment,
             "training": list(self.training.patient_ids),
             "control": list(self.control.patient_ids),
         }

@@ -61,7 +61,7 @@ class Charge:
     config_sha256: str
     mechanisms: tuple[Mechanism, ...]
     settled: bool
-    coins_sha256: str = ""  # of the key that says who is trained on, noted before training
+    coins_sha256: str = ""  # of key and control fraction, which say who is trained on, noted before training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ class Ledger:
         """Charge `mechanisms` in full before the data is touched; returns the reservation. Raises BudgetExceeded.
 
         The configuration's digest is booked too: one reservation pays for one training, not for two that differ and share their noise.
-        So is the digest of the key of the patients' coins: which of them are trained on cannot be chosen after looking at the result.
+        So is that of the patients' coins (key and control fraction): who is trained on cannot be chosen after looking at the result.
         """
         with self._locked():
             lines = self._recovered()

@@ -243,7 +243,7 @@ def _reserve(
         write_bytes(site / _KEY, fresh_key(), private=True)
         try:
             drawn = split()  # before the charge: it fails when one side stays empty
-            coins = drawn[1].key_commitment
+            coins = drawn[1].commitment
             reservation = ledger.reserve(
                 mechanisms, purpose=f"train {config.method}", run_id=run_id, config_sha256=digest, coins_sha256=coins
             )
@@ -252,7 +252,7 @@ def _reserve(
             raise
     elif (site / _KEY).is_file():
         reservation, drawn = known.reservation, split()
-        ledger.resume(reservation, mechanisms, config_sha256=digest, coins_sha256=drawn[1].key_commitment)
+        ledger.resume(reservation, mechanisms, config_sha256=digest, coins_sha256=drawn[1].commitment)
     else:
         raise ArtifactError("This run is charged and its secret key is gone, so it cannot go on. Its charge stays; train in a new folder.")
     write_booking(run, reservation)

@@ -86,11 +86,13 @@ def test_an_empty_side_is_refused(fraction: float) -> None:
         split_patients(images_of(ids(30), [1] * 30), control_fraction=fraction, key=KEY)
 
 
-def test_the_record_restores_the_split_and_commits_to_the_key() -> None:
+def test_the_record_restores_the_split_and_commits_to_key_and_fraction() -> None:
     images = images_of(ids(60), [1, 2] * 30)
     split = split_patients(images, control_fraction=0.4, key=KEY)
     record = json.loads(json.dumps(split.record()))
-    assert record["key_commitment"] == hashlib.sha256(KEY).hexdigest()
+    assert record["commitment"] == hashlib.sha256(KEY + b"\x000.4").hexdigest()
+    for fraction, key in ((0.3, KEY), (0.4, KEY[::-1])):
+        assert split_patients(images, control_fraction=fraction, key=key).commitment != record["commitment"]
     again = restore_split(images, record)
     assert again.control.patient_ids == split.control.patient_ids
     assert np.array_equal(again.training.images, split.training.images)

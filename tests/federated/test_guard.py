@@ -260,11 +260,12 @@ def test_the_coins_are_in_the_ledger_with_the_first_charge_and_cannot_be_drawn_a
     site = world.sites["a"]
     assert world.ask().outcome == "ok"
     (path,) = site.policy.state.rglob("split.json")
-    key = bytes.fromhex(json.loads(path.read_text())["key"])
+    record = json.loads(path.read_text())
+    coins = hashlib.sha256(bytes.fromhex(record["key"]) + f"\0{record['control_fraction']}".encode()).hexdigest()
     (line,) = reserve_lines(site)
-    assert line["coins_sha256"] == hashlib.sha256(key).hexdigest()
+    assert line["coins_sha256"] == coins
     assert world.ask("train", 1).outcome == "ok"
-    assert {line["coins_sha256"] for line in reserve_lines(site)} == {hashlib.sha256(key).hexdigest()}
+    assert {line["coins_sha256"] for line in reserve_lines(site)} == {coins}
     path.unlink()
     assert world.ask("train", 2).code is Code.LOST
     assert len(reserve_lines(site)) == 2

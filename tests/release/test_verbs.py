@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,12 +245,15 @@ def test_images_that_changed_after_training_are_not_checked(clinic: Path) -> Non
         checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
 
 
-def test_coins_that_were_not_committed_to_before_training_are_refused(clinic: Path) -> None:
-    """Whoever owns the run folder draws the split again until the checks like it: the ledger knows the coins of the training."""
+@pytest.mark.parametrize("changed", [{"key": b"w" * 32}, {"control_fraction": 0.45}])
+def test_coins_that_were_not_committed_to_before_training_are_refused(clinic: Path, changed: dict[str, Any]) -> None:
+    """Whoever owns the run folder draws the split again until the checks like it, or calls patients control who were trained on: the
+    ledger knows coins and fraction of the training."""
     path = clinic / "run" / "train" / "site" / "split.json"
-    config = load_config(clinic / "config.yaml")
+    config, own = load_config(clinic / "config.yaml"), json.loads(path.read_text())
     images = prepare(read_cohort(config.data), config.data, progress=silent)
-    write_json(path, split_patients(images, control_fraction=0.3, key=b"w" * 32).record(), private=True)
+    wanted = {"control_fraction": own["control_fraction"], "key": bytes.fromhex(own["key"]), **changed}
+    write_json(path, split_patients(images, **wanted).record(), private=True)
     seal(clinic, "train")
     with pytest.raises(ArtifactError, match="coins are not those"):
         checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
@@ -306,8 +310,8 @@ def test_an_interrupted_check_goes_on_under_its_own_attempt_and_says_the_same(in
         checks_run.check(interrupted / "run", ledger_path=interrupted / "ledger", progress=silent)
 
 
-@pytest.mark.parametrize("change", ["other candidates", "no record", "another attempt since"])
-def test_an_interrupted_check_of_anything_else_is_another_attempt(interrupted: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["other candidates", "no record", "another attempt since", "another version"])
+def test_an_interrupted_check_of_anything_else_is_another_attempt(interrupted: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     unfinished = interrupted / "run" / "unfinished_check" / "unfinished.json"
     if change == "other candidates":
         run = RunFolder.open(interrupted / "run")
@@ -316,6 +320,8 @@ def test_an_interrupted_check_of_anything_else_is_another_attempt(interrupted: P
         run.complete("generate", needs=("train",), facts={"count": 100})
     elif change == "no record":
         unfinished.unlink()
+    elif change == "another version":
+        monkeypatch.setattr(checks_run, "__version__", "0.0.0")
     else:
         write_json(unfinished, {**json.loads(unfinished.read_text()), "attempt": 1})
     with pytest.raises(BudgetExceeded, match="checked 2 times"):
