@@ -113,6 +113,16 @@ def more_rounds_than_counted(joint: Joint) -> None:
     says(joint, "south", rounds=[0, 1, 2, 3])
 
 
+def edited_record(joint: Joint, change: Callable[[dict[str, Any]], None]) -> None:
+    """The coordinator's own count of the study, rewritten and sealed again."""
+    record = joint.run / "train" / "federation.json"
+    value = read_json(record)
+    change(value)
+    write_json(record, value)
+    RunFolder.open(joint.run).complete("train", facts={"study": "joint"})
+    sealed(joint)
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -156,14 +166,23 @@ def test_a_site_that_was_charged_and_is_silent_stops_the_release(joint: Joint) -
 
 def test_a_coordinator_that_counts_less_for_a_site_than_it_booked_is_found_out(joint: Joint) -> None:
     """The coordinator owns its run folder; the site's ledger does not."""
-    record = joint.run / "train" / "federation.json"
-    value = read_json(record)
-    south = next(site for site in value["sites"] if site["site"] == "south")
-    south["rounds"], south["answered"] = [0, 1], [0, 1]
-    write_json(record, value)
-    RunFolder.open(joint.run).complete("train", facts={"study": "joint"})
-    sealed(joint)
+
+    def fewer(value: dict[str, Any]) -> None:
+        south = next(site for site in value["sites"] if site["site"] == "south")
+        south["rounds"], south["answered"] = [0, 1], [0, 1]
+
+    edited_record(joint, fewer)
     with pytest.raises(GateRefused, match="south: its ledger states rounds that were not counted for it: 2"):
+        joint.release()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("disjoint", "the largest epsilon of a site, 0.5, is not"), ("overlapping", "the epsilon of a patient of all sites, 0.5, is not")],
+)
+def test_a_coordinator_that_understates_what_a_patient_spent_is_found_out(joint: Joint, name: str, words: str) -> None:
+    edited_record(joint, lambda value: value["spending"].update({name: 0.5}))
+    with pytest.raises(GateRefused, match=words):
         joint.release()
 
 

@@ -11,12 +11,14 @@ import pytest
 from evidence_cases import evidence_of, features_of, image_set
 from scipy import stats
 
+from dpsynth.checks import suite
 from dpsynth.checks.attributes import LABEL, attributes, guesses, secrets
 from dpsynth.checks.evidence import Evidence, Features
 from dpsynth.checks.family import ALONE, FAMILY, decide_family, members, strictest
 from dpsynth.checks.statistics import coin_flip_p, coin_flip_ranks_p, difference_of_rates, wilson
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
+from dpsynth.progress import silent
 
 GATE = GateConfig()
 REQUIRED = GateConfig(required=(*GATE.required, "attributes"))
@@ -109,6 +111,18 @@ def test_values_that_come_with_training_images_fail(generate: Generate, named: t
         assert verdict.outcome is not Outcome.FAIL or any(f"most for {name}" in verdict.reason for name in named), verdict.reason
         assert verdict.figures["risk, sex"] > 0.1
     assert caught >= 18, caught
+
+
+@pytest.mark.parametrize(("gate", "outcome"), [(GATE, Outcome.FLAG), (REQUIRED, Outcome.FAIL)])
+def test_the_suite_decides_it_with_the_family_when_the_policy_requires_it(
+    monkeypatch: pytest.MonkeyPatch, gate: GateConfig, outcome: Outcome
+) -> None:
+    rng = np.random.default_rng(0)
+    hospital = Hospital(rng)
+    sets, features = hospital.given(*carries_values(hospital, rng))
+    monkeypatch.setattr(suite, "compute_features", lambda *_, **__: features)
+    verdicts = {verdict.check: verdict for verdict in suite.run_checks(sets, gate, seed=0, progress=silent)}
+    assert verdicts["attributes"].outcome is outcome
 
 
 def test_without_the_policys_word_it_can_only_flag_and_the_family_stays_as_it_is() -> None:
