@@ -16,7 +16,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,14 @@ class Flower:
     def environment(self, home: Path) -> dict[str, str]:
         """Nothing of this process's Flower settings or Python path, one home for each party, no calls home."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_") and k not in ("PYTHONPATH", "PYTHONHOME")}
-        own = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1", "TERM": "dumb"}
+        own = {
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "NO_COLOR": "1",
+            "TERM": "dumb",
+        }
         return {**kept, **own, "PATH": os.pathsep.join((str(self.programs), kept.get("PATH", os.defpath)))}
 
     def node_command(self, *, superlink: str, ca: Path, key: Path, guard: Path, port: int) -> list[str]:
@@ -108,8 +115,10 @@ class Coordination:
     def _home(self) -> Path:
         return self.folder / "home"
 
-    def up(self, processes: Processes, *, host: str, port: int) -> None:
-        """Start SuperLink and SuperExec and wait until they answer. Raises FlowerFailed."""
+    def up(self, processes: Processes, *, host: str, port: int, nodes: str = "--enable-supernode-auth") -> None:
+        """Start SuperLink and SuperExec and wait until they answer. `nodes`: the flag that says which nodes there are: registered ones
+        (or, on one machine, those of the simulation). Raises FlowerFailed.
+        """
         secret = self.folder / "superexec.secret"
         if not secret.is_file():
             write_bytes(secret, secrets.token_hex(32).encode(), private=True)
@@ -118,7 +127,7 @@ class Coordination:
         connection = _CONNECTION.format(port=port, ca=(self.folder / CA_CERTIFICATE).resolve())
         write_bytes(self._home / "config.toml", connection.encode())
         tls = ["--ssl-ca-certfile", str(self.folder / CA_CERTIFICATE), "--ssl-certfile", str(self.folder / SERVER_CERTIFICATE)]
-        tls += ["--ssl-keyfile", str(self.folder / SERVER_KEY), "--enable-supernode-auth"]
+        tls += ["--ssl-keyfile", str(self.folder / SERVER_KEY), nodes]
         listen = ["--host", host, "--port", str(port), "--database", str(self.folder / "state.db")]
         # Without process isolation and a secret, a stranger with the public CA is handed the ServerApp's task.
         safe = ["--disable-runtime-dependency-installation", "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
@@ -180,8 +189,12 @@ class Coordination:
 
     def start_app(self, relay: Path) -> None:
         """Start a run of the app; it will connect to `relay`. What travels is exactly `APP_FILES`, whatever else lies in the folder."""
+        self.start_run({name: APP / name for name in APP_FILES}, relay=relay)
+
+    def start_run(self, files: Mapping[str, Path], **settings: Path) -> None:
+        """Start a run of an app of these files, with these settings."""
         copy = self.folder / "app"
         shutil.rmtree(copy, ignore_errors=True)
-        for name in APP_FILES:
-            write_bytes(copy / name, (APP / name).read_bytes())
-        self.command("run", str(copy), "fed", "-c", f"relay={json.dumps(str(relay))}")
+        for name, source in files.items():
+            write_bytes(copy / name, source.read_bytes())
+        self.command("run", str(copy), "fed", "-c", " ".join(f"{name}={json.dumps(str(value))}" for name, value in settings.items()))

@@ -1,12 +1,13 @@
 """What does a federated round cost in time and bytes beside the same local training, and do 50 sites fit into one process?
 
     python experiments/009-federation-cost/cost.py deployed --flower flower/bin [--patients 3000] [--rounds 5]
-    python experiments/009-federation-cost/cost.py many [--sites 50]
+    python experiments/009-federation-cost/cost.py many [--sites 50]                     # guards and coordinator in one process
+    python experiments/009-federation-cost/cost.py many --engine --flower flower/bin     # the same over Flower's simulation engine
     python experiments/009-federation-cost/cost.py table                 # of results.json
 
 deployed: one hospital with guard and node, and the coordinator, as processes on this machine over Flower with TLS on loopback. Before each
 round the same steps are trained here, on the same patients with the same mechanism, so the two take turns; a ratio is the round's wall time
-(asking, carrying, training, answering, combining, checkpoint) over that of the training alone. many: guards and coordinator in one process.
+(asking, carrying, training, answering, combining, checkpoint) over that of the training alone.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from dpsynth.signing import load_private
 from dpsynth.train.loop import fit
 from dpsynth.train.run import standard_moments
 from federated.certs import CA_CERTIFICATE, make_ca, make_node_key, make_server_certificate
-from federated.coordinator import Coordinator
+from federated.coordinator import Coordinator, Transport
 from federated.demonstration import free_port, wait_for
+from federated.flower_engine import flower_engine
 from federated.launch import Coordination, Flower, Processes
 from federated.policy import config_of
 from federated.relay import Relay
@@ -180,14 +182,27 @@ def deployed(programs: Path, patients: int, side: int, rounds: int) -> dict[str,
     }  # fmt: skip
 
 
-def many(sites: int, rounds: int) -> dict[str, Any]:
-    """Wall and CPU seconds and peak memory of a study of so many small sites in this process."""
+@contextmanager
+def between(coordinator: Coordinator, study: Study, programs: Path | None) -> Iterator[Transport]:
+    """What carries the frames of `many`."""
+    if programs is None:
+        yield coordinator.transport
+        return
+    guards = {name: study.guard(name).handle for name in study.sites}
+    with flower_engine(study.folder / "engine", Flower(programs), guards, port=free_port(), cores=os.cpu_count() or 1) as relay:
+        yield relay
+
+
+def many(sites: int, rounds: int, programs: Path | None) -> dict[str, Any]:
+    """Wall and CPU seconds and peak memory of a study of so many small sites in this process, over Flower's engine when it is named."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         study = study_of(Path(name), sites=sites, patients=120, side=12, channels=(8, 8), rounds=rounds, steps=2)
         before, begun = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
         coordinator = study.simulated()
         made = time.monotonic()
-        guarantee = run_study(coordinator, run_path=study.folder / "run", progress=silent)
+        with between(coordinator, study, programs) as transport:
+            coordinator.transport = transport
+            guarantee = run_study(coordinator, run_path=study.folder / "run", progress=silent)
         after, ended = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     return {
         "epsilon": guarantee.epsilon, "rounds": rounds, "sites": sites, "setup_seconds": made - begun, "study_seconds": ended - made,
@@ -223,6 +238,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sites", type=int, default=50)
+    parser.add_argument("--engine", action="store_true", help="many: over Flower's simulation engine.")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -231,7 +247,8 @@ def main() -> None:
         name = f"deployed, {arguments.patients} patients, {arguments.side} px, {STEPS} steps"
         once(path, name, partial(deployed, arguments.flower.resolve(), arguments.patients, arguments.side, arguments.rounds))
     if arguments.what == "many":
-        once(path, f"many, {arguments.sites} sites", partial(many, arguments.sites, arguments.rounds))
+        programs, name = (arguments.flower.resolve(), ", Flower's engine") if arguments.engine else (None, "")
+        once(path, f"many, {arguments.sites} sites{name}", partial(many, arguments.sites, arguments.rounds, programs))
     print(table(known(path)))
 
 

@@ -14,10 +14,15 @@ UNREACHABLE, SECONDS, LARGEST = 1003, 7200.0, 1 << 30
 
 @app.query()
 def carry(message: Message, context: Context) -> Message:
+    """The hospital itself has said where its guard is."""
+    return answered_by(str(context.node_config["guard"]), message)
+
+
+def answered_by(guard: str, message: Message) -> Message:
     """One frame there, one frame back."""
     frame = message.content["frame"].to_numpy_ndarrays()[0].tobytes()
     try:
-        reply = ask(str(context.node_config["guard"]), frame)
+        reply = ask(guard, frame)
     except (OSError, ValueError):  # no text of it: it may name a path
         return Message(Error(code=UNREACHABLE, reason="the guard of the site does not answer"), reply_to=message)
     return Message(RecordDict({"frame": ArrayRecord({"frame": Array(np.frombuffer(reply, dtype=np.uint8))})}), reply_to=message)

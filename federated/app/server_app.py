@@ -4,6 +4,7 @@ import json
 import socket
 import struct
 import time
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -17,29 +18,33 @@ POLL_SECONDS = 0.5  # Flower's own loop asks every 3 seconds
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Carry jobs until the coordinator closes the connection."""
+    """Nodes are those that the coordinator registered."""
+    carry(grid, str(context.run_config["relay"]), lambda node, frame: query(int(node), frame))
+
+
+def carry(grid: Grid, relay: str, question: Callable[[str, bytes], Message]) -> None:
+    """Carry jobs until the coordinator closes the connection. `question` makes the message with a frame for one of the names in a job."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as coordinator:
-        coordinator.connect(str(context.run_config["relay"]))
+        coordinator.connect(relay)
         with coordinator.makefile("rwb") as stream:
             while job := read_block(stream):
                 head = json.loads(job)
-                messages = [query(int(node), read_block(stream)) for node in head["nodes"]]
-                answers = answered(grid, messages, float(head["seconds"]))
-                found = {node: answer for node, answer in answers.items() if not answer.has_error()}
-                failed = {str(node): answer.error.code for node, answer in answers.items() if answer.has_error()}
-                write_block(stream, json.dumps({"nodes": [str(node) for node in found], "failed": failed}).encode())
+                answers = answered(grid, {name: question(name, read_block(stream)) for name in head["nodes"]}, float(head["seconds"]))
+                found = {name: answer for name, answer in answers.items() if not answer.has_error()}
+                failed = {name: answer.error.code for name, answer in answers.items() if answer.has_error()}
+                write_block(stream, json.dumps({"nodes": list(found), "failed": failed}).encode())
                 for answer in found.values():
                     write_block(stream, answer.content["frame"].to_numpy_ndarrays()[0].tobytes())
                 stream.flush()
 
 
-def answered(grid: Grid, messages: list[Message], seconds: float) -> dict[int, Message]:
-    """Answers by node; an error that Flower makes itself names no node, but the message that it answers."""
-    nodes = dict(zip(grid.push_messages(messages), [message.metadata.dst_node_id for message in messages], strict=True))
-    waiting, end, found = {name for name in nodes if name}, time.monotonic() + seconds, {}
+def answered(grid: Grid, messages: dict[str, Message], seconds: float) -> dict[str, Message]:
+    """Answers by name; an error that Flower makes itself names no node, but the message that it answers."""
+    names = dict(zip(grid.push_messages(list(messages.values())), messages, strict=True))
+    waiting, end, found = {identifier for identifier in names if identifier}, time.monotonic() + seconds, {}
     while waiting and time.monotonic() < end:
         for answer in grid.pull_messages(waiting):
-            found[nodes[answer.metadata.reply_to_message_id]] = answer
+            found[names[answer.metadata.reply_to_message_id]] = answer
             waiting.discard(answer.metadata.reply_to_message_id)
         time.sleep(POLL_SECONDS if waiting else 0)
     return found

@@ -113,7 +113,7 @@ def test_an_app_with_its_own_ledger_and_less_noise_is_refused_and_an_honest_one_
     (app / "dpsynth" / "privacy.py").write_text(SHADOW)
     client = (app / "client_app.py").read_text()
     (app / "client_app.py").write_text(
-        client.replace("app = ClientApp()", "app = ClientApp()\n" + HOSTILE).replace("), frame)", "), hostile(frame))")
+        client.replace("app = ClientApp()", "app = ClientApp()\n" + HOSTILE).replace("ask(guard, frame)", "ask(guard, hostile(frame))")
     )
     ledger = parties.folder / SITE / "ledger.jsonl"
     assert carried(parties, app) is Code.COORDINATOR

@@ -39,4 +39,4 @@ def test_what_travels_imports_nothing_of_ours_and_is_only_what_is_named() -> Non
             for node in ast.walk(ast.parse((APP / name).read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 imported |= {item.split(".")[0] for item in (*names, *([node.module] if isinstance(node, ast.ImportFrom) else []))}
-    assert imported == {"flwr", "json", "numpy", "socket", "struct", "time", "typing"}
+    assert imported == {"collections", "flwr", "json", "numpy", "socket", "struct", "time", "typing"}
