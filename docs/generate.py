@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer.main
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from dpsynth.cli import app
@@ -70,18 +71,26 @@ def config_page() -> str:
 def _section(prefix: str, model: type[BaseModel]) -> list[str]:
     rows, nested = [], []
     for name, field in model.model_fields.items():
-        path = f"{prefix}.{name}" if prefix else name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            nested += _section(path, field.annotation)
-        else:
+        path, inner = f"{prefix}.{name}" if prefix else name, _model_in(field.annotation)
+        named = typing.get_origin(field.annotation) is dict
+        nested += [] if inner is None else _section(f"{path}.NAME" if named else path, inner)
+        if inner is None or inner is not field.annotation:  # one that may be left out has a line of its own
             rows.append(f"| `{path}` | {_default(field.default)} | {field.description or ''} |")
     heading = [f"## {prefix or 'The run'}", "", (model.__doc__ or "").strip().splitlines()[0], ""]
     return [*heading, "| setting | default | meaning |", "|---|---|---|", *rows, "", *nested]
 
 
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The settings that an annotation holds, alone or as one of several types."""
+    found = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return found[0] if found else None
+
+
 def _default(value: object) -> str:
     if value is None:
         return "none"
+    if value is PydanticUndefined:
+        return "must be given"
     value = getattr(value, "value", value)
     if isinstance(value, tuple):
         return f"`[{', '.join(str(item) for item in typing.cast('tuple[object, ...]', value))}]`"

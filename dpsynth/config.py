@@ -305,6 +305,19 @@ class ContentConfig(_Settings):
         return self
 
 
+class EncoderConfig(_Settings):
+    """A network that images are compared by in place of the bundled one, which has not seen the patients of the run.
+
+    One input (n, 3, side, side), one output of rows (n, features) or of maps (n, features, height, width), which are averaged.
+    """
+
+    path: Path = Field(description="ONNX file, for example of RadImageNet or Inception weights; needs `dpsynth[encoder]`.")
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = Field(description="Of the file: another one is refused.")
+    side: int = Field(224, ge=16, le=1024, description="Pixels a side to which images are enlarged.")
+    mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="Taken from the three channels, which lie in [0, 1].")
+    stddev: tuple[Positive, Positive, Positive] = Field((0.5, 0.5, 0.5), description="By which the channels are then divided.")
+
+
 class GateConfig(_Settings):
     """The policy by which a release is allowed; fixed before the checks run."""
 
@@ -344,6 +357,7 @@ class GateConfig(_Settings):
         0.35, description="Fidelity fails when synthetic images lie nearer to each other than this part of what real ones do (repetition)."
     )
     content: ContentConfig = ContentConfig()
+    encoder: EncoderConfig | None = Field(None, description="A network of your own to compare images by; none: the bundled one.")
 
 
 class ReleaseConfig(_Settings):
@@ -469,7 +483,15 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
 
     data = config.data.model_copy(update={"path": absolute(config.data.path), "exclusions": absolute(config.data.exclusions)})
     pretrain = config.pretrain.model_copy(update={"path": absolute(config.pretrain.path), "cache": absolute(config.pretrain.cache)})
-    return config.model_copy(update={"data": data, "pretrain": pretrain})
+    return config.model_copy(update={"data": data, "pretrain": pretrain, "gate": with_absolute_encoder(config.gate, base)})
+
+
+def with_absolute_encoder(gate: GateConfig, base: Path) -> GateConfig:
+    """The policy with the path of its encoder taken from `base`."""
+    if gate.encoder is None:
+        return gate
+    path = (base / gate.encoder.path.expanduser()).resolve()
+    return gate.model_copy(update={"encoder": gate.encoder.model_copy(update={"path": path})})
 
 
 def wrong_settings(error: ValidationError) -> str:

@@ -25,6 +25,7 @@ from dpsynth.config import (
     PretrainConfig,
     PrivacyConfig,
     ReleaseConfig,
+    with_absolute_encoder,
     wrong_settings,
     yaml_mapping,
 )
@@ -199,4 +200,11 @@ def _with_absolute_paths(policy: SitePolicy, base: Path) -> SitePolicy:
 
     data = policy.data if policy.data.path is None else policy.data.model_copy(update={"path": absolute(policy.data.path)})
     update: dict[str, Any] = {name: absolute(getattr(policy, name)) for name in ("ledger", "state", "socket")}
-    return policy.model_copy(update={**update, "data": data, "coordinators": tuple(absolute(path) for path in policy.coordinators)})
+    return policy.model_copy(
+        update={
+            **update,
+            "data": data,
+            "coordinators": tuple(absolute(path) for path in policy.coordinators),
+            "gate": with_absolute_encoder(policy.gate, base),
+        }
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsynth.artifacts import read_json, sha256_file, write_bytes, write_json
+from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.run import SEED
 from dpsynth.checks.screening import CONTENT, screen_candidates
@@ -96,6 +97,7 @@ def check_candidates(guard: Guard, path: Path, *, progress: Progress) -> Checked
     """Run all checks and write what they found. Raises BudgetExceeded when the study was checked too often."""
     work = joined(guard, path)
     carried, policy, ledger = work.carried, guard.policy, guard.ledger
+    encoder_of(policy.gate.encoder)  # what it lacks is said before the attempt is booked
     split = _split(guard, work, progress)
     guarantee = _guarantee(guard, work)
     attempt = ledger.record_gate_attempt(work.run_id)

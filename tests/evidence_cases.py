@@ -88,4 +88,5 @@ def features_of(synthetic: np.ndarray, training: np.ndarray, control: np.ndarray
         control_thumbnails=control,
         synthetic_approaches=approaches_of(synthetic, real),
         real_ratios=approaches_of(real[pool], real, own=pool).ratio,
+        encoder="points",
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsynth.checks.encoders import Encoder, bundled
 from dpsynth.checks.features import encode
 from dpsynth.checks.kept import Keep, keep_nothing
 from dpsynth.checks.screening import Screening
@@ -79,10 +80,12 @@ class Features:
     control_thumbnails: Array
     synthetic_approaches: Approaches
     real_ratios: Array
+    encoder: str  # its name
 
 
-def compute_features(evidence: Evidence, *, progress: Progress, keep: Keep = keep_nothing) -> Features:
-    """Features of the evidence."""
+def compute_features(evidence: Evidence, *, progress: Progress, keep: Keep = keep_nothing, encoder: Encoder | None = None) -> Features:
+    """Features of the evidence, by the bundled encoder when none is given."""
+    encoder = encoder or bundled()
     training, control = first_images(evidence.training), first_images(evidence.control)
     real = np.concatenate([evidence.training.images, evidence.control.images])
     patients = np.concatenate([evidence.training.patients, evidence.control.patients + evidence.training.num_patients])
@@ -93,7 +96,7 @@ def compute_features(evidence: Evidence, *, progress: Progress, keep: Keep = kee
     del queries, real
 
     def encoded(images: Float32, task: str) -> Array:
-        return keep(f"features of {task}", lambda: {"rows": encode(images, task=task, progress=progress)})["rows"]
+        return keep(f"features of {task}", lambda: {"rows": encode(images, task=task, progress=progress, encoder=encoder)})["rows"]
 
     return Features(
         synthetic=encoded(evidence.synthetic, "synthetic images"),
@@ -104,6 +107,7 @@ def compute_features(evidence: Evidence, *, progress: Progress, keep: Keep = kee
         control_thumbnails=thumbnails(control),
         synthetic_approaches=found.of(0, len(evidence.synthetic)),
         real_ratios=found.of(len(evidence.synthetic), len(evidence.synthetic) + len(firsts)).per_item(len(firsts))[0],
+        encoder=encoder.name,
     )
 
 

@@ -8,17 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Features
-from dpsynth.checks.features import NAME
 from dpsynth.checks.statistics import kid, nearest, neighbourhoods
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 
 Array = NDArray[np.float64]
 QUESTION = "Do the synthetic images look like real ones and cover their variety?"
-LIMITATION = (
-    f"It sees what the encoder sees ({NAME}); an encoder made for photographs misses small findings. "
-    "KID rewards blur and decides nothing here."
-)
+LIMITATION = "It sees what the encoder sees ({encoder}) and misses small findings. KID rewards blur and decides nothing here."
 _FEWEST = 30
 _MOST = 1000
 _DRAWS = 20
@@ -69,7 +65,7 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, 
         confidence_level=0.95,
         false_alarm_rate=0.025,
         reason=reason,
-        limitation=LIMITATION,
+        limitation=LIMITATION.format(encoder=features.encoder),
         figures={
             **figures,
             "spread as part of real": spread,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpsynth import __version__
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
+from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.kept import UnfinishedCheck
 from dpsynth.checks.screening import CONTENT, screen_candidates
@@ -37,6 +38,7 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     run = RunFolder.open(run_path)
     run.require("generate")
     config = parse_config(run.config_text, base=run.path)
+    encoder_of(config.gate.encoder)  # what it lacks is said before the attempt is booked
     trained = load_trained(run, config.data, ledger_path=ledger_path)
     split = _split(run, config, trained.ledger, trained.charge.coins_sha256, progress)
     unfinished = UnfinishedCheck(run.path / _UNFINISHED)

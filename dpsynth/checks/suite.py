@@ -14,6 +14,7 @@ from dpsynth.checks.attributes import attributes
 from dpsynth.checks.content import content
 from dpsynth.checks.copying import copying
 from dpsynth.checks.description import describe
+from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence, compute_features
 from dpsynth.checks.fairness import fairness
 from dpsynth.checks.family import decide_family, members
@@ -35,7 +36,7 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
     A check that breaks is INCONCLUSIVE, never left out. `keep` is asked for what takes long: features, the search for copies and the
     classifiers.
     """
-    features = compute_features(evidence, progress=progress, keep=keep)
+    features = compute_features(evidence, progress=progress, keep=keep, encoder=encoder_of(gate.encoder))
 
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([seed, number])

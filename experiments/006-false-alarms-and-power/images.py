@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpsynth.checks.copying import copying
+from dpsynth.checks.encoders import bundled
 from dpsynth.checks.evidence import Evidence, Features
 from dpsynth.checks.family import decide_family
 from dpsynth.checks.features import encode
@@ -174,6 +175,7 @@ def judged(world: World, generator: str, rng: np.random.Generator) -> dict[str, 
         control_thumbnails=world.small[control],
         synthetic_approaches=approached(world.away[np.ix_(synthetic, real)]),
         real_ratios=approached(among_people).ratio,
+        encoder=bundled().name,
     )
     scores = pool_scores(evidence, features)
     found = [

@@ -152,6 +152,7 @@ def checked(hospital: Hospital, synthetic: Array, rng: np.random.Generator) -> d
         control_thumbnails=hospital.control,
         synthetic_approaches=approaches_of(synthetic, real),
         real_ratios=approaches_of(real[evidence.pool], real, evidence.pool).ratio,
+        encoder="points",
     )
     scores = pool_scores(evidence, features)
     found = [

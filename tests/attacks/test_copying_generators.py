@@ -83,6 +83,7 @@ class Site:
             control_thumbnails=none,
             synthetic_approaches=found,
             real_ratios=real_ratios,
+            encoder="none",
         )
         return decide_family([copying(self.evidence(synthetic), features, GATE, rng=np.random.default_rng(2))], GATE.family_error)[0]
 

@@ -1,0 +1,128 @@
+"""An encoder of the policy's own: read from ONNX, by its hash, and used in place of the bundled one."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpsynth.checks import suite
+from dpsynth.checks.encoders import Encoder, bundled, encoder_of
+from dpsynth.checks.features import encode
+from dpsynth.config import EncoderConfig, GateConfig, load_config
+from dpsynth.errors import ArtifactError, ConfigError, UsageError
+from dpsynth.progress import silent
+
+PICTURES = np.random.default_rng(0).uniform(-1, 1, (20, 1, 32, 32)).astype(np.float32)
+
+
+def field(number: int, value: bytes | int) -> bytes:
+    """One field of a protocol buffer."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def varint(value: int) -> bytes:
+    found = b""
+    while value > 127:
+        found, value = found + bytes([value & 127 | 128]), value >> 7
+    return found + bytes([value])
+
+
+def tensor_info(name: bytes, shape: tuple[int | bytes, ...]) -> bytes:
+    sizes = b"".join(field(1, field(1, size) if isinstance(size, int) else field(2, size)) for size in shape)
+    return field(1, name) + field(2, field(1, field(1, 1) + field(2, sizes)))
+
+
+def network(nodes: list[bytes], *, side: int, output: tuple[int | bytes, ...], inputs: int = 1, weights: bytes = b"") -> bytes:
+    """An ONNX file with a graph of these nodes from "x" to "y"."""
+    graph = b"".join(field(1, node) for node in nodes) + field(2, b"net") + weights
+    graph += b"".join(field(11, tensor_info(name, (b"n", 3, side, side))) for name in (b"x", b"z")[:inputs])
+    graph += field(12, tensor_info(b"y", output))
+    return field(1, 8) + field(7, graph) + field(8, field(1, b"") + field(2, 13))
+
+
+def node(kind: bytes, source: bytes, target: bytes) -> bytes:
+    return field(1, source) + field(2, target) + field(4, kind)
+
+
+def squares(side: int = 32) -> bytes:
+    """Features of three channels: each pixel squared, as maps."""
+    return network([field(1, b"x") + field(1, b"x") + field(2, b"y") + field(4, b"Mul")], side=side, output=(b"n", 3, side, side))
+
+
+def config_of(folder: Path, content: bytes, **changes: Any) -> EncoderConfig:
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:8]}.onnx"
+    path.write_bytes(content)
+    return EncoderConfig(**{"path": path, "sha256": hashlib.sha256(content).hexdigest(), "side": 32, **changes})
+
+
+def test_features_are_those_of_the_network_on_scaled_pictures(tmp_path: Path) -> None:
+    mean, stddev = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
+    encoder = encoder_of(config_of(tmp_path, squares(), mean=mean, stddev=stddev))
+    found = encode(PICTURES, task="", progress=silent, encoder=encoder)
+    scaled = ((PICTURES.astype(np.float64) + 1) / 2 - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(stddev, (1, 3, 1, 1))
+    expected = (scaled**2).mean(axis=(2, 3))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert encoder.name.startswith(config_of(tmp_path, squares()).path.name)
+    assert encode(PICTURES, task="", progress=silent).shape == (20, 1280)
+
+
+def test_the_suite_compares_by_the_encoder_of_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, used = config_of(tmp_path, squares()), []
+
+    def compute(*_: object, encoder: Encoder, **__: object) -> None:
+        used.append(encoder)
+        raise InterruptedError
+
+    monkeypatch.setattr(suite, "compute_features", compute)
+    for gate in (GateConfig(encoder=config), GateConfig()):
+        with pytest.raises(InterruptedError):
+            suite.run_checks(None, gate, seed=0, progress=silent)
+    assert used == [encoder_of(config), bundled()]
+
+
+def test_another_file_than_declared_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path, squares())
+    encoder_of(config)
+    with pytest.raises(ArtifactError, match="SHA-256 000000000000"):
+        encoder_of(config.model_copy(update={"sha256": "0" * 64}))
+    with pytest.raises(ArtifactError, match="found no file"):
+        encoder_of(config.model_copy(update={"path": tmp_path / "missing.onnx"}))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK no network", "cannot be read"),
+        (network([node(b"Identity", b"x", b"y")], side=32, output=(b"n", 3, 32, 32), inputs=2), "one input"),
+        (squares(side=48), "take pictures of 3x32x32"),
+        (network([node(b"Shape", b"x", b"y")], side=32, output=(4,)), "cannot be read|rows of features"),
+        (network([node(b"Log", b"x", b"y")], side=32, output=(b"n", 3, 32, 32)), "finite rows"),
+    ],
+)
+def test_a_file_that_is_no_encoder_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    with pytest.raises(ArtifactError, match=words):
+        encode(PICTURES[:4], task="", progress=silent, encoder=encoder_of(config_of(tmp_path, content)))
+
+
+def test_without_onnx_runtime_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UsageError, match=r"pip install 'dpsynth\[encoder\]'"):
+        encoder_of(config_of(tmp_path, squares(), side=33))
+
+
+def test_the_policy_names_it_relative_to_its_own_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"gate: {{encoder: {{path: net.onnx, sha256: {'a' * 64}}}}}")
+    encoder = load_config(tmp_path / "config.yaml").gate.encoder
+    assert encoder is not None
+    assert encoder.path == tmp_path / "net.onnx"
+    (tmp_path / "config.yaml").write_text("gate: {encoder: {path: net.onnx, sha256: abc}}")
+    with pytest.raises(ConfigError, match=r"gate\.encoder\.sha256"):
+        load_config(tmp_path / "config.yaml")
+    assert encoder_of(None) is bundled()
