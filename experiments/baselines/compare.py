@@ -52,8 +52,10 @@ DELTA = 1e-5
 OWN: dict[str, dict[str, Any]] = {  # what the command line's configuration says beside data, privacy and pre-training
     "moments": {"method": "moments"},
     "ours": {"method": "diffusion"},
+    "ours-all": {"method": "diffusion"},
     "ours-votes": {"method": "diffusion", "votes": {"share": 0.05}},
 }
+DRAWN_AS_MANY = ("ours-all",)  # as the training has patients, in place of COUNT
 BASELINES: dict[str, Callable[[Task], Made]] = {
     "dp-merf": dp_merf, "dpdm": dpdm, "dpdm-long": dpdm, "dp-feta": dp_feta, "dp-cgan": dp_cgan, "tutorial": tutorial_loop,
     "ceiling": ceiling,
@@ -140,16 +142,16 @@ class Split:
     public: Float32
 
 
-def settings(row: str, own: dict[str, Any], epsilon: float, work: Path, *, data_path: Path, scale: float) -> str:
+def settings(row: str, method: str, epsilon: float, work: Path, *, data_path: Path, scale: float) -> str:
     """What a user would write: data, privacy, and a public set to pre-train on; all else is default."""
     data = {**ROWS[row].data, "path": str(data_path), "declared_patients": ROWS[row].declared_patients}
     public = {**ROWS[row].public(), "cache": str(work / "pretrained")}
     text = {
-        **own,
+        **OWN[method],
         "data": {**data, "control_fraction": 0.02},  # of the training patients: nothing is checked here
         "privacy": {"epsilon": epsilon, "delta": DELTA},
         "pretrain": {**public, "steps": max(1, round(public.get("steps", PretrainConfig().steps) * scale))},
-        "generate": {"count": COUNT},
+        "generate": {"count": ROWS[row].declared_patients if method in DRAWN_AS_MANY else COUNT},
         "release": {"formats": []},
     }
     return json.dumps(text, indent=1)  # JSON is YAML
@@ -157,7 +159,7 @@ def settings(row: str, own: dict[str, Any], epsilon: float, work: Path, *, data_
 
 def source_config(row: str, work: Path) -> Config:
     """The configuration that reads all private images of a row."""
-    return parse_config(settings(row, OWN["moments"], 1, work, data_path=source_path(row, work), scale=1), base=work)
+    return parse_config(settings(row, "moments", 1, work, data_path=source_path(row, work), scale=1), base=work)
 
 
 def source_path(row: str, work: Path) -> Path:
@@ -219,7 +221,7 @@ def by_command_line(row: str, method: str, epsilon: float, seed: int, split: Spl
     """Ledger, train, generate as a user does; images.npz and the facts of the run."""
     home = work / f"{row}-{epsilon:g}" / f"{method}-{seed}"
     home.mkdir(parents=True, exist_ok=True)
-    text = settings(row, OWN[method], epsilon, work, data_path=training_folder(row, split, seed, work), scale=scale)
+    text = settings(row, method, epsilon, work, data_path=training_folder(row, split, seed, work), scale=scale)
     (home / "config.yaml").write_text(text, encoding="utf-8")
     config = parse_config(text, base=home)
     start = time.process_time()
