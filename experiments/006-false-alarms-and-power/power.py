@@ -2,6 +2,7 @@
 
     python experiments/006-false-alarms-and-power/power.py [--repetitions 200] [--power-repetitions 20] [--pools 100 400 1000]
     python experiments/006-false-alarms-and-power/power.py --table        # of results.json
+    pip install --no-deps domias==0.0.5                                   # before, for the rows of that library
 
 Patients are points of a mixture that stands for features (thumbnails and encoder features alike), so that hundreds of repetitions take
 minutes: half as many patients as the pool are always trained on, the pool by fair coins. Every check runs as it is, Holm included.
@@ -186,7 +187,25 @@ def usual(hospital: Hospital, synthetic: Array) -> dict[str, bool]:
         "absolute threshold, more than 5 % nearer than 5 % of held-out patients": float(np.mean(to_training < np.quantile(held_out, 0.05)))
         > 0.05,
         "authenticity below 0.5": authentic < 0.5,
+        **library(hospital, synthetic),
     }
+
+
+def library(hospital: Hospital, synthetic: Array) -> dict[str, bool]:
+    """Attacks of a library as they are (domias 0.0.5, van Breugel et al. 2023), where it is installed: members are training patients, one
+    half of the control patients are not, the other half is its reference. It gives an AUC and no rule; 0.55 is ours.
+    """
+    try:
+        from domias.baselines import GAN_leaks, compute_metrics_baseline, kde_baseline
+    except ModuleNotFoundError:
+        return {}
+    half = len(hospital.control) // 2
+    others, reference = hospital.control[:half], hospital.control[half:]
+    people = np.concatenate([hospital.training[-half:], others])
+    inside = np.arange(len(people)) < half
+    density, ratio = kde_baseline(people, synthetic, reference)
+    scores = {"density of synthetic points": density, "DOMIAS density ratio": ratio, "GAN-leaks": GAN_leaks(people, synthetic)}
+    return {f"domias, {name}, AUC above 0.55": compute_metrics_baseline(score, inside)[1] > 0.55 for name, score in scores.items()}
 
 
 def rates(pool: int, generate: Callable[..., Array], repetitions: int, seed: int) -> dict[str, Any]:
