@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, so each computes with one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BLOCKED = ("torch", "monai", "opacus", "safetensors", "sklearn", "einops")
 _HEADER = f"""
