@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dpsynth.checks.arms import Arms, impossible
 from dpsynth.checks.classifier import auc
 from dpsynth.checks.evidence import Evidence, Features
-from dpsynth.checks.statistics import clopper_pearson, neighbourhoods
+from dpsynth.checks.statistics import clopper_pearson, in_balls, neighbourhoods
 from dpsynth.checks.utility import difference_interval
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -135,7 +135,10 @@ def _loss(group: Subgroup, evidence: Evidence, arms: Arms, confidence: float, rn
 
 
 def _described(group: Subgroup, evidence: Evidence, features: Features, arms: Arms) -> dict[str, float]:
-    """Numbers, shares, whether the labels are what they look like, and coverage beside real images of the group."""
+    """Numbers, shares, whether the labels are what they look like, and precision and coverage beside real images of the group.
+
+    Intervals are of what the generator would draw without end, with these patients and classifiers as they are: its images are independent.
+    """
     first_control, first_training = (np.array([rows[0] for rows in side.rows_of()]) for side in (evidence.control, evidence.training))
     control, training = features.control[group.control[first_control]], features.training[group.training[first_training]]
     synthetic = features.synthetic[group.synthetic]
@@ -146,12 +149,21 @@ def _described(group: Subgroup, evidence: Evidence, features: Features, arms: Ar
     }
     if group.synthetic.any():
         agrees = arms.synthetic_by_real.argmax(axis=1)[group.synthetic] == evidence.synthetic_labels[group.synthetic]
-        figures["label agreement, synthetic"] = float(agrees.mean())
+        figures |= _rate("label agreement, synthetic", agrees)
+    if group.control.any():
+        figures["label agreement, real"] = float(np.mean((arms.real.argmax(axis=1) == evidence.control.labels)[group.control]))
     size = min(len(control), len(training), len(synthetic))
     if size >= _FEWEST_NEIGHBOURS:
+        figures |= _rate("precision, synthetic", in_balls(control, synthetic))
+        figures["precision, real"] = float(in_balls(control, training).mean())
         figures["coverage, synthetic"] = neighbourhoods(control[:size], synthetic[:size]).coverage
         figures["coverage, real"] = neighbourhoods(control[:size], training[:size]).coverage
     return figures
+
+
+def _rate(name: str, seen: Bools) -> dict[str, float]:
+    low, high = clopper_pearson(int(seen.sum()), len(seen), _FAMILY_CONFIDENCE)
+    return {name: float(seen.mean()), f"{name}, low": low, f"{name}, high": high}
 
 
 def _verdict(

@@ -73,11 +73,17 @@ def neighbourhoods(real: Array, synthetic: Array, *, k: int = 5) -> Neighbourhoo
     across = pairwise(real, synthetic)
     inside = across < real_radius[:, None]
     return Neighbourhoods(
-        precision=float(inside.any(axis=0).mean()),
+        precision=float(inside.any(axis=0).mean()),  # as `in_balls` has it
         recall=float((across < synthetic_radius[None]).any(axis=1).mean()),
         density=float(inside.sum(axis=0).mean() / k),
         coverage=float((across.min(axis=1) < real_radius).mean()),
     )
+
+
+def in_balls(real: Array, others: Array, *, k: int = 5) -> NDArray[np.bool_]:
+    """Which of `others` (m, d) lie in the ball of some real point (n, d) to its k-th neighbour: precision is their share."""
+    radius = np.partition(pairwise(real, real), k, axis=1)[:, k]
+    return np.asarray((pairwise(real, others) < radius[:, None]).any(axis=0), dtype=np.bool_)
 
 
 def auc_interval(positive: Array, negative: Array, confidence_level: float) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from test_decisions import GATE
 from dpsynth.checks.arms import Arms
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.fairness import fairness, subgroups
+from dpsynth.checks.statistics import in_balls, neighbourhoods
 from dpsynth.checks.verdict import Outcome, Verdict
 
 
@@ -66,6 +67,33 @@ def test_a_subgroup_that_is_hardly_drawn_is_named(share: float, missing: bool) -
     verdict = judged(replace(whole, synthetic_attributes=drawn), np.full(500, 2.0), rng)
     assert verdict.outcome is (Outcome.FLAG if missing else Outcome.PASS), verdict.reason
     assert ("less than half as often as among training images: sex F" in verdict.reason) is missing
+
+
+def test_a_subgroup_that_is_drawn_badly_has_less_precision_beyond_its_interval() -> None:
+    """And the interval holds what the generator would give without end."""
+    missed, fresh = 0, np.random.default_rng(3).normal(2.0, 1, (4000, 6))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        whole, sexes, labels = cohort(160, rng)
+        arms = Arms(**dict.fromkeys(("synthetic", "real", "both", "synthetic_by_real"), predictions(labels, np.full(160, 2.0), rng)))
+        women = (whole.synthetic_attributes["sex"] == "F")[:, None]
+        control = rng.normal(size=(160, 6))
+        encoded = features_of(np.where(women, rng.normal(2.0, 1, (160, 6)), rng.normal(size=(160, 6))), rng.normal(size=(160, 6)), control)
+        figures = fairness(whole, encoded, GATE, arms=lambda arms=arms: arms, rng=rng).figures
+        assert figures["sex F: precision, synthetic, high"] < figures["sex F: precision, real"]
+        assert (
+            figures["sex M: precision, synthetic, low"]
+            < figures["sex M: precision, real"]
+            < figures["sex M: precision, synthetic, high"] + 0.1
+        )
+        truth = in_balls(control[sexes == "F"], fresh).mean()
+        missed += not figures["sex F: precision, synthetic, low"] <= truth <= figures["sex F: precision, synthetic, high"]
+        agreement = np.mean(arms.synthetic_by_real.argmax(axis=1)[women[:, 0]] == whole.synthetic_labels[women[:, 0]])
+        assert figures["sex F: label agreement, synthetic"] == pytest.approx(agreement)
+        assert figures["sex F: label agreement, synthetic, low"] < agreement < figures["sex F: label agreement, synthetic, high"]
+    assert missed <= 1, "at 5 % more than 1 of 3 misses once in 140"
+    near, far = np.random.default_rng(4).normal(size=(30, 6)), np.random.default_rng(5).normal(1.0, 1, (40, 6))
+    assert in_balls(near, far).mean() == neighbourhoods(near, far).precision
 
 
 def test_groups_that_are_served_alike_raise_no_flag() -> None:
