@@ -96,13 +96,15 @@ def test_a_subgroup_that_is_drawn_badly_has_less_precision_beyond_its_interval()
     assert in_balls(near, far).mean() == neighbourhoods(near, far).precision
 
 
-def test_groups_that_are_served_alike_raise_no_flag() -> None:
+@pytest.mark.parametrize(("repetitions", "most"), [(5, 0), pytest.param(200, 11, marks=pytest.mark.slow, id="200")])
+def test_groups_that_are_served_alike_raise_no_flag(repetitions: int, most: int) -> None:
+    """A flag without cause in 2.5 % of releases at the most: more than 11 of 200 once in 100."""
     flags = 0
-    for seed in range(5):
+    for seed in range(repetitions):
         rng = np.random.default_rng(seed)
         whole, _, labels = cohort(200, rng)
         flags += judged(whole, np.full(len(labels), 2.0), rng).outcome is Outcome.FLAG
-    assert flags == 0
+    assert flags <= most
 
 
 def test_a_small_group_is_named_and_not_judged() -> None:
