@@ -21,7 +21,6 @@ Int64 = NDArray[np.int64]
 _TINY = 1e-12
 _TYPICAL_RATIO = 0.5  # how far energies of two hospitals usually differ, as a part: the spread of the prior around the public ones
 _SMALLEST_RATIO = 0.05  # of private to public energy
-_BELIEVED = 0.25  # of the edge of the noise in a direction: what a variance below the parent's is held against
 
 
 def consistent_counts(noised: Array, smallest: float) -> Array:
@@ -119,8 +118,8 @@ def pooled_covariances(totals: Array, counts: Array, labels: Int64, *, stddev: f
 def _near(parent: Array, totals: Array, counts: Array, stddev: float) -> Array:
     """The parent in the right size, and a part of what is seen above the noise of how these cells together differ from it.
 
-    With few patients their own scatter is no covariance yet: that part is n / (n + width). Less variance than the parent's is believed as
-    far as the noise in that direction allows: one that stands out leans into weak ones, where the little that is taken by mistake is all.
+    With few patients their own scatter is no covariance yet: that part is n / (n + width). The result keeps at least `_SMALLEST_RATIO` of
+    the parent in every direction.
     """
     total, count = joined_sum(totals, counts)
     if count < 1:
@@ -132,9 +131,8 @@ def _near(parent: Array, totals: Array, counts: Array, stddev: float) -> Array:
     root = np.linalg.cholesky(scaled)
     relative = np.linalg.solve(root, np.linalg.solve(root, seen).T)
     values, vectors = np.linalg.eigh((relative + relative.T) / 2)
-    hidden = _BELIEVED * noise * np.sqrt(2 * width) * (np.linalg.solve(root.T, vectors) ** 2).sum(axis=0)
     half = root @ vectors
-    return np.asarray((half * np.where(values < 1, towards_one(values, hidden), values)) @ half.T)
+    return np.asarray((half * np.maximum(values, _SMALLEST_RATIO)) @ half.T)
 
 
 def towards_one(noised: Array | float, stddev: Array | float) -> Array:
