@@ -96,9 +96,16 @@ def batch_clip(gradients: list[Tensor], *, clip_norm: float) -> tuple[Tensor, Te
     return clipped, torch.full((len(flat),), clip_norm)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])
 @pytest.mark.parametrize("fault", [no_clip, batch_clip])
-def test_clipping_that_is_off_or_of_the_batch_is_caught(fault) -> None:
-    assert failed(checked(SmallNet(), engine=Engine(clip=fault))) == {"contribution_bounded"}
+def test_clipping_that_is_off_or_of_the_batch_is_caught(fault, size: float) -> None:
+    """Also in a net that normalises its input and whose gradients are shorter than the clip norm, whatever comes in."""
+    net = SmallNet()
+    with torch.no_grad():
+        net.second.weight *= size
+        net.second.bias *= size
+    assert failed(checked(net, engine=Engine(clip=fault))) == {"contribution_bounded"}
+    assert failed(checked(net)) == set()
 
 
 def shuffled(stream: NoiseStream, *, step: int, probability: float, num_patients: int) -> np.ndarray:
