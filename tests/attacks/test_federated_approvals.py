@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from joint_release_cases import SITES, Joint, played
 
 import federated.site_checks as site_checks
-from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
+from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.verdict import Verdict
 from dpsynth.config import GateConfig
@@ -29,6 +30,7 @@ from dpsynth.release.statement import SiteStatement, open_site_statement, sign_s
 from dpsynth.release.verify import ledger_anchors, verify
 from dpsynth.signing import generate_key, load_private, load_public, sign_statement, verify_envelope
 from federated.candidates import pack
+from federated.policy import load_policy
 from federated.site_approval import approve, refuse
 from federated.site_checks import check_candidates
 
@@ -343,6 +345,19 @@ def test_a_site_requires_what_it_demands_and_what_the_study_does(joint: Joint) -
     path.write_text(demanded.replace(", content]", ", content, groups]"))
     with pytest.raises(GateRefused, match="the required check 'groups' has not run"):
         joint.approve("north", "more.dsse.json")
+
+
+def test_a_check_that_cannot_begin_costs_the_site_no_attempt(joint: Joint) -> None:
+    """The policy names an encoder that is not there; the path is the policy's own, and relative to it."""
+    path = joint.folder / "north" / "policy.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings.setdefault("gate", {})["encoder"] = {"path": "missing.onnx", "sha256": "0" * 64}
+    write_bytes(path, yaml.safe_dump(settings).encode(), private=True)
+    before = joint.guard("north").ledger.summary()
+    assert load_policy(path).gate.encoder.path == path.with_name("missing.onnx")
+    with pytest.raises(ArtifactError, match="found no file"):
+        check_candidates(joint.guard("north"), joint.candidates, progress=silent)
+    assert joint.guard("north").ledger.summary() == before
 
 
 def test_coins_that_were_not_noted_before_training_are_refused(joint: Joint) -> None:

@@ -69,7 +69,9 @@ def test_features_are_those_of_the_network_on_scaled_pictures(tmp_path: Path) ->
     scaled = ((PICTURES.astype(np.float64) + 1) / 2 - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(stddev, (1, 3, 1, 1))
     expected = (scaled**2).mean(axis=(2, 3))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert encoder.name.startswith(config_of(tmp_path, squares()).path.name)
+    config = config_of(tmp_path, squares())
+    assert config.sha256[:12] in encoder.name
+    assert config.path.stem not in encoder.name.replace(config.sha256[:12], ""), "the name leaves with the limitation of a check"
     assert encode(PICTURES, task="", progress=silent).shape == (20, 1280)
 
 
@@ -94,6 +96,17 @@ def test_another_file_than_declared_is_refused(tmp_path: Path) -> None:
         encoder_of(config.model_copy(update={"sha256": "0" * 64}))
     with pytest.raises(ArtifactError, match="found no file"):
         encoder_of(config.model_copy(update={"path": tmp_path / "missing.onnx"}))
+
+
+def test_weights_in_a_file_that_no_hash_covers_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write beside the declared file could else change what the checks see."""
+    (tmp_path / "weights.bin").write_bytes(np.float32(2).tobytes())
+    monkeypatch.chdir(tmp_path)
+    outside = field(1, 1) + field(2, 1) + field(8, b"w") + field(13, field(1, b"location") + field(2, b"weights.bin")) + field(14, 1)
+    twice = field(1, b"x") + field(1, b"w") + field(2, b"y") + field(4, b"Mul")
+    content = network([twice], side=32, output=(b"n", 3, 32, 32), weights=field(5, outside))
+    with pytest.raises(ArtifactError, match="in one file"):
+        encoder_of(config_of(tmp_path, content))
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,19 @@ def test_images_that_changed_after_training_are_not_checked(clinic: Path) -> Non
         checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
 
 
+def test_a_check_that_cannot_begin_costs_no_attempt(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: object) -> None:
+        raise ArtifactError("no such encoder")
+
+    ledger = Ledger.load(clinic / "ledger")
+    (charge,) = ledger.charges()
+    before = ledger.gate_attempts(charge.run_id)
+    monkeypatch.setattr(checks_run, "encoder_of", missing)
+    with pytest.raises(ArtifactError, match="no such encoder"):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+    assert Ledger.load(clinic / "ledger").gate_attempts(charge.run_id) == before
+
+
 @pytest.mark.parametrize("changed", [{"key": b"w" * 32}, {"control_fraction": 0.45}])
 def test_coins_that_were_not_committed_to_before_training_are_refused(clinic: Path, changed: dict[str, Any]) -> None:
     """Whoever owns the run folder draws the split again until the checks like it, or calls patients control who were trained on: the
