@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Bool, Evidence, Features
-from dpsynth.checks.family import ALONE, false_alarms, relied_on
+from dpsynth.checks.family import false_alarms, relied_on
 from dpsynth.checks.statistics import auc_interval, coin_flip_ranks_p, difference_of_rates, nearest, smallest_detectable_auc
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
@@ -30,19 +30,6 @@ LIMITATION = (
 )
 LABEL = "label"
 _FEWEST = 20  # pool patients whose value some synthetic image has
-_NOTHING_FOUND = Verdict(
-    check="attributes",
-    question=QUESTION,
-    outcome=Outcome.PASS,
-    statistic_name="AUC of how well a value is told, in training against outside",
-    statistic=0.5,
-    interval=(0.0, 1.0),
-    threshold=0.5,
-    confidence_level=0.95,
-    false_alarm_rate=ALONE,
-    reason="",
-    limitation=LIMITATION,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +131,13 @@ def _standardised(scores: Array) -> Array:
 def attributes(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
     """Accuses when the coins explain too badly how well some value is told; the largest standardised rank sum over the attributes decides.
     INCONCLUSIVE when too few patients could show anything; PASS when there is nothing to learn."""
-    verdict = replace(_NOTHING_FOUND, false_alarm_rate=false_alarms("attributes", gate))
+    verdict = Verdict.nothing_found(
+        "attributes",
+        question=QUESTION,
+        statistic_name="AUC of how well a value is told, in training against outside",
+        limitation=LIMITATION,
+        false_alarm_rate=false_alarms("attributes", gate),
+    )
     inside, level = evidence.inside, relied_on("attributes", gate)
     wanted = secrets(evidence)
     if not wanted:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.checks.encoders import Encoder, bundled
+from dpsynth.checks.encoders import Encoder
 from dpsynth.checks.features import encode
 from dpsynth.checks.kept import Keep, keep_nothing
 from dpsynth.checks.screening import Screening
@@ -83,9 +83,8 @@ class Features:
     encoder: str  # its name
 
 
-def compute_features(evidence: Evidence, *, progress: Progress, keep: Keep = keep_nothing, encoder: Encoder | None = None) -> Features:
-    """Features of the evidence, by the bundled encoder when none is given."""
-    encoder = encoder or bundled()
+def compute_features(evidence: Evidence, *, encoder: Encoder, progress: Progress, keep: Keep = keep_nothing) -> Features:
+    """Features of the evidence."""
     training, control = first_images(evidence.training), first_images(evidence.control)
     real = np.concatenate([evidence.training.images, evidence.control.images])
     patients = np.concatenate([evidence.training.patients, evidence.control.patients + evidence.training.num_patients])

@@ -12,7 +12,7 @@ from dpsynth.checks.evidence import Bool, Evidence, Features
 from dpsynth.checks.family import strictest
 from dpsynth.checks.membership import attack
 from dpsynth.checks.statistics import nearest
-from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.checks.verdict import Verdict
 from dpsynth.config import GateConfig
 
 Array = NDArray[np.float64]
@@ -23,20 +23,6 @@ LIMITATION = (
 )
 ISOLATED = "most isolated tenth"
 _FEWEST, _FEWEST_A_SIDE, _MOST_VALUES = 20, 5, 8
-_NOTHING_FOUND = Verdict(
-    check="groups",
-    question=QUESTION,
-    outcome=Outcome.PASS,
-    statistic_name="AUC of the membership score in the worst group",
-    statistic=0.5,
-    interval=(0.0, 1.0),
-    threshold=0.5,
-    confidence_level=0.95,
-    false_alarm_rate=GateConfig().family_error,
-    reason="",
-    limitation=LIMITATION,
-    p_value=1.0,
-)
 
 
 def groups_of(evidence: Evidence, features: Features) -> dict[str, Bool]:
@@ -62,7 +48,14 @@ def groups(evidence: Evidence, features: Features, gate: GateConfig, *, scores: 
 
     `scores` computes `pool_scores` of the membership check.
     """
-    verdict = replace(_NOTHING_FOUND, false_alarm_rate=gate.family_error)
+    blank = Verdict.nothing_found(
+        "groups",
+        question=QUESTION,
+        statistic_name="AUC of the membership score in the worst group",
+        limitation=LIMITATION,
+        false_alarm_rate=gate.family_error,
+    )
+    verdict = replace(blank, p_value=1.0)
     of_pool, inside, level = scores(), evidence.inside, strictest(gate)
     every = groups_of(evidence, features)
     large = {name: rows for name, rows in every.items() if _testable(rows, inside)}

@@ -15,24 +15,18 @@ LIMITATION = (
     "tests of the accounting check do), nor the moments, whose noise is tested directly. A low lower bound is no evidence of privacy."
 )
 HEADLINE = "one run, curve"
-_NOTHING_FOUND = Verdict(
-    check="mechanism",
-    question=QUESTION,
-    outcome=Outcome.PASS,
-    statistic_name="lower bound on the epsilon of DP-SGD",
-    statistic=0.0,
-    interval=(0.0, 0.0),
-    threshold=0.0,
-    confidence_level=0.95,
-    false_alarm_rate=GateConfig().family_error,
-    reason="",
-    limitation=LIMITATION,
-)
 
 
 def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
     """Accuses when an audit refutes the curve of its mechanism, Bonferroni over the two; INCONCLUSIVE when one is missing."""
-    verdict = replace(_NOTHING_FOUND, false_alarm_rate=gate.family_error)
+    blank = Verdict.nothing_found(
+        "mechanism",
+        question=QUESTION,
+        statistic_name="lower bound on the epsilon of DP-SGD",
+        limitation=LIMITATION,
+        false_alarm_rate=gate.family_error,
+    )
+    verdict = replace(blank, statistic=0.0, interval=(0.0, 0.0), threshold=0.0)
     if not evidence.uses_sgd:
         return replace(verdict, reason="nothing was trained by DP-SGD; the noise of the moments is tested by the accounting check")
     missing = [name for name in (BEFORE, DURING) if name not in evidence.canaries]

@@ -68,8 +68,7 @@ class Neighbourhoods:
 
 def neighbourhoods(real: Array, synthetic: Array, *, k: int = 5) -> Neighbourhoods:
     """The four measures with balls to the k-th neighbour. real: (n, d), synthetic: (m, d), both larger than k."""
-    real_radius = np.partition(pairwise(real, real), k, axis=1)[:, k]
-    synthetic_radius = np.partition(pairwise(synthetic, synthetic), k, axis=1)[:, k]
+    real_radius, synthetic_radius = _radius(real, k), _radius(synthetic, k)
     across = pairwise(real, synthetic)
     inside = across < real_radius[:, None]
     return Neighbourhoods(
@@ -82,8 +81,12 @@ def neighbourhoods(real: Array, synthetic: Array, *, k: int = 5) -> Neighbourhoo
 
 def in_balls(real: Array, others: Array, *, k: int = 5) -> NDArray[np.bool_]:
     """Which of `others` (m, d) lie in the ball of some real point (n, d) to its k-th neighbour: precision is their share."""
-    radius = np.partition(pairwise(real, real), k, axis=1)[:, k]
-    return np.asarray((pairwise(real, others) < radius[:, None]).any(axis=0), dtype=np.bool_)
+    return np.asarray((pairwise(real, others) < _radius(real, k)[:, None]).any(axis=0), dtype=np.bool_)
+
+
+def _radius(points: Array, k: int) -> Array:
+    """Distance of each point (n, d) to its k-th neighbour, (n,)."""
+    return np.asarray(np.partition(pairwise(points, points), k, axis=1)[:, k])
 
 
 def auc_interval(positive: Array, negative: Array, confidence_level: float) -> tuple[float, float, float]:

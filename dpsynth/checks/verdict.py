@@ -63,6 +63,23 @@ class Verdict:
         return full if self.public else {name: full[name] for name in keep}
 
     @classmethod
+    def nothing_found(cls, check: str, *, question: str, statistic_name: str, limitation: str, false_alarm_rate: float) -> Verdict:
+        """Of a test by an AUC that has seen nothing yet: what it finds replaces fields."""
+        return cls(
+            check=check,
+            question=question,
+            outcome=Outcome.PASS,
+            statistic_name=statistic_name,
+            statistic=0.5,
+            interval=(0.0, 1.0),
+            threshold=0.5,
+            confidence_level=0.95,
+            false_alarm_rate=false_alarm_rate,
+            reason="",
+            limitation=limitation,
+        )
+
+    @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Verdict:
         """Inverse of `to_json`."""
         interval = (float(value["interval"][0]), float(value["interval"][1]))

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Evidence, first_images
-from dpsynth.checks.family import ALONE, false_alarms, relied_on
+from dpsynth.checks.family import false_alarms, relied_on
 from dpsynth.checks.membership import attack
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import LARGEST_SIGMA, GateConfig
@@ -34,24 +34,17 @@ LIMITATION = (
 SIGMAS = (0.05, 0.07, 0.1, 0.14, 0.2, 0.27, 0.37, LARGEST_SIGMA)  # above, the net is silent
 MOST = 1000  # pool patients who are looked at, drawn without regard to their coins
 _BATCH = 64
-_NOTHING_FOUND = Verdict(
-    check="white_box",
-    question=QUESTION,
-    outcome=Outcome.PASS,
-    statistic_name="AUC of the loss",
-    statistic=0.5,
-    interval=(0.0, 1.0),
-    threshold=0.5,
-    confidence_level=0.95,
-    false_alarm_rate=ALONE,
-    reason="",
-    limitation=LIMITATION,
-)
 
 
 def white_box(evidence: Evidence, gate: GateConfig, *, rng: np.random.Generator, progress: Progress) -> Verdict:
     """Accuses when the coins explain the losses too badly; INCONCLUSIVE without a generator, or with too few patients to show anything."""
-    verdict = replace(_NOTHING_FOUND, false_alarm_rate=false_alarms("white_box", gate))
+    verdict = Verdict.nothing_found(
+        "white_box",
+        question=QUESTION,
+        statistic_name="AUC of the loss",
+        limitation=LIMITATION,
+        false_alarm_rate=false_alarms("white_box", gate),
+    )
     unseen = replace(verdict, outcome=Outcome.INCONCLUSIVE)
     if evidence.generator is None:
         return replace(unseen, reason="the weights are not at hand")

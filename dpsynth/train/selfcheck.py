@@ -177,25 +177,21 @@ def _contribution_bounded(bench: _Bench, x: Tensor, clip_norm: float, engine: En
     input, would not show that nothing is clipped.
     """
     shortest = float(torch.cat([gradient.flatten(1) for gradient in bench.fast(x)], dim=1).norm(dim=1).min())
-    tight = min(clip_norm, shortest / 2) or clip_norm
-    worst = max(
-        _largest_contribution(bench, x, limit, scale, engine) for limit, scale in ((clip_norm, 1.0), (clip_norm, 1e3), (tight, 1.0))
-    )
+    limits = {clip_norm, min(clip_norm, shortest / 2) or clip_norm}
+    worst, rows = 0.0, bench.rows
+    for scale in (1.0, 1e3):
+        rowset = x.clone()
+        rowset[:rows] *= scale
+        everyone = bench.fast(rowset)
+        clipped = {limit: engine.clip(everyone, clip_norm=limit) for limit in limits}
+        worst = max(worst, *(float(norms.max()) / limit for limit, (_, norms) in clipped.items()))
+        for patient in range(len(rowset) // rows):
+            others = bench.fast(torch.cat([rowset[: patient * rows], rowset[(patient + 1) * rows :]]))
+            for limit, (total, _) in clipped.items():
+                without, _ = engine.clip(others, clip_norm=limit)
+                worst = max(worst, float((total.double() - without.double()).norm()) / limit)
     detail = f"one patient moves the clipped sum by at most {worst:.4f} clip norms; clipping must keep it at 1"
     return Finding(ok=worst <= 1 + _TOLERANCE, detail=detail, statistic=worst, threshold=1 + _TOLERANCE)
-
-
-def _largest_contribution(bench: _Bench, x: Tensor, clip_norm: float, scale: float, engine: Engine) -> float:
-    """In clip norms, of any patient, the first of whom is `scale` times as strong."""
-    rows, rowset = bench.rows, x.clone()
-    rowset[:rows] *= scale
-    total, norms = engine.clip(bench.fast(rowset), clip_norm=clip_norm)
-    worst = float(norms.max()) / clip_norm
-    for patient in range(len(rowset) // rows):
-        others = torch.cat([rowset[: patient * rows], rowset[(patient + 1) * rows :]])
-        without, _ = engine.clip(bench.fast(others), clip_norm=clip_norm)
-        worst = max(worst, float((total.double() - without.double()).norm()) / clip_norm)
-    return worst
 
 
 def _noise_scale(mechanism: PoissonDpSgd, stream: NoiseStream, engine: Engine, length: int) -> Finding:

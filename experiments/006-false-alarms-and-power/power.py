@@ -201,10 +201,10 @@ def library(hospital: Hospital, synthetic: Array) -> dict[str, bool]:
         return {}
     half = len(hospital.control) // 2
     others, reference = hospital.control[:half], hospital.control[half:]
-    people = np.concatenate([hospital.training[-half:], others])
-    inside = np.arange(len(people)) < half
-    density, ratio = kde_baseline(people, synthetic, reference)
-    scores = {"density of synthetic points": density, "DOMIAS density ratio": ratio, "GAN-leaks": GAN_leaks(people, synthetic)}
+    asked = np.concatenate([hospital.training[-half:], others])
+    inside = np.arange(len(asked)) < half
+    density, ratio = kde_baseline(asked, synthetic, reference)
+    scores = {"density of synthetic points": density, "DOMIAS density ratio": ratio, "GAN-leaks": GAN_leaks(asked, synthetic)}
     return {f"domias, {name}, AUC above 0.55": compute_metrics_baseline(score, inside)[1] > 0.55 for name, score in scores.items()}
 
 

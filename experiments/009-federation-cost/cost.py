@@ -43,7 +43,7 @@ from federated.launch import Coordination, Flower, Processes
 from federated.policy import config_of
 from federated.relay import Relay
 from federated.rounds import sgd_of
-from federated.simulate import coordinator_of, public_weights, run_study
+from federated.simulate import InProcess, coordinator_of, public_weights, run_study
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -188,7 +188,8 @@ def between(coordinator: Coordinator, study: Study, programs: Path | None) -> It
     if programs is None:
         yield coordinator.transport
         return
-    guards = {name: study.guard(name).handle for name in study.sites}
+    assert isinstance(coordinator.transport, InProcess)
+    guards = coordinator.transport.handlers
     with flower_engine(study.folder / "engine", Flower(programs), guards, port=free_port(), cores=os.cpu_count() or 1) as relay:
         yield relay
 

@@ -16,6 +16,7 @@ from cases import GOOD
 from evidence_cases import evidence_of
 
 from dpsynth.checks.copying import copying
+from dpsynth.checks.encoders import bundled
 from dpsynth.checks.evidence import Evidence, Features, compute_features
 from dpsynth.checks.family import decide_family
 from dpsynth.checks.features import encode
@@ -198,7 +199,7 @@ def test_the_honest_generator_is_not_accused(verdicts: dict[str, Verdict], attac
 def test_membership_sees_training_images_and_accuses_nobody_else() -> None:
     site = make_site(4, 260)
     evidence = site.evidence(site.others)
-    honest = compute_features(evidence, progress=silent)
+    honest = compute_features(evidence, encoder=bundled(), progress=silent)
     copies = FAILED["all training images"](site)
     bad = replace(honest, synthetic=encode(copies, task="", progress=silent), synthetic_thumbnails=thumbnails(copies))
     scores = [pool_scores(evidence, features) for features in (honest, bad)]

@@ -21,6 +21,7 @@ from dpsynth.checks.accounting import accounting
 from dpsynth.checks.arms import Arms
 from dpsynth.checks.classifier import train_and_predict
 from dpsynth.checks.content import content
+from dpsynth.checks.encoders import bundled
 from dpsynth.checks.evidence import Evidence, compute_features
 from dpsynth.checks.fairness import fairness
 from dpsynth.checks.family import decide_family
@@ -109,7 +110,7 @@ def _volumes(seed: int) -> dict[str, Finding]:
 def _memorisers(seed: int) -> dict[str, Finding]:
     site = make_site(seed, 260)
     evidence = site.evidence(site.others)
-    honest, drawn = compute_features(evidence, progress=silent), kernel_density(site)
+    honest, drawn = compute_features(evidence, encoder=bundled(), progress=silent), kernel_density(site)
     bad = replace(honest, synthetic=encode(drawn, task="", progress=silent), synthetic_thumbnails=thumbnails(drawn))
     verdicts = []
     for features in (bad, honest):
