@@ -86,24 +86,49 @@ def target_problem(cells: Cells, target: Mapping[str, Mapping[str, float]]) -> s
     return ""
 
 
-def fit_shares(cells: Cells, prior: Array, target: Mapping[str, Mapping[str, float]]) -> Array:
+def independent_problem(cells: Cells, independent: Sequence[str]) -> str:
+    """Why the label cannot be drawn independent of these, in one line; empty when it can."""
+    known = [name for name, _ in cells.attributes]
+    unknown = [name for name in independent if name not in known]
+    return f"{unknown[0]}: unknown attribute, expected one of {', '.join(known) or 'none, since none is declared'}" if unknown else ""
+
+
+def fit_shares(cells: Cells, prior: Array, target: Mapping[str, Mapping[str, float]], *, independent: Sequence[str] = ()) -> Array:
     """Shares of the cells, (cells,), with the wanted marginals and otherwise as near to the positive `prior` (cells,) as possible.
+    independent: attributes that, together, shall tell nothing about the label.
 
     Iterative proportional fitting (Deming and Stephan 1940): of all tables with these marginals it finds the one with the smallest
-    Kullback-Leibler divergence from the prior, so what no target names keeps its association.
+    Kullback-Leibler divergence from the prior, so what no target names keeps its association. What `independent` names gets, with the
+    label, the marginal that the weights of Kamiran and Calders (2012) would make; here images are drawn instead of weighted.
     """
     shares = (prior / prior.sum()).reshape(cells.shape)
-    wanted = [
-        (axis, np.array([target[name][value] for value in values]) / sum(target[name].values()))
+    names = [name for name, _ in cells.axes]
+    wanted: list[tuple[tuple[int, ...], Array]] = [
+        ((axis,), np.array([target[name][value] for value in values]) / sum(target[name].values()))
         for axis, (name, values) in enumerate(cells.axes)
         if name in target
     ]
+    if independent:
+        shares = _fitted(shares, wanted)
+        held = tuple(axis for axis in range(1, len(names)) if names[axis] in independent)
+        labels, groups = _marginal(shares, (0,)), _marginal(shares, held)
+        wanted.append(((0, *held), labels[:, *[None] * len(held)] * groups))
+    return np.asarray(_fitted(shares, wanted).ravel())
+
+
+def _marginal(shares: Array, kept: tuple[int, ...]) -> Array:
+    return np.asarray(shares.sum(axis=tuple(axis for axis in range(shares.ndim) if axis not in kept)))
+
+
+def _fitted(shares: Array, wanted: Sequence[tuple[tuple[int, ...], Array]]) -> Array:
+    """The table (by cell) with the wanted sums over all axes but those named, each in rising order."""
     for _ in range(_ROUNDS):
         furthest = 0.0
-        for axis, marginal in wanted:
-            found = cells.marginal(shares, axis)
+        for axes, marginal in wanted:
+            found = _marginal(shares, axes)
             furthest = max(furthest, float(np.abs(found - marginal).max()))
-            shares = shares * (marginal / found).reshape([-1 if other == axis else 1 for other in range(shares.ndim)])
+            whole = [size if axis in axes else 1 for axis, size in enumerate(shares.shape)]
+            shares = shares * (marginal / found).reshape(whole)
         if furthest < _TOLERANCE:
             break
-    return np.asarray(shares.ravel())
+    return shares

@@ -136,13 +136,17 @@ def generate(
             "--target", metavar="NAME=VALUE:SHARE,...", help="Wanted shares of an attribute or of label, as in sex=F:0.5,M:0.5; repeatable."
         ),
     ] = None,
+    independent: Annotated[
+        list[str] | None,
+        typer.Option("--independent", metavar="NAME", help="An attribute that shall tell nothing about the label; repeatable."),
+    ] = None,
 ) -> None:
     """Draw the candidates: as many images as the configuration says, one seed each, in the wanted mix."""
     from dpsynth.generate import generate as draw
     from dpsynth.trained import is_federated
 
     with progress_bars() as progress:
-        drawn = draw(run, progress=progress, target=_target(target or []))
+        drawn = draw(run, progress=progress, target=_target(target or []), independent=independent or [])
     for warning in drawn.warnings:
         print(f"Warning: {warning}.")
     step = "dpsynth-federation candidates" if is_federated(run) else "dpsynth check"

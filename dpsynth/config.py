@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpsynth.cells import LABEL, UNKNOWN, Cells, target_problem
+from dpsynth.cells import LABEL, UNKNOWN, Cells, independent_problem, target_problem
 from dpsynth.errors import ConfigError
 from dpsynth.privacy.calibrate import resolve_delta
 from dpsynth.privacy.unit import PrivacyUnit
@@ -263,6 +263,11 @@ class GenerateConfig(_Settings):
         description="Wanted shares, as in `{sex: {F: 0.5, M: 0.5}}`, of attributes and `label`; for all values, above 0, sum 1. What "
         "is not named follows the noisy frequencies (iterative proportional fitting). `dpsynth generate --target` stands above it.",
     )
+    independent: tuple[str, ...] = Field(
+        (),
+        description="Attributes, as in `[sex]`, that together tell nothing about the label of the drawn images, whatever they tell among "
+        "the patients, so that no classifier learns the group in place of the finding. `dpsynth generate --independent` adds to it.",
+    )
     seed: int = Field(0, ge=0, description="Image i has its own seed made from this one and i.")
     steps: Count = Field(8, description="Sampler steps.")
     sigma_min: Annotated[float, Field(gt=0, lt=LARGEST_SIGMA)] = Field(
@@ -402,6 +407,8 @@ class Config(_Settings):
             raise ValueError("moments.share and votes.share must leave a part for DP-SGD: their sum must be below 1")
         if problem := target_problem(self.data.cells, self.generate.target):
             raise ValueError(f"generate.target.{problem}")
+        if problem := independent_problem(self.data.cells, self.generate.independent):
+            raise ValueError(f"generate.independent.{problem}")
         return self
 
 

@@ -6,7 +6,7 @@ Drawing reads no private data, so it costs no privacy. What is checked and relea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.artifacts import RunFolder, write_json
-from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, target_problem
+from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, independent_problem, target_problem
 from dpsynth.checks.screening import CONTENT, Decision, screen_candidates
 from dpsynth.config import GenerateConfig, parse_config
 from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit
@@ -35,15 +35,16 @@ class Drawn:
     warnings: tuple[str, ...]
 
 
-def generate(run_path: Path, *, progress: Progress, target: Target | None = None) -> Drawn:
-    """Draw the candidates of the run at `run_path`; a second call draws the same ones. `target` stands above that of the configuration.
+def generate(run_path: Path, *, progress: Progress, target: Target | None = None, independent: Sequence[str] = ()) -> Drawn:
+    """Draw the candidates of the run at `run_path`; a second call draws the same ones. `target` stands above that of the configuration,
+    `independent` adds to it.
 
-    Raises UsageError for a target that cannot be drawn.
+    Raises UsageError for a mix that cannot be drawn.
     """
     run = RunFolder.open(run_path)
     run.require("train")
     config = parse_config(run.config_text, base=run.path)
-    settings = _with_target(config.generate, target, config.data.cells)
+    settings = _with_mix(config.generate, target or {}, independent, config.data.cells)
     generator = Generator.load(run.folder("train"))
     run.reset("generate")
     drawn = draw(generator, settings, progress=progress)
@@ -62,7 +63,8 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
     rows = cell_rows(generator, candidates)
     if generator.attributes:
         save_cell_rows(run, rows)
-    facts = {"count": len(candidates.images), WITHHELD: int(rejected.sum()), **({"target": settings.target} if settings.target else {})}
+    mix = {name: value for name in ("target", "independent") if (value := getattr(settings, name))}
+    facts = {"count": len(candidates.images), WITHHELD: int(rejected.sum()), **mix}
     run.complete("generate", needs=("train",), facts=facts)
     warnings = small_cells(rows) if generator.attributes else ()
     if rejected.any():
@@ -73,12 +75,14 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
     return Drawn(count=len(candidates.images), warnings=warnings)
 
 
-def _with_target(settings: GenerateConfig, target: Target | None, cells: Cells) -> GenerateConfig:
-    if not target:
-        return settings
+def _with_mix(settings: GenerateConfig, target: Target, independent: Sequence[str], cells: Cells) -> GenerateConfig:
     if problem := target_problem(cells, target):
         raise UsageError(f"--target {problem}.")
-    return settings.model_copy(update={"target": {**settings.target, **{name: dict(shares) for name, shares in target.items()}}})
+    if problem := independent_problem(cells, independent):
+        raise UsageError(f"--independent {problem}.")
+    wanted = {**settings.target, **{name: dict(shares) for name, shares in target.items()}}
+    held = tuple(dict.fromkeys((*settings.independent, *independent)))
+    return settings.model_copy(update={"target": wanted, "independent": held})
 
 
 def draw(generator: Generator, settings: GenerateConfig, *, progress: Progress) -> Candidates:
@@ -106,9 +110,9 @@ def mixed_cells(settings: GenerateConfig, probabilities: NDArray[np.float64], ce
 def _wanted_shares(settings: GenerateConfig, probabilities: NDArray[np.float64], cells: Cells) -> NDArray[np.float64]:
     equal = {name: 1 / len(cells.classes) for name in cells.classes}
     target = {LABEL: equal, **settings.target} if settings.label_mix == "balanced" else settings.target
-    if not cells.attributes and not settings.target:
+    if not cells.attributes and not settings.target:  # no attribute, so nothing is independent either
         return np.array(list(equal.values())) if target else np.asarray(probabilities, dtype=np.float64)
-    return fit_shares(cells, np.asarray(probabilities, dtype=np.float64), target)
+    return fit_shares(cells, np.asarray(probabilities, dtype=np.float64), target, independent=settings.independent)
 
 
 def cell_rows(generator: Generator, candidates: Candidates) -> tuple[CellRow, ...]:

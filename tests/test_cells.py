@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpsynth.cells import Cells, fit_shares, target_problem
+from dpsynth.cells import Cells, fit_shares, independent_problem, target_problem
 from dpsynth.config import GenerateConfig
 from dpsynth.generate import mixed_cells
 
@@ -59,6 +59,45 @@ def test_what_no_target_names_keeps_its_association() -> None:
     assert np.allclose(odds(found), odds(prior), rtol=1e-6)
     assert not np.allclose(odds(prior), 1, rtol=0.1)
     assert np.allclose(fit_shares(CELLS, prior, {}), prior)
+
+
+@settings(max_examples=40, deadline=None)
+@given(priors, st.sampled_from([("sex",), ("age",), ("age", "sex")]))
+def test_independent_shares_are_those_of_the_weights_that_are_known(prior: np.ndarray, independent: tuple[str, ...]) -> None:
+    """Kamiran and Calders: a cell's share times P(label) P(group) / P(label, group), the group of all named attributes together."""
+    table = (prior / prior.sum()).reshape(CELLS.shape)
+    others = tuple(axis for axis, (name, _) in enumerate(CELLS.axes) if axis and name not in independent)
+    joint = table.sum(axis=others, keepdims=True)
+    weights = joint.sum(axis=0, keepdims=True) * joint.sum(axis=(1, 2), keepdims=True) / joint
+    assert np.allclose(fit_shares(CELLS, prior, {}, independent=independent).reshape(CELLS.shape), table * weights, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(priors, shares, shares)
+def test_an_independent_mix_meets_the_targets_too(prior: np.ndarray, female: float, normal: float) -> None:
+    target = {
+        "sex": {"F": female, "M": 1 - female},
+        "label": {"normal": normal, "lesion": 1 - normal},
+        "age": {"0-40": 0.2, "40-120": 0.7, "unknown": 0.1},
+    }
+    found = fit_shares(CELLS, prior, target, independent=("sex",))
+    for axis, (name, values) in enumerate(CELLS.axes):
+        assert np.allclose(CELLS.marginal(found, axis), [target[name][value] for value in values], atol=1e-6), name
+    by_sex = found.reshape(CELLS.shape).sum(axis=2)
+    assert np.allclose(by_sex, np.outer(by_sex.sum(axis=1), by_sex.sum(axis=0)), atol=1e-6)
+
+
+def test_what_cannot_be_independent_is_named() -> None:
+    assert "height: unknown attribute, expected one of sex, age" in independent_problem(CELLS, ["sex", "height"])
+    assert "none is declared" in independent_problem(Cells(classes=("a", "b")), ["sex"])
+    assert independent_problem(CELLS, ["sex", "age"]) == ""
+
+
+def test_images_are_drawn_with_labels_that_the_group_does_not_tell() -> None:
+    prior = np.random.default_rng(3).dirichlet(np.full(12, 0.5)) + 1e-2
+    drawn = mixed_cells(GenerateConfig(count=2400, independent=("sex",)), prior / prior.sum(), CELLS)
+    by_sex = np.bincount(drawn, minlength=12).reshape(CELLS.shape).sum(axis=2) / 2400
+    assert np.allclose(by_sex, np.outer(by_sex.sum(axis=1), by_sex.sum(axis=0)), atol=6 / 2400)
 
 
 @pytest.mark.parametrize(

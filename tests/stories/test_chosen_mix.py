@@ -112,6 +112,13 @@ def test_the_mix_is_the_target_and_another_can_be_asked_for_when_drawing(run: Pa
     assert abs(np.mean(other.attributes["sex"] == "F") - 0.9) <= 4 / 240
     assert abs(np.mean(other.labels == 1) - 0.75) <= 4 / 240
     assert RunFolder.open(run).require("generate").facts["target"]["sex"] == {"F": 0.9, "M": 0.1}
+    generate(run, progress=silent, independent=["age"])
+    apart = load_candidates(RunFolder.open(run))
+    old = apart.attributes["age"] == "60-120"
+    assert abs(np.mean(apart.labels[old]) - np.mean(apart.labels[~old])) <= 8 / min(old.sum(), (~old).sum())
+    assert list(RunFolder.open(run).require("generate").facts["independent"]) == ["age"]
+    with pytest.raises(UsageError, match=r"--independent hair: unknown attribute, expected one of sex, age"):
+        generate(run, progress=silent, independent=["hair"])
     with pytest.raises(UsageError, match=r"--target sex\.F: expected a share above 0"):
         generate(run, progress=silent, target={"sex": {"F": 0.0, "M": 1.0}})
 
