@@ -11,6 +11,7 @@ The release is two queries: where the descriptors lie, with a wide clip norm and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,23 @@ class Labelling:
     clip_norm: Array
     means: Array
     variances: Array
+
+    @classmethod
+    def under(cls, public: PublicDescriptors, *, location: Array, means: Array, variances: Array) -> Labelling:
+        """With the projection and the clip norm that everybody knows."""
+        projection = public.principal.shaped(np.eye(len(public.principal.shaped_variances)))
+        return cls(projection=projection, location=location, clip_norm=np.array([public.clip_norm]), means=means, variances=variances)
+
+    def to_arrays(self, public: PublicDescriptors) -> dict[str, Array]:
+        """What is not public. Location and means as descriptors: the signs of principal axes differ from machine to machine."""
+        back = public.principal.unshaped
+        return {"location": back(self.location), "means": back(self.means), "variances": self.variances}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], public: PublicDescriptors) -> Labelling:
+        """Inverse of `to_arrays` where the same public images are known."""
+        location, means = (public.principal.shaped(arrays[name]) for name in ("location", "means"))
+        return cls.under(public, location=location, means=means, variances=arrays["variances"])
 
     def labelled(self, images: Float32, cells: Int64, layout: Cells, *, seed: int) -> Int64:
         """Cells (n,) in which labels are exchanged among images (n, channel, *space) of the same attributes.
@@ -142,10 +160,9 @@ def release_labelling(images: Float32, sums: NoisedSums, *, counts: Array, group
     known = Variances(noise=np.full(len(variances), stddev**2), scatter=variances if stddev else 0 * variances, shape=variances)
     means = pooled_means(sums.noised_sum("descriptors", rows, public.clip_norm), counts, groups, known)
     patients = np.maximum(counts, 1.0)[:, None]
-    return Labelling(
-        projection=public.principal.shaped(np.eye(len(variances))),
+    return Labelling.under(
+        public,
         location=public.principal.shaped(public.centre) + location,
-        clip_norm=np.array([public.clip_norm]),
         means=means,
         variances=(stddev**2 + patients * variances) / patients**2,
     )

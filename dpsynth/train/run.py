@@ -83,7 +83,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
         monitor = None if release is None else MomentMonitor(mechanism=release)
         moments = noised_moments(config, split, reference, monitor, stream)
-        labelling = _labelling(config, split, reference, moments, monitor, stream)
+        labelling = noised_labelling(config, split, reference, moments, monitor, stream)
         found, audited = _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
         findings |= found
         audits |= audited
@@ -287,7 +287,7 @@ def noised_moments(config: Config, split: Split, reference: PublicReference, mon
     )
 
 
-def _labelling(
+def noised_labelling(
     config: Config, split: Split, reference: PublicReference, moments: Moments, monitor: MomentMonitor | None, stream: NoiseStream
 ) -> Labelling | None:
     """What images of each label look like; none with one label. The monitor sees the noise."""

@@ -23,12 +23,12 @@ from dpsynth.privacy.noise import NoiseStream
 from dpsynth.signing import load_private
 from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor, Monitor
-from dpsynth.train.run import noised_moments, standard_moments
+from dpsynth.train.run import noised_labelling, noised_moments, standard_moments
 from dpsynth.train.selfcheck import Finding
 from federated import rounds
 from federated.messages import Code, decode_reply
 from federated.policy import config_of
-from federated.rounds import MOMENTS, NET
+from federated.rounds import LABELLING, MOMENTS, NET
 
 
 def booked(site: Site) -> list[tuple[str, bool]]:
@@ -75,9 +75,14 @@ def test_training_is_that_of_one_site_with_what_the_ledger_holds(world: World, m
     assert sgd.declared_patients == 100, "the batch is divided by the site's own public number"
     settings = config_of(site.policy, world.plan)
     split = split_patients(site.guard.images, control_fraction=0.2, key=b"k" * 32)
-    alone = noised_moments(settings, split, world.model.reference, module_monitor(release), NoiseStream(key=b"k" * 32))
+    monitor = MomentMonitor(mechanism=release)
+    alone = noised_moments(settings, split, world.model.reference, monitor, NoiseStream(key=b"k" * 32))
     for name, array in alone.to_arrays().items():
         np.testing.assert_array_equal(moments[MOMENTS + name], array)
+    labelling = noised_labelling(settings, split, world.model.reference, alone, monitor, NoiseStream(key=b"k" * 32))
+    assert labelling is not None
+    for name, array in labelling.to_arrays(world.model.reference.descriptors).items():
+        np.testing.assert_array_equal(moments[LABELLING + name], array)
 
     denoiser = world.model.denoiser()
     denoiser.transplant(standard_moments(settings, world.model.reference))
@@ -88,12 +93,6 @@ def test_training_is_that_of_one_site_with_what_the_ledger_holds(world: World, m
     for name, parameter in denoiser.net.named_parameters():
         np.testing.assert_array_equal(weights[NET + name], parameter.detach().numpy())
         assert not np.array_equal(weights[NET + name], world.bodies["train"][NET + name])
-
-
-def module_monitor(release: MomentRelease) -> object:
-    from dpsynth.train.monitor import MomentMonitor
-
-    return MomentMonitor(mechanism=release)
 
 
 def test_a_round_cut_off_after_its_charge_goes_on_and_is_charged_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
