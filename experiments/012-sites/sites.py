@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from dpsynth.checks.classifier import auc, balanced_accuracy, train_and_predict
 from dpsynth.config import GenerateConfig
 from dpsynth.data.candidates import to_unit_range
 from dpsynth.data.cohort import Float32, Int64
@@ -40,6 +39,7 @@ sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
 
 from federations import DELTA, Study  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+from measure import utility  # noqa: E402
 from partition import Row, declared, linked, sites_of, small_images, without_test  # noqa: E402
 from results import by_group, known, mean_and_spread, once  # noqa: E402
 
@@ -181,10 +181,7 @@ def one_run(setting: Setting, split: str, arm: str, epsilon: float, seed: int, r
     drawn = draw(Generator.load(home / "run" / "train"), GenerateConfig(count=setting.count, seed=repetition), progress=silent)
     figures = {}
     for name, (images, labels) in task.tests.items():
-        probabilities = train_and_predict(
-            to_unit_range(drawn.images), drawn.labels, images, classes=len(task.classes), seed=repetition, task="", progress=silent
-        )
-        figures[name] = {"auc": auc(probabilities, labels), "balanced_accuracy": balanced_accuracy(probabilities, labels)}
+        figures[name] = utility(to_unit_range(drawn.images), drawn.labels, (images, labels), len(task.classes), repetition)
     ended = resource.getrusage(resource.RUSAGE_SELF)
     shutil.rmtree(home)
     return {
@@ -254,7 +251,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=1, help="Trainings with fresh noise for each seed.")
     parser.add_argument("--side", type=int, default=28, help="Pixels.")
     parser.add_argument("--pretrain-steps", type=int, default=2500)
-    parser.add_argument("--work", type=Path, default=Path("runs/010"))
+    parser.add_argument("--work", type=Path, default=Path("runs/012"))
     parser.add_argument("--table", action="store_true", help="Print the table of results.json and do nothing else.")
     arguments = parser.parse_args()
     path = HERE / "results.json"
