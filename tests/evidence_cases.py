@@ -9,7 +9,7 @@ import numpy as np
 
 from dpsynth.checks.accounting import ALWAYS, REQUIRED
 from dpsynth.checks.evidence import Evidence, Features
-from dpsynth.checks.search import Approaches
+from dpsynth.checks.search import Approaches, Nearest
 from dpsynth.checks.statistics import pairwise
 from dpsynth.data.cohort import ImageSet
 
@@ -70,8 +70,7 @@ def approaches_of(queries: np.ndarray, real: np.ndarray, *, own: np.ndarray | No
     distances = pairwise(queries, real)
     if own is not None:
         distances[np.arange(len(queries)), own] = np.inf
-    two = np.sort(distances, axis=1)[:, :2] + 0.02
-    return Approaches(item=np.arange(len(queries)), patient=distances.argmin(axis=1), ratio=two[:, 0] / two[:, 1])
+    return Approaches.among(Nearest(patient=distances.argmin(axis=1), distances=np.sort(distances, axis=1)[:, :3]), np.arange(len(queries)))
 
 
 def features_of(synthetic: np.ndarray, training: np.ndarray, control: np.ndarray, in_pool: np.ndarray | None = None) -> Features:
@@ -87,6 +86,6 @@ def features_of(synthetic: np.ndarray, training: np.ndarray, control: np.ndarray
         training_thumbnails=training,
         control_thumbnails=control,
         synthetic_approaches=approaches_of(synthetic, real),
-        real_ratios=approaches_of(real[pool], real, own=pool).ratio,
+        real_approaches=approaches_of(real[pool], real, own=pool),
         encoder="points",
     )

@@ -68,8 +68,8 @@ class Evidence:
 class Features:
     """Encoder features and thumbnails, of one image a patient since tests count patients; and what lies next to what.
 
-    synthetic_approaches: of every synthetic image among all patients (numbered as in `Evidence.pool`). real_ratios: of each first
-    image of the pool among all other patients, the smallest ratio: how near people come to each other by chance.
+    synthetic_approaches: of every synthetic image among all patients (numbered as in `Evidence.pool`). real_approaches: of each
+    first image of the pool among all other patients: how near people come to each other by chance.
     """
 
     synthetic: Array
@@ -79,7 +79,7 @@ class Features:
     training_thumbnails: Array
     control_thumbnails: Array
     synthetic_approaches: Approaches
-    real_ratios: Array
+    real_approaches: Approaches
     encoder: str  # its name
 
 
@@ -105,7 +105,7 @@ def compute_features(evidence: Evidence, *, encoder: Encoder, progress: Progress
         training_thumbnails=thumbnails(training),
         control_thumbnails=thumbnails(control),
         synthetic_approaches=found.of(0, len(evidence.synthetic)),
-        real_ratios=found.of(len(evidence.synthetic), len(evidence.synthetic) + len(firsts)).per_item(len(firsts))[0],
+        real_approaches=found.of(len(evidence.synthetic), len(evidence.synthetic) + len(firsts)),
         encoder=encoder.name,
     )
 

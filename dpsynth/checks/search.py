@@ -1,8 +1,10 @@
-"""Which patient each image lies nearest to, and how much nearer than to any other patient, whatever was done to the copy.
+"""Which patient each image lies nearest to, and how much nearer than to other patients, whatever was done to the copy.
 
 Images are compared by normalised thumbnails, which forget brightness and contrast; every real image is also laid down mirrored, shifted,
-turned, enlarged and shrunk a little. Volumes are compared whole and slice by slice along each axis. The search works in blocks of float32
-products: no matrix of all images against all images is ever held, so that 100,000 against 100,000 fits into memory.
+turned, enlarged and shrunk a little, upside down, on its side and as its negative. Volumes are compared whole and slice by slice along
+each axis. "Other patients" are the third nearest: a person whose images are there under two ids would hide behind the second. The search
+works in blocks of float32 products: no matrix of all images against all images is ever held, so that 100,000 against 100,000 fits into
+memory.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -29,6 +31,7 @@ _ROWS_PER_BLOCK, _QUERIES_PER_BLOCK = 16_384, 512
 _IMAGES_PER_PART = 8192  # real images, after whose search what was found is kept
 _SHIFT, _TURN, _ZOOMS = 0.07, math.radians(4), (0.85, 0.92, 1.08, 1.16)
 _MOST_SLICES = 32
+_NEAREST = 3
 _SOFTENING = 0.02  # of distances (at most 2) before they are divided: two nearly empty slices are not a copy
 
 _Kind = Callable[[Float32, bool], tuple[Float32, Int64]]  # rows (m, d) of images, with their variants or without, and whose they are
@@ -36,11 +39,31 @@ _Kind = Callable[[Float32, bool], tuple[Float32, Int64]]  # rows (m, d) of image
 
 @dataclass(frozen=True, kw_only=True)
 class Approaches:
-    """For each query: the image it is of, the nearest patient, and the distance to them as part of that to the nearest other patient."""
+    """For each query: the image it is of, the nearest patient, and the distance to them as part of that to the third nearest.
+
+    copy: the ratio that an exact copy of the query would have, were the query one of the patients. kind: how it was compared (0: whole,
+    1 to 3: slices along an axis).
+    """
 
     item: Int64
     patient: Int64
     ratio: Array
+    copy: Array
+    kind: Int64
+
+    @classmethod
+    def among(cls, nearest: Nearest, item: Int64, *, kind: int = 0) -> Approaches:
+        """From distances to the nearest patients."""
+        first, second, third = nearest.distances.T + _SOFTENING
+        return cls(item=item, patient=nearest.patient, ratio=first / third, copy=_SOFTENING / second, kind=np.full(len(item), kind))
+
+    def relative_to(self, usual: Array) -> Approaches:
+        """The same with all ratios as parts of what is `usual` (kinds,) for their kind."""
+        return replace(self, ratio=self.ratio / usual[self.kind], copy=self.copy / usual[self.kind])
+
+    def where(self, chosen: NDArray[np.bool_]) -> Approaches:
+        """Those chosen."""
+        return Approaches(**{name: array[chosen] for name, array in self.__dict__.items()})
 
     def per_patient(self, num_patients: int) -> Array:
         """Smallest ratio with which each patient was approached (num_patients,); infinite when nobody came nearest to them."""
@@ -50,8 +73,8 @@ class Approaches:
 
     def of(self, start: int, stop: int) -> Approaches:
         """Those of the images numbered `start` to `stop`, numbered from 0."""
-        own = (self.item >= start) & (self.item < stop)
-        return Approaches(item=self.item[own] - start, patient=self.patient[own], ratio=self.ratio[own])
+        found = self.where((self.item >= start) & (self.item < stop))
+        return replace(found, item=found.item - start)
 
     def per_item(self, num_items: int) -> tuple[Array, Int64]:
         """Smallest ratio of each image and the patient whom it approaches, (num_items,) each."""
@@ -77,13 +100,8 @@ def approaches(
             note = partial(_note, progress, done, len(kinds) * len(real))
             search = partial(_searched, queries, _blocks(real, patients, rows, kind, note), excluded)
             nearest, done = nearest.or_of(Nearest(**keep(f"search {number}-{part}", search))), done + len(rows)
-        ratio = (nearest.first + _SOFTENING) / (nearest.second + _SOFTENING)
-        parts.append(Approaches(item=item, patient=nearest.patient, ratio=ratio))
-    return Approaches(
-        item=np.concatenate([part.item for part in parts]),
-        patient=np.concatenate([part.patient for part in parts]),
-        ratio=np.concatenate([part.ratio for part in parts]),
-    )
+        parts.append(Approaches.among(nearest, item, kind=number))
+    return Approaches(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].__dict__})
 
 
 def _note(progress: Progress, before: int, total: int, done: int) -> None:
@@ -96,31 +114,27 @@ def _searched(queries: Float32, blocks: Iterable[tuple[Float32, Int64]], own: In
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest:
-    """patient (n,): nearest; first, second (n,): distance to them and to the nearest other patient (infinite when there is none)."""
+    """patient (n,): nearest; distances (n, 3): to the three nearest patients, rising (infinite where there are fewer)."""
 
     patient: Int64
-    first: Array
-    second: Array
+    distances: Array
 
     @classmethod
     def nobody(cls, count: int) -> Nearest:
         """Before anybody was looked at."""
-        return cls(patient=np.full(count, -1, dtype=np.int64), first=np.full(count, np.inf), second=np.full(count, np.inf))
+        return cls(patient=np.full(count, -1, dtype=np.int64), distances=np.full((count, _NEAREST), np.inf))
 
     def or_of(self, other: Nearest) -> Nearest:
         """Among these patients and others, of whom none is the same."""
-        nearer = other.first < self.first
-        return Nearest(
-            patient=np.where(nearer, other.patient, self.patient),
-            first=np.minimum(self.first, other.first),
-            second=np.where(nearer, np.minimum(self.first, other.second), np.minimum(self.second, other.first)),
-        )
+        nearer = other.distances[:, 0] < self.distances[:, 0]
+        together = np.concatenate([self.distances, other.distances], axis=1)
+        return Nearest(patient=np.where(nearer, other.patient, self.patient), distances=np.sort(together, axis=1)[:, :_NEAREST])
 
 
 def nearest_patients(queries: Float32, blocks: Iterable[tuple[Float32, Int64]], *, own: Int64 | None = None) -> Nearest:
-    """Nearest and second-nearest patient of rows of norm 1 (or 0) (n, d). Blocks of rows hold all rows of a patient, next to each other."""
+    """The nearest patients of rows of norm 1 (or 0) (n, d). Blocks of rows hold all rows of a patient, next to each other."""
     n = len(queries)
-    best, second, patient = np.full(n, -np.inf, np.float32), np.full(n, -np.inf, np.float32), np.full(n, -1, np.int64)
+    best, patient = np.full((n, _NEAREST), -np.inf, np.float32), np.full(n, -1, np.int64)
     for rows, owners in blocks:
         starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
         numbers = owners[starts]
@@ -130,15 +144,14 @@ def nearest_patients(queries: Float32, blocks: Iterable[tuple[Float32, Int64]], 
             if own is not None:
                 similar[own[part, None] == numbers[None]] = -np.inf
             index = np.arange(len(similar))
-            column = similar.argmax(axis=1)
-            top = similar[index, column]
-            similar[index, column] = -np.inf
-            next_ = similar.max(axis=1)
-            better = top > best[part]
-            second[part] = np.where(better, np.maximum(best[part], next_), np.maximum(second[part], top))
-            patient[part] = np.where(better, numbers[column], patient[part])
-            best[part] = np.maximum(best[part], top)
-    return Nearest(patient=patient, first=_distance(best), second=_distance(second))
+            top, nearest = np.empty((len(similar), _NEAREST), np.float32), similar.argmax(axis=1)
+            for rank in range(_NEAREST):
+                column = similar.argmax(axis=1) if rank else nearest
+                top[:, rank] = similar[index, column]
+                similar[index, column] = -np.inf
+            patient[part] = np.where(top[:, 0] > best[part, 0], numbers[nearest], patient[part])
+            best[part] = -np.sort(-np.concatenate([best[part], top], axis=1), axis=1)[:, :_NEAREST]
+    return Nearest(patient=patient, distances=_distance(best))
 
 
 def _distance(similar: NDArray[np.float32]) -> Array:
@@ -175,20 +188,25 @@ def _whole(images: Float32, variants: bool) -> tuple[Float32, Int64]:
     tensor = torch.from_numpy(np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)).mean(1, keepdim=True)
     laid = [averaged_down(part) for part in (_variants(tensor) if variants else [tensor])]
     if variants:
-        laid += [part.flip(-1) for part in laid]  # to average down does not know left from right, so mirroring can come after it
+        plain, left_to_right = laid[0], -1 if tensor.dim() == 4 else -3  # volumes lie right, anterior, superior
+        laid += [part.flip(left_to_right) for part in laid]  # to average down does not know sides, so mirroring can come after it
+        laid += [plain.flip(axis) for axis in range(2 - tensor.dim(), 0) if axis != left_to_right] + [-plain]
+        if tensor.dim() == 4 and plain.shape[2] == plain.shape[3]:
+            laid += [plain.flip(-1, -2), *(plain.rot90(turns, (2, 3)) for turns in (1, 3)), plain.mT, plain.flip(-1, -2).mT]
     rows = np.concatenate([thumbnails(part.numpy()).astype(np.float32) for part in laid])
     return rows, np.tile(np.arange(len(images), dtype=np.int64), len(laid))
 
 
 def _along(axis: int) -> _Kind:
-    """The slices of volumes along one axis, at most 32 evenly spread, each as an image; as variants their mirror images."""
+    """The slices of volumes along one axis, at most 32 evenly spread, each as an image; as variants mirrored either way."""
 
     def slices(images: Float32, variants: bool) -> tuple[Float32, Int64]:
         extent = images.shape[axis]
         chosen = np.unique(np.linspace(0, extent - 1, min(extent, _MOST_SLICES)).round().astype(np.int64))
         pictures = np.moveaxis(np.take(images, chosen, axis=axis), axis, 1).reshape(-1, *np.delete(images.shape[1:], axis - 1))
         item = np.repeat(np.arange(len(images), dtype=np.int64), len(chosen))
-        laid = [pictures, np.ascontiguousarray(pictures[..., ::-1])] if variants else [pictures]
+        mirrored = [pictures[..., ::-1], pictures[..., ::-1, :]] if variants else []
+        laid = [pictures, *(np.ascontiguousarray(part) for part in mirrored)]
         return np.concatenate([thumbnails(part).astype(np.float32) for part in laid]), np.tile(item, len(laid))
 
     return slices

@@ -29,7 +29,7 @@ from dpsynth.checks.features import encode
 from dpsynth.checks.fidelity import fidelity
 from dpsynth.checks.groups import groups
 from dpsynth.checks.membership import membership, pool_scores
-from dpsynth.checks.search import _SOFTENING, Approaches, _whole  # what `approaches` does, kept for many hospitals
+from dpsynth.checks.search import Approaches, Nearest, _whole  # what `approaches` does, kept for many hospitals
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import Config, DataConfig, GateConfig, PhantomConfig
 from dpsynth.data.cohort import Float32, ImageSet, Int64
@@ -144,9 +144,9 @@ def distances(queries: Float32, real: Float32) -> Float32:
 
 
 def approached(away: Float32) -> Approaches:
-    """The nearest of the columns and how much nearer than the next."""
-    two = np.partition(away, 1, axis=1)[:, :2].astype(np.float64) + _SOFTENING
-    return Approaches(item=np.arange(len(away)), patient=away.argmin(axis=1), ratio=two[:, 0] / two[:, 1])
+    """The nearest of the columns and how much nearer than the others."""
+    three = np.partition(away, (0, 1, 2), axis=1)[:, :3].astype(np.float64)
+    return Approaches.among(Nearest(patient=away.argmin(axis=1), distances=three), np.arange(len(away)))
 
 
 def judged(world: World, generator: str, rng: np.random.Generator) -> dict[str, Verdict]:
@@ -174,7 +174,7 @@ def judged(world: World, generator: str, rng: np.random.Generator) -> dict[str, 
         training_thumbnails=world.small[training],
         control_thumbnails=world.small[control],
         synthetic_approaches=approached(world.away[np.ix_(synthetic, real)]),
-        real_ratios=approached(among_people).ratio,
+        real_approaches=approached(among_people),
         encoder=bundled().name,
     )
     scores = pool_scores(evidence, features)

@@ -25,7 +25,7 @@ from dpsynth.checks.evidence import Evidence, Features
 from dpsynth.checks.family import decide_family
 from dpsynth.checks.groups import groups
 from dpsynth.checks.membership import membership, pool_scores
-from dpsynth.checks.search import Approaches
+from dpsynth.checks.search import Approaches, Nearest
 from dpsynth.checks.statistics import nearest, pairwise
 from dpsynth.checks.verdict import Verdict
 from dpsynth.config import GateConfig
@@ -123,8 +123,8 @@ def approaches_of(queries: Array, real: Array, own: NDArray[np.int64] | None = N
     distances = pairwise(queries, real)
     if own is not None:
         distances[np.arange(len(queries)), own] = np.inf
-    two = np.partition(distances, 1, axis=1)[:, :2] + 0.02
-    return Approaches(item=np.arange(len(queries)), patient=distances.argmin(axis=1), ratio=two[:, 0] / two[:, 1])
+    three = np.partition(distances, (0, 1, 2), axis=1)[:, :3]
+    return Approaches.among(Nearest(patient=distances.argmin(axis=1), distances=three), np.arange(len(queries)))
 
 
 def checked(hospital: Hospital, synthetic: Array, rng: np.random.Generator) -> dict[str, Verdict]:
@@ -152,7 +152,7 @@ def checked(hospital: Hospital, synthetic: Array, rng: np.random.Generator) -> d
         training_thumbnails=hospital.training,
         control_thumbnails=hospital.control,
         synthetic_approaches=approaches_of(synthetic, real),
-        real_ratios=approaches_of(real[evidence.pool], real, evidence.pool).ratio,
+        real_approaches=approaches_of(real[evidence.pool], real, evidence.pool),
         encoder="points",
     )
     scores = pool_scores(evidence, features)

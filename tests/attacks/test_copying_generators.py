@@ -65,14 +65,14 @@ class Site:
         owners = np.concatenate([self.split.training.patients, self.split.control.patients + self.split.training.num_patients])
         return approaches(synthetic, real, owners, progress=silent)
 
-    def real_ratios(self) -> np.ndarray:
+    def real_approaches(self) -> Approaches:
         sets = self.evidence(self.others)
         real = np.concatenate([self.split.training.images, self.split.control.images])
         owners = np.concatenate([self.split.training.patients, self.split.control.patients + self.split.training.num_patients])
         firsts = np.array([np.flatnonzero(owners == patient)[0] for patient in sets.pool])
-        return approaches(real[firsts], real, owners, own=sets.pool, progress=silent).per_item(len(firsts))[0]
+        return approaches(real[firsts], real, owners, own=sets.pool, progress=silent)
 
-    def judge(self, synthetic: Float32, found: Approaches, real_ratios: np.ndarray) -> Verdict:
+    def judge(self, synthetic: Float32, found: Approaches, real: Approaches) -> Verdict:
         """The verdict of the check for copies, which sees pixels and needs no encoder."""
         none = np.empty((0, 1))
         features = Features(
@@ -83,7 +83,7 @@ class Site:
             training_thumbnails=none,
             control_thumbnails=none,
             synthetic_approaches=found,
-            real_ratios=real_ratios,
+            real_approaches=real,
             encoder="none",
         )
         return decide_family([copying(self.evidence(synthetic), features, GATE, rng=np.random.default_rng(2))], GATE.family_error)[0]
@@ -120,6 +120,9 @@ Attack = Callable[[Site], Float32]
 FIFTY: dict[str, Callable[[Float32], Float32]] = {
     "as they are": lambda images: images,
     "flipped": lambda images: images[..., ::-1],
+    "upside down": lambda images: images[..., ::-1, :],
+    "turned by 90 degrees": lambda images: np.rot90(images, axes=(2, 3)),
+    "as negatives": lambda images: -images,
     "shifted by 2 pixels": lambda images: moved(images, pixels=(2, 0)),
     "shifted by 1 pixel both ways": lambda images: moved(images, pixels=(1, -1)),
     "turned by 3 degrees": lambda images: moved(images, degrees=3),
@@ -131,7 +134,7 @@ FIFTY: dict[str, Callable[[Float32], Float32]] = {
 }
 FAILED: dict[str, Attack] = {
     **{
-        f"fifty patients {name}": lambda site, change=change: site.among_others(change(site.first_images(50)))
+        f"fifty patients {name}": lambda site, change=change: site.among_others(np.ascontiguousarray(change(site.first_images(50))))
         for name, change in FIFTY.items()
     },
     "a hundred and fifty blended 70/30": lambda site: site.among_others(0.7 * site.first_images(150) + 0.3 * site.others[-150:]),
@@ -141,6 +144,7 @@ FAILED: dict[str, Attack] = {
 SHOWN: dict[str, Attack] = {
     "one patient": lambda site: site.among_others(site.first_images(1)),
     "one patient flipped": lambda site: site.among_others(site.first_images(1)[..., ::-1]),
+    "one patient upside down": lambda site: site.among_others(np.ascontiguousarray(site.first_images(1)[..., ::-1, :])),
     "seven patients": lambda site: site.among_others(site.first_images(7)),
     "seven patients turned by 3 degrees": lambda site: site.among_others(moved(site.first_images(7), degrees=3)),
     "the pool leaked into training": lambda site: site.among_others(
@@ -153,7 +157,7 @@ HONEST: dict[str, Attack] = {"honest": lambda site: site.others, "blurred": lamb
 def judged(site: Site, attacks: dict[str, Attack]) -> dict[str, Verdict]:
     """One search for all, since laying down the real images takes most of the time."""
     drawn = {name: attack(site) for name, attack in attacks.items()}
-    whole, chance, start, verdicts = site.searched(np.concatenate(list(drawn.values()))), site.real_ratios(), 0, {}
+    whole, chance, start, verdicts = site.searched(np.concatenate(list(drawn.values()))), site.real_approaches(), 0, {}
     for name, images in drawn.items():
         verdicts[name] = site.judge(images, whole.of(start, start + len(images)), chance)
         start += len(images)

@@ -129,6 +129,53 @@ def test_power_of_the_copying_check(copied: int, least: float) -> None:
     assert caught >= least * 20, caught
 
 
+def under_two_ids(share: float, rng: np.random.Generator, *, always: int = 60, pool: int = 340) -> Hospital:
+    """A hospital where this share of the patients are there a second time, a little changed, under other ids."""
+    people = points(always + pool, rng)
+    doubles = rng.permutation(len(people))[: 2 * round(share * len(people) / 2)]
+    half = len(doubles) // 2
+    people[doubles[half:]] = people[doubles[:half]] + 1e-3 * points(half, rng)
+    inside = rng.random(pool) < 0.5
+    training = np.concatenate([people[:always], people[always:][inside]])
+    return Hospital(training, people[always:][~inside], np.arange(len(training)) >= always)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.06])
+def test_people_under_two_ids_hide_no_copies(share: float) -> None:
+    """Sixty copies fail and a single one is shown, of whomever, though some people lie as near to each other as a copy does."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        hospital = under_two_ids(share, rng)
+        chosen = hospital.training[rng.permutation(len(hospital.training))[:60]]
+        many = hospital.judge(np.concatenate([chosen + 1e-3 * points(60, rng), points(300, rng)]), seed)["copying"]
+        assert many.outcome is Outcome.FAIL, many.reason
+        assert {image for image, _ in many.listed} >= set(range(60))
+        one = hospital.judge(np.concatenate([chosen[:1] + 1e-3, points(300, rng)]), seed)["copying"]
+        assert one.outcome is Outcome.FLAG, one.reason
+        assert one.listed[0][0] == 0
+
+
+def test_a_copy_of_somebody_under_two_ids_is_shown() -> None:
+    rng = np.random.default_rng(1)
+    hospital = under_two_ids(0.02, rng)
+    apart = np.linalg.norm(hospital.training[:, None] - hospital.training[None], axis=2) + np.eye(len(hospital.training)) * 9
+    double = int(np.argmin(apart.min(axis=1)))
+    assert apart.min() < 0.1
+    verdict = hospital.judge(np.concatenate([hospital.training[double : double + 1] + 1e-3, points(300, rng)]))["copying"]
+    assert 0 in {image for image, _ in verdict.listed}
+
+
+def test_where_everybody_has_a_double_nothing_can_be_told_and_that_is_said() -> None:
+    """Three ids a person: a copy is no nearer to its patient than the two others, so the check must not pass."""
+    rng = np.random.default_rng(0)
+    people = np.repeat(points(140, rng), 3, axis=0) + 1e-3 * points(420, rng)
+    inside = rng.random(420) < 0.5
+    hospital = Hospital(people[inside], people[~inside], np.ones(int(inside.sum()), dtype=bool))
+    verdict = hospital.judge(points(300, rng))["copying"]
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "of 100% of the pool patients no copy could be told" in verdict.reason
+
+
 def test_one_patient_copied_a_hundred_times_counts_once_and_goes_to_a_person() -> None:
     rng = np.random.default_rng(0)
     hospital = Hospital.drawn(rng)

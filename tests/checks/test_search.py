@@ -18,7 +18,7 @@ def unit(count: int, seed: int, width: int = 20) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("block", "excluded"), [(1, False), (7, False), (40, True)])
-def test_the_two_nearest_patients_as_by_brute_force(block: int, excluded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_three_nearest_patients_as_by_brute_force(block: int, excluded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_QUERIES_PER_BLOCK", 11)
     queries, rows, owners = unit(30, 0), unit(120, 1), np.repeat(np.arange(40), 3)
     own = np.random.default_rng(2).integers(0, 40, 30) if excluded else None
@@ -28,12 +28,12 @@ def test_the_two_nearest_patients_as_by_brute_force(block: int, excluded: bool, 
     if own is not None:
         distances[np.arange(30), own] = np.inf
     assert np.array_equal(found.patient, distances.argmin(axis=1))
-    assert np.allclose(found.first, np.sort(distances, axis=1)[:, 0], atol=1e-5)
-    assert np.allclose(found.second, np.sort(distances, axis=1)[:, 1], atol=1e-5)
+    assert np.allclose(found.distances, np.sort(distances, axis=1)[:, :3], atol=1e-5)
 
 
 def test_smallest_ratios_by_patient_and_by_image() -> None:
-    found = Approaches(item=np.array([1, 0, 1, 0]), patient=np.array([2, 0, 0, 0]), ratio=np.array([0.5, 0.9, 0.3, 0.8]))
+    ratio = np.array([0.5, 0.9, 0.3, 0.8])
+    found = Approaches(item=np.array([1, 0, 1, 0]), patient=np.array([2, 0, 0, 0]), ratio=ratio, copy=ratio, kind=np.zeros(4, dtype=int))
     assert found.per_patient(4).tolist() == [0.3, np.inf, 0.5, np.inf]
     ratios, patients = found.per_item(2)
     assert ratios.tolist() == [0.8, 0.3]
@@ -77,6 +77,28 @@ def test_a_search_that_was_cut_off_goes_on_and_finds_the_same(monkeypatch: pytes
     assert np.array_equal(resumed.patient, whole.patient)
     assert np.allclose(resumed.ratio, whole.ratio, atol=1e-5)
     assert told == [15, 20]  # the first two of four parts are not searched again
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_mirrored_volumes_and_slices_are_found_whichever_axis_is_left_to_right(axis: int) -> None:
+    rng = np.random.default_rng(1)
+    real = rng.uniform(-1, 1, (12, 1, 10, 10, 10)).astype(np.float32)
+    mirrored = np.ascontiguousarray(np.flip(real[3:5], axis))
+    found = approaches(mirrored, real, np.arange(12), progress=silent)
+    for kind in range(4):
+        ratios, patients = found.where(found.kind == kind).per_item(2)
+        assert patients.tolist() == [3, 4]
+        assert float(ratios.max()) < 0.1
+
+
+def test_the_ratio_of_an_exact_copy_is_known_beforehand() -> None:
+    """`copy` of a patient's image among the others is what a synthetic copy of it comes to among all."""
+    rng = np.random.default_rng(2)
+    real = rng.uniform(-1, 1, (20, 1, 12, 12)).astype(np.float32)
+    expected = approaches(real, real, np.arange(20), own=np.arange(20), progress=silent)
+    found = approaches(real, real, np.arange(20), progress=silent)
+    assert np.allclose(found.ratio, expected.copy, atol=2e-3)  # products of float32 put an image 0.0003 from itself
+    assert np.array_equal(found.patient, np.arange(20))
 
 
 def test_a_copied_slice_of_a_volume_is_found_along_every_axis_and_empty_slices_are_not() -> None:
