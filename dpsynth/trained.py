@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpsynth.artifacts import RunFolder, read_json, write_json
 from dpsynth.config import DataConfig
-from dpsynth.errors import ArtifactError
+from dpsynth.errors import ArtifactError, LedgerError
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.ledger import Charge, Ledger
 
@@ -33,14 +36,21 @@ def default_ledger(data: DataConfig) -> Path:
 
 
 def load_trained(run: RunFolder, data: DataConfig, *, ledger_path: Path | None) -> Trained:
-    """Read what train left and find it in the data set's ledger. Raises ArtifactError or LedgerError."""
+    """Read what train left and find it in the data set's ledger. Raises ArtifactError, or LedgerError when the configuration, and so the
+    policy of the gate, is not the one that was booked."""
     if is_federated(run.path):
         raise ArtifactError(
             "This generator was trained by several hospitals, whose patients are not here to check it against. `dpsynth generate` "
             "draws from it; check, report and release do not take such a run: each site checks and approves, `dpsynth-federation` releases."
         )
     ledger = Ledger.load(ledger_path or default_ledger(data))
-    return Trained(guarantee=read_claim(run), ledger=ledger, charge=booking(run, ledger))
+    charge = booking(run, ledger)
+    if booked_digest(run, str(_record(run).get("conditions"))) != charge.config_sha256:
+        raise LedgerError(
+            "The configuration of this run is not the one that the ledger noted before training. Restore config.yaml of the run folder; "
+            "another policy needs another run."
+        )
+    return Trained(guarantee=read_claim(run), ledger=ledger, charge=charge)
 
 
 def is_federated(run_path: Path) -> bool:
@@ -60,13 +70,22 @@ def is_booked(run: RunFolder) -> bool:
 
 def booking(run: RunFolder, ledger: Ledger) -> Charge:
     """The charge of a run. Raises LedgerError when this ledger has none, ArtifactError when the record cannot be read."""
-    try:
-        reservation = str(read_json(run.folder("train") / _RESERVATION)["reservation"])
-    except (KeyError, TypeError) as error:
-        raise ArtifactError("The record of this run's reservation cannot be read. Restore the run folder or train again.") from error
-    return ledger.charge(reservation)
+    return ledger.charge(str(_record(run)["reservation"]))
 
 
-def write_booking(run: RunFolder, reservation: str) -> None:
-    """Note the reservation of a run, for the site alone."""
-    write_json(run.folder("train") / _RESERVATION, {"reservation": reservation}, private=True)
+def _record(run: RunFolder) -> Mapping[str, Any]:
+    record = read_json(run.folder("train") / _RESERVATION)
+    if not isinstance(record, dict) or "reservation" not in record:
+        raise ArtifactError("The record of this run's reservation cannot be read. Restore the run folder or train again.")
+    return record
+
+
+def booked_digest(run: RunFolder, conditions: str) -> str:
+    """What the ledger notes of a run before it is trained: its configuration, and the digest of what each image is trained as."""
+    return hashlib.sha256((run.config_text + conditions).encode()).hexdigest()
+
+
+def write_booking(run: RunFolder, reservation: str, *, conditions: str) -> None:
+    """Note the reservation of a run, for the site alone. conditions: as in `booked_digest`; whoever changes them here finds none that fit
+    another configuration."""
+    write_json(run.folder("train") / _RESERVATION, {"reservation": reservation, "conditions": conditions}, private=True)

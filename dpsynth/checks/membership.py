@@ -66,7 +66,8 @@ def attack(scores: Array, inside: Bool, *, delta: float, level: float, rng: np.r
     """Test scores of patients who are inside by a fair coin each. Both sides must have somebody."""
     auc, low, high = auc_interval(scores[inside], scores[~inside], 0.95)
     guesses = max(1, round(_GUESSED * len(scores)))
-    correct = int(inside[np.argsort(-scores, kind="stable")[:guesses]].sum())
+    order = np.lexsort((rng.random(len(scores)), -scores))  # equal scores in random order: the pool lists those in training first
+    correct = int(inside[order[:guesses]].sum())
     return Attack(
         p=coin_flip_p(scores, inside, rng=rng),
         auc=auc,

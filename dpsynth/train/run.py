@@ -6,7 +6,6 @@ function of the run's secret key and the step, the repeated steps release nothin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import secrets
@@ -49,7 +48,7 @@ from dpsynth.train.non_private import fit_non_private
 from dpsynth.train.pretrain import pretrained_weights
 from dpsynth.train.public import public_images, require_disjoint, require_public
 from dpsynth.train.second_opinion import prv_epsilon
-from dpsynth.trained import CLAIM, booking, is_booked, read_claim, write_booking
+from dpsynth.trained import CLAIM, booked_digest, booking, is_booked, read_claim, write_booking
 
 _RUN_ID, _KEY, _CHECKPOINT = "run_id", "key", "checkpoint.safetensors"  # in the site's part of the folder
 _EPSILON_NOTES = 12  # how many points of the running epsilon are computed in advance for the progress bar
@@ -232,7 +231,7 @@ def _reserve(
         return stream, split_patients(images, control_fraction=config.data.control_fraction, key=_split_key(stream))
 
     conditions = conditions_digest(images, config.data, salt=bytes.fromhex(ledger.genesis["digest_salt"]))
-    site, digest = run.folder("train/site"), hashlib.sha256((run.config_text + conditions).encode()).hexdigest()
+    site, digest = run.folder("train/site"), booked_digest(run, conditions)
     if is_booked(run):
         booking(run, ledger)  # raises when it is booked elsewhere
     run_id = (site / _RUN_ID).read_text() if (site / _RUN_ID).is_file() else ""
@@ -255,7 +254,7 @@ def _reserve(
         ledger.resume(reservation, mechanisms, config_sha256=digest, coins_sha256=drawn[1].commitment)
     else:
         raise ArtifactError("This run is charged and its secret key is gone, so it cannot go on. Its charge stays; train in a new folder.")
-    write_booking(run, reservation)
+    write_booking(run, reservation, conditions=conditions)
     return ledger.charge(reservation), *drawn
 
 

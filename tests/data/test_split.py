@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dpsynth.data.split as split_module
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import restore_split, split_patients, split_problems
 from dpsynth.errors import DataError
@@ -118,6 +119,18 @@ def test_the_pool_is_chosen_and_its_coins_fall_as_stated_whoever_else_takes_part
     fewer = split_patients(images_of(some, [1] * 400), control_fraction=0.1, key=KEY)
     left = {name for name, chosen in zip(fewer.training.patient_ids, fewer.in_pool, strict=True) if chosen}
     assert left == inside & set(some)
+
+
+def test_the_pool_ends_at_twice_the_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    coins = {"a": 0.19, "b": 0.21, "c": 0.39, "d": 0.41}
+    monkeypatch.setattr(split_module, "_coin", lambda _, patient: coins[patient])
+    images = ImageSet(
+        images=np.zeros((4, 1, 4, 4), np.float32), labels=np.zeros(4, np.int64), patients=np.arange(4), patient_ids=tuple(coins),
+        classes=("x",), attributes=({},) * 4,
+    )  # fmt: skip
+    split = split_patients(images, control_fraction=0.2, key=b"k" * 32)
+    assert split.control.patient_ids == ("a",)
+    assert dict(zip(split.training.patient_ids, split.in_pool.tolist(), strict=True)) == {"b": True, "c": True, "d": False}
 
 
 def test_coins_that_are_not_fair_make_no_pool() -> None:

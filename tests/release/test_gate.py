@@ -58,6 +58,11 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a flag nobody accepted": ({"verdicts": other_verdict("copying", Outcome.FLAG)}, "nobody"),
     "an empty acceptance": ({"verdicts": other_verdict("copying", Outcome.FLAG), "reviews": {"copying": " "}}, "nobody"),
+    "a check that the policy requires could not tell": (
+        {"required": (*CHECKS, "fidelity"), "verdicts": (*GOOD.verdicts, verdict("fidelity", Outcome.INCONCLUSIVE))},
+        "fidelity: inconclusive",
+    ),
+    "a flag of a check that nobody requires": ({"verdicts": (*GOOD.verdicts, verdict("fairness", Outcome.FLAG))}, "nobody"),
     "a pass beside a fail": ({"verdicts": (*GOOD.verdicts, verdict("copying", Outcome.FAIL))}, "copying: fail"),
 }
 for name in CHECKS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -202,9 +203,19 @@ def charges_above_the_budget(clinic: Path) -> None:
     ledger._append("reserve", {**fields, "reservation": "second"}, lines=ledger._sound())
 
 
+def a_milder_policy(clinic: Path) -> None:
+    """The run's configuration, and the digest of it that lies beside it."""
+    path = clinic / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("family_error: 0.05", "family_error: 0.001"))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_json(clinic / "run" / "run.json", lambda value: value.update(config_sha256=digest))
+    assert "family_error: 0.001" in RunFolder.open(clinic / "run").config_text
+
+
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
+        (a_milder_policy, "configuration of this run is not the one that the ledger noted"),
         (lower_epsilon, "booked other mechanisms"),
         (other_images, "not those that were checked"),
         (a_better_verdict, "not those that the ledger noted"),

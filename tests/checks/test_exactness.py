@@ -1,0 +1,153 @@
+"""What makes the checks' error rates true: exact nulls, corrections for several tests, limits at their place, no number that leaves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import verdict
+from evidence_cases import evidence_of, features_of, image_set
+from test_decisions import GATE, Hospital, points
+
+import dpsynth.checks.groups as groups_module
+import dpsynth.checks.mechanism as mechanism_module
+from dpsynth.checks import suite
+from dpsynth.checks.accounting import accounting
+from dpsynth.checks.copying import SCREENED, copying
+from dpsynth.checks.encoders import bundled
+from dpsynth.checks.evidence import Evidence, compute_features
+from dpsynth.checks.groups import groups
+from dpsynth.checks.mechanism import mechanism
+from dpsynth.checks.membership import Attack, attack
+from dpsynth.checks.search import Approaches, approaches
+from dpsynth.checks.statistics import coin_flip_count_p, coin_flip_p
+from dpsynth.checks.verdict import Outcome
+from dpsynth.privacy.audit import BEFORE, DURING
+from dpsynth.progress import silent
+
+FLIPS = 4000
+
+
+def every_coin(patients: int) -> np.ndarray:
+    return np.array(list(itertools.product([False, True], repeat=patients)))
+
+
+def agrees(estimate: float, exact: float) -> bool:
+    return abs(estimate - exact) < 5 * math.sqrt(exact * (1 - exact) / FLIPS) + 2 / FLIPS
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_count_over_several_sets_is_exact_by_enumeration(seed: int) -> None:
+    """The largest excess over all sets against the largest over all sets; against that of one set it would accuse too often."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(10)
+    nested = np.array([order < size for size in (3, 5, 8)])
+    coins, inside = every_coin(10), rng.random(10) < 0.6
+    excess = lambda rows: ((2 * rows.astype(float) - 1) @ nested.T / np.sqrt(nested.sum(axis=1))).max(axis=-1)  # noqa: E731
+    exact = float(np.mean(excess(coins) >= excess(inside) - 1e-9))
+    p, telling = coin_flip_count_p(nested, inside, rng=rng, flips=FLIPS)
+    assert agrees(p, exact), (p, exact)
+    assert telling == int(((2 * inside.astype(float) - 1) @ nested.T / np.sqrt(nested.sum(axis=1))).argmax())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_rank_test_is_exact_by_enumeration_and_never_certain(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, inside = rng.normal(size=10), rng.random(10) < 0.4
+    ranks = scores.argsort().argsort() - 4.5
+    exact = float(np.mean(every_coin(10) @ ranks >= inside @ ranks - 1e-9))
+    assert agrees(coin_flip_p(scores, inside, rng=rng, flips=FLIPS), exact)
+    assert coin_flip_p(np.arange(60.0), np.arange(60) >= 30, rng=rng, flips=99) == 1 / 100
+
+
+def test_equal_scores_prove_no_epsilon_in_whatever_order_patients_are_listed() -> None:
+    found = [attack(np.zeros(400), np.arange(400) < 200, delta=1e-5, level=0.0125, rng=np.random.default_rng(s)) for s in range(20)]
+    assert all(one.p == 1 for one in found)
+    assert np.mean([one.epsilon for one in found]) < 0.2
+    assert np.mean([one.correct / one.guesses for one in found]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_worst_of_several_groups_pays_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    hospital = Hospital.drawn(rng)
+    asked: list[float] = []
+
+    def constant(scores: np.ndarray, inside: np.ndarray, *, level: float, **_: Any) -> Attack:
+        asked.append(level)
+        return Attack(p=0.004, auc=0.6, low=0.5, high=0.7, epsilon=0.0, guesses=1, correct=1, detectable=0.6)
+
+    monkeypatch.setattr(groups_module, "attack", constant)
+    sets = hospital.sets(tuple({"sex": "FM"[row % 2]} for row in range(len(hospital.training))))
+    found = groups(sets, hospital.features(points(80, rng)), GATE, scores=lambda: rng.normal(size=len(sets.pool)), rng=rng)
+    assert len(asked) >= 2
+    assert found.p_value == pytest.approx(0.004 * len(asked))
+    assert asked == pytest.approx([GATE.family_error / 4 / len(asked)] * len(asked))
+
+
+def test_the_worse_of_two_audits_pays_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {BEFORE: 0.3, DURING: 0.01}
+
+    def audit(name: str) -> SimpleNamespace:
+        bounds = {mechanism_module.HEADLINE: 0.0}
+        return SimpleNamespace(p_value=lambda: values[name], lower_bounds=lambda _: bounds, claimed=lambda _: 1.0, guesses=1, correct=1)
+
+    monkeypatch.setattr(mechanism_module, "Audit", SimpleNamespace(from_json=audit))
+    found = mechanism(evidence_of(canaries={BEFORE: BEFORE, DURING: DURING}), GATE)
+    assert found.p_value == pytest.approx(0.02)
+
+
+def test_a_finding_that_does_not_say_ok_is_no_finding() -> None:
+    evidence = evidence_of()
+    for name in evidence.selfcheck:
+        assert accounting(replace(evidence, selfcheck={**evidence.selfcheck, name: {"detail": "?"}})).outcome is not Outcome.PASS, name
+
+
+def test_a_statistic_that_is_no_number_is_no_answer() -> None:
+    for name in ("statistic", "threshold"):
+        assert suite._guarded("x", lambda name=name: replace(verdict("x"), **{name: math.nan})).outcome is Outcome.INCONCLUSIVE
+    assert suite._guarded("x", lambda: verdict("x")).outcome is Outcome.PASS
+
+
+def test_what_leaves_of_a_verdict_on_patients_is_a_fixed_list() -> None:
+    full = replace(verdict("membership"), accusation="AUC 0.7", listed=((1, "p"),), p_value=0.1, lower_bound=1.0)
+    assert set(full.to_public_json()) == {"check", "question", "outcome", "limitation", "false_alarm_rate", "public"}
+
+
+def with_ratios(synthetic: list[float]) -> tuple[Evidence, Any]:
+    """80 pool patients who all come to each other with a ratio of 0.8, and synthetic images that come so near to the first ones."""
+    rng = np.random.default_rng(0)
+    evidence = evidence_of(image_set(np.zeros((40, 1, 4, 4)), np.zeros(40)), image_set(np.zeros((40, 1, 4, 4)), np.zeros(40), prefix="c"))
+    evidence = replace(evidence, synthetic=np.zeros((len(synthetic), 1, 4, 4), np.float32))
+
+    def approached(ratios: list[float]) -> Approaches:
+        number = np.arange(len(ratios))
+        return Approaches(item=number, patient=number, ratio=np.array(ratios), copy=np.full(len(ratios), 0.02), kind=number * 0)
+
+    features = features_of(points(len(synthetic), rng), points(40, rng), points(40, rng))
+    return evidence, replace(features, synthetic_approaches=approached(synthetic), real_approaches=approached([0.8] * 80))
+
+
+def test_the_screening_begins_where_it_is_said_to() -> None:
+    assert SCREENED == 0.6
+    evidence, features = with_ratios([0.8 * 0.59, 0.8 * 0.61, 0.8 * 0.3, 0.9])
+    listed = copying(evidence, features, GATE, rng=np.random.default_rng(0)).listed
+    assert listed == ((2, "p2"), (0, "p0"))
+
+
+def test_how_near_people_come_is_measured_on_patients_of_the_pool_among_all_others() -> None:
+    """Never on synthetic images: copies would make themselves usual."""
+    rng = np.random.default_rng(0)
+    real = rng.uniform(-1, 1, (50, 1, 12, 12)).astype(np.float32)
+    training, control = image_set(real[:30], np.zeros(30)), image_set(real[30:], np.zeros(20), prefix="c")
+    evidence = evidence_of(training, control, real[:40].copy(), in_pool=np.arange(30) >= 10)
+    features = compute_features(evidence, encoder=bundled(), progress=silent)
+    alone = approaches(real[evidence.pool], real, np.arange(50), own=evidence.pool, progress=silent)
+    np.testing.assert_allclose(features.real_approaches.ratio, alone.ratio, atol=1e-5)
+    np.testing.assert_array_equal(features.real_approaches.item, np.arange(40))
+    assert float(features.real_approaches.ratio.min()) > 0.5
+    assert float(features.synthetic_approaches.ratio.max()) < 0.1
