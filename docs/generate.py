@@ -26,7 +26,8 @@ def cli_page() -> str:
         "",
         "Made from the code by `python docs/generate.py`.",
         "",
-        "Exit codes: 0 done, 1 broke, 2 wrong usage, configuration or input, 3 refused by the budget, a check or the gate.",
+        "Exit codes: 0 done, 1 broke, 2 wrong usage, configuration or input, 3 refused by the budget, a check or the gate, 130 stopped by",
+        "Ctrl-C: what was reserved stays charged, and the same command resumes. So have `dpsynth-site` and `dpsynth-federation`.",
         "",
     ]
     for path, command in _commands("dpsynth", root):

@@ -1,6 +1,6 @@
 """The verbs: parse, call one function, print. Imports sit inside the verbs so that those without torch start fast.
 
-Exit codes: 0 done, 1 broke, 2 wrong usage, configuration or input, 3 refused by the budget, a check or the gate.
+Exit codes: 0 done, 1 broke, 2 wrong usage, configuration or input, 3 refused by the budget, a check or the gate, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpsynth import __version__
-from dpsynth.errors import DpsynthError, StorageError, UsageError
+from dpsynth.errors import DpsynthError, RefusedError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from dpsynth.progress import Progress
+
+
+INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+_STOPPED = "Stopped. What was reserved stays charged; the same command resumes, or begins again where it had kept nothing."
 
 
 def new_app(name: str, purpose: str) -> typer.Typer:
@@ -201,18 +205,16 @@ def verify(
         typer.Option("--site-key", metavar="SITE=FILE", help="Of several hospitals: a public key that one of them gave you; repeatable."),
     ] = None,
 ) -> None:
-    """Tell whether a released folder is complete, unchanged and signed by the key. Needs neither data nor torch."""
+    """Tell whether a released folder is complete, unchanged and signed by the key; last line true or false. Needs no data and no torch."""
+    from dpsynth.release.verify import verified
     from dpsynth.release.verify import verify as find_problems
 
     pairs = [item.partition("=") for item in site_key or []]
     if wrong := [name + sign + file for name, sign, file in pairs if not (name and file)]:
         raise UsageError(f"Expected --site-key SITE=FILE, found {wrong[0]!r}.")
-    problems = find_problems(folder, key, {name: Path(file) for name, _, file in pairs})
-    for problem in problems:
-        print(problem)
-    print("false" if problems else "true")
-    if problems:
-        raise typer.Exit(3)
+    expected = {name: Path(file) for name, _, file in pairs}
+    problems = find_problems(folder, key, expected)
+    _answer(problems, [] if problems else verified(folder, key, expected))
 
 
 @app.command()
@@ -290,17 +292,22 @@ def ledger_verify(
         Path | None, typer.Option("--release", metavar="FOLDER", help="A folder released under this ledger: finds an older copy put back.")
     ] = None,
 ) -> None:
-    """Check chain, head, budget and every charge; name each line that does not hold."""
+    """Check chain, head, budget and every charge; name each line that does not hold. The last line is true or false."""
     from dpsynth.privacy.ledger import Ledger
-    from dpsynth.release.verify import ledger_anchors
+    from dpsynth.release.verify import ledger_anchors, verified_ledger
 
     anchors = [None] if release is None else ledger_anchors(release)  # of several hospitals' heads, this ledger must have one
     problems = min((Ledger.problems_of(ledger, anchor=anchor) for anchor in anchors), key=len)
-    for problem in problems:
-        print(problem)
+    _answer(problems, [] if problems else verified_ledger(ledger, anchored=release is not None))
+
+
+def _answer(problems: list[str], established: list[str]) -> None:
+    """What was found, and in the last line true or false."""
+    for line in problems or established:
+        print(line)
     print("false" if problems else "true")
     if problems:
-        raise typer.Exit(3)
+        raise typer.Exit(RefusedError.exit_code)
 
 
 @app.command()
@@ -365,7 +372,7 @@ def run_app(command: typer.Typer, *, name: str) -> None:
     except typer.TyperException as error:
         fail(f"{error.format_message()} `{name} --help` lists verbs and options.", 2)
     except (typer.Abort, KeyboardInterrupt):
-        fail("Stopped. What was reserved stays charged; the same command resumes.", 130)
+        fail(_STOPPED, INTERRUPTED)
     except OSError as error:
         where = "" if error.filename is None else f" ({Path(str(error.filename)).name})"
         fail(
@@ -380,6 +387,8 @@ def run_app(command: typer.Typer, *, name: str) -> None:
         if os.environ.get("DPSYNTH_DEBUG"):
             raise
         fail(f"Internal error ({type(error).__name__}): {error}. Set DPSYNTH_DEBUG=1 to see where.", 1)
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code
+        fail(_STOPPED, INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -365,6 +365,22 @@ class GateConfig(_Settings):
     encoder: EncoderConfig | None = Field(None, description="A network of your own to compare images by; none: the bundled one.")
 
 
+def policy_problem(gate: GateConfig, data: DataConfig) -> str:
+    """Why these data can never pass the policy, whatever is trained: a required check would have nothing to decide on. Else empty."""
+    if "fairness" in gate.required and not data.attributes:
+        return (
+            "gate.required: fairness compares the values of data.attributes, and none are declared, so nothing could ever be released. "
+            "Declare attributes or leave fairness out"
+        )
+    told = [name for name in ("utility", "fairness") if name in gate.required]
+    if told and len(data.classes) == 1:
+        return (
+            f"gate.required: {' and '.join(told)} train classifiers of the label, and data.classes has one, so nothing could ever be "
+            f"released. Set gate.required without {' and '.join(told)}, or declare more classes"
+        )
+    return ""
+
+
 class ReleaseConfig(_Settings):
     """What leaves."""
 
@@ -409,6 +425,8 @@ class Config(_Settings):
             raise ValueError(f"generate.target.{problem}")
         if problem := independent_problem(self.data.cells, self.generate.independent):
             raise ValueError(f"generate.independent.{problem}")
+        if problem := policy_problem(self.gate, self.data):
+            raise ValueError(problem)
         return self
 
 
@@ -510,5 +528,12 @@ def wrong_settings(error: ValidationError) -> str:
             parts.append(f"{where}: unknown setting")
         else:
             found = "" if isinstance(item.get("input"), dict | BaseModel) else f" (found {item.get('input')!r})"
-            parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{found}")
+            parts.append(f"{where}: {_expected(item['type'], item.get('input')) or item['msg'].removeprefix('Value error, ')}{found}")
     return "; ".join(parts)
+
+
+def _expected(kind: str, value: object) -> str:
+    """In words of YAML what belongs where something of another shape was found; empty for faults of other kinds."""
+    if kind in ("tuple_type", "list_type"):
+        return f"expected a list, as in [{value}]" if isinstance(value, str | int | float) else "expected a list, as in [a, b]"
+    return "expected settings with names, as in {name: value}" if kind in ("model_type", "model_attributes_type", "dict_type") else ""

@@ -1,7 +1,7 @@
 """One class per cause. Each message says what was expected, what was found and what to do next.
 
 The command line turns an error into one line and an exit code: 1 broke, 2 wrong usage, input or configuration,
-3 refused by the budget, a check or the gate. No message may hold a patient id when it can leave the site.
+3 refused by the budget, a check or the gate; 130 is Ctrl-C. No message may hold a patient id when it can leave the site.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dpsynth import policy_needs
 from dpsynth.cells import FEWEST_PATIENTS
 from dpsynth.config import Config, packing, resolved
 from dpsynth.expectations import Expectation, Expectations, load_expectations
@@ -47,6 +48,7 @@ class Plan:
     memory_bytes: float
     expected: tuple[Expectation, ...]  # at the run's epsilon, then at others; empty where nothing was measured
     expected_of_real: Expectation  # the same figures of real images
+    missing: str  # what the policy needs and this machine lacks; empty when nothing
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--format json`; infinity becomes the string "inf"."""
@@ -87,6 +89,7 @@ def plan(config: Config) -> Plan:
         memory_bytes=_memory(config),
         expected=_expected(config, table, delta),
         expected_of_real=table.real,
+        missing=policy_needs.missing(config.gate),
     )
 
 
@@ -150,6 +153,8 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
     if plan_.expected_control < FEWEST_CONTROL:
         text = f"about {plan_.expected_control:.0f} control patients; below {FEWEST_CONTROL} the checks cannot tell and nothing is released"
         rows.append(("warning", text))
+    if plan_.missing:
+        rows.append(("warning", f"no run can be checked or released here, and `train` will refuse: {plan_.missing}"))
     if plan_.attributes:
         names = ", ".join(("label", *plan_.attributes))
         rows.append(("cells", f"{plan_.cells} of {names}; on average {plan_.patients_per_cell:.0f} training patients each"))

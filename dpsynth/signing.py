@@ -42,9 +42,11 @@ def load_private(path: Path) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise SignatureError(f"Expected a private Ed25519 key in PEM at {path.name}. `dpsynth key FOLDER` makes one.") from error
+        raise SignatureError(
+            f"Expected a private Ed25519 key in PEM at {path}, found {_found(path)}. `dpsynth key FOLDER` makes one."
+        ) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise SignatureError(f"Expected an Ed25519 key in {path.name}, found another kind.")
+        raise SignatureError(f"Expected an Ed25519 key at {path}, found another kind.")
     return key
 
 
@@ -53,10 +55,23 @@ def load_public(path: Path) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
     except (OSError, ValueError, TypeError) as error:
-        raise SignatureError(f"Expected a public Ed25519 key in PEM at {path.name}, as in the site's signing.pub.") from error
+        raise SignatureError(
+            f"Expected a public Ed25519 key in PEM at {path}, as in the site's signing.pub, found {_found(path)}."
+        ) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise SignatureError(f"Expected an Ed25519 key in {path.name}, found another kind.")
+        raise SignatureError(f"Expected an Ed25519 key at {path}, found another kind.")
     return key
+
+
+def _found(path: Path) -> str:
+    """What lies where a key was expected."""
+    if not path.is_file():
+        return "a folder" if path.is_dir() else "no file"
+    try:
+        head = path.read_bytes()[:80]
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror})"
+    return next((f"a {kind.lower()} key" for kind in ("PRIVATE", "PUBLIC") if f" {kind} KEY-".encode() in head), "another file")
 
 
 def public_bytes(public: Ed25519PublicKey) -> bytes:

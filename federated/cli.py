@@ -65,12 +65,14 @@ def doctor(policy: PolicyFile, output: Format = OutputFormat.TEXT) -> None:
 @app.command()
 def serve(policy: PolicyFile) -> None:
     """Answer at the policy's Unix socket until stopped. What is refused, and why, goes to standard error."""
+    from dpsynth.policy_needs import require_present
     from federated.policy import load_policy
     from federated.serve import Server
     from federated.site import Guard
 
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.INFO)
     settings = load_policy(policy)
+    require_present(settings.gate)  # before a round is charged whose images could never be approved
     with progress_bars() as progress:
         guard = Guard.open(settings, progress=progress)
         guard.images  # noqa: B018 (read before anybody asks, so that what is wrong with them is found here)

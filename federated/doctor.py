@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpsynth.errors import DpsynthError
+from dpsynth.policy_needs import missing
 from dpsynth.progress import Progress
 from federated.policy import SitePolicy, load_policy, own_file
 from federated.site import Guard
@@ -30,6 +31,8 @@ def examine(policy_path: Path, *, progress: Progress) -> list[Diagnosis]:
         return [Diagnosis(question="policy", state="error", answer=str(error))]
     found = [Diagnosis(question="policy", state="ok", answer=f"site {policy.site}, {len(policy.coordinators)} approved coordinators")]
     found += _files(policy_path, policy)
+    if lacking := missing(policy.gate):
+        found.append(Diagnosis(question="gate", state="error", answer=f"no candidates could be checked: {lacking}"))
     try:
         guard = Guard.open(policy, progress=progress)
         spent = guard.ledger.spent()

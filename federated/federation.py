@@ -57,6 +57,8 @@ class Federation(BaseModel):
             raise ValueError(f"site_keys names {unknown[0]}, which is none of the sites")
         if self.config.method != "diffusion" or self.config.votes.share > 0:
             raise ValueError("config.method must be diffusion, without votes")
+        if "white_box" in self.config.gate.required:
+            raise ValueError("config.gate.required: white_box looks at weights, which no site of a federation holds. Leave it out")
         if self.config.diffusion.trainable not in ("all", "small"):
             raise ValueError("config.diffusion.trainable must be all or small: the recipe for one site finds DP-SGD of no use here")
         return self

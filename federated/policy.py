@@ -25,6 +25,7 @@ from dpsynth.config import (
     PretrainConfig,
     PrivacyConfig,
     ReleaseConfig,
+    policy_problem,
     with_absolute_encoder,
     wrong_settings,
     yaml_mapping,
@@ -112,6 +113,10 @@ class SitePolicy(_Settings):
             raise ValueError("sampling_probability: the smallest must not be above the largest")
         if self.study_epsilon > self.epsilon:
             raise ValueError("study_epsilon is larger than epsilon")
+        if problem := policy_problem(self.gate, self.data):
+            raise ValueError(problem)
+        if "white_box" in self.gate.required:
+            raise ValueError("gate.required: white_box looks at weights, which no site of a federation holds. Leave it out")
         return self
 
     def coordinator_keys(self) -> tuple[Ed25519PublicKey, ...]:
@@ -168,7 +173,7 @@ def is_open(policy: SitePolicy, now: datetime) -> bool:
 def data_config(policy: SitePolicy) -> Config:
     """A configuration of dpsynth that says no more than what the site's data are."""
     formats = ReleaseConfig(formats=("nifti",))  # which any number of dimensions allows
-    return Config(data=policy.data, privacy=PrivacyConfig(delta=policy.delta), release=formats)
+    return Config(data=policy.data, privacy=PrivacyConfig(delta=policy.delta), gate=policy.gate, release=formats)
 
 
 def open_site_ledger(policy: SitePolicy, *, max_gate_attempts: int, progress: Progress) -> Ledger:
@@ -190,6 +195,7 @@ def config_of(policy: SitePolicy, plan: Plan) -> Config:
         moments=MomentsConfig(low_frequencies=plan.low_frequencies),
         pretrain=PretrainConfig(anatomies=plan.anatomies, num_phantoms=plan.num_phantoms, seed=plan.public_seed, steps=0),
         diffusion=DiffusionConfig(channels=plan.net_channels, draws=plan.draws, learning_rate=plan.learning_rate, **settings),
+        gate=policy.gate,
         release=data_config(policy).release,
     )
 

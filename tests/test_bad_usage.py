@@ -78,6 +78,11 @@ CONFIGS = {
     "more low frequencies than pixels": ("moments: {low_frequencies: 40}\n", ["low_frequencies"]),
     "a noise level at which nothing is left to draw": ("generate: {sigma_min: 0.6}\n", ["sigma_min"]),
     "a required check that does not exist": ("gate: {required: [magic]}\n", ["magic"]),
+    "fairness without attributes": ("gate: {required: [fairness]}\n", ["gate.required: fairness", "data.attributes", "nothing could ever"]),
+    "utility of one class": ("data: {classes: [lesion]}\n", ["gate.required: utility", "data.classes has one"]),
+    "a word for a list": ("gate: {required: fairness}\n", ["gate.required: expected a list, as in [fairness] (found 'fairness')"]),
+    "a list for settings": ("gate: [fairness]\n", ["gate: expected settings with names", "['fairness']"]),
+    "a word for settings by name": ("data: {attributes: sex}\n", ["data.attributes: expected settings with names", "'sex'"]),
     "a sampling probability above one": ("diffusion: {sampling_probability: 1.5}\n", ["sampling_probability"]),
 }
 
@@ -115,8 +120,9 @@ def test_numbers_as_yaml_writes_them_are_understood(call: Callable[..., Result],
         (["generate", "norun"], ["norun"]),
         (["check", "norun"], ["norun"]),
         (["report", "norun"], ["norun"]),
-        (["release", "norun", "out", "--key", "none.key"], ["none.key"]),
-        (["verify", "nofolder", "--key", "none.pub"], ["none.pub"]),
+        (["release", "norun", "out", "--key", "keys/none.key"], ["keys/none.key", "found no file"]),
+        (["verify", "nofolder", "--key", "keys/none.pub"], ["keys/none.pub", "found no file"]),
+        (["verify", "nofolder", "--key", "config.yaml"], ["config.yaml", "found another file"]),
         (["release", "norun", "out", "--key", "none.key", "--accept", "copying"], ["--accept"]),
         (["train", "config.yaml"], ["--run"]),
         (["train", "config.yaml", "--run", "run"], ["ledger open"]),
@@ -205,6 +211,43 @@ def test_data_that_changed_after_the_ledger_was_opened_trains_nothing(call: Call
     (clinic / "i03.png").write_bytes(before["xrays/i04.png"])
     call("train", "config.yaml", "--run", "run").refused("ledger")
     assert not (tmp_path / "run").exists()
+
+
+ENCODER = "gate: {encoder: {path: nets/nowhere.onnx, sha256: " + "a" * 64 + "}}\n"
+
+
+def test_an_encoder_that_is_not_there_is_known_before_anything_is_charged(
+    call: Callable[..., Result], clinic: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(RASTER + ENCODER)
+    path = str(tmp_path / "nets" / "nowhere.onnx")
+    planned = call("plan", "config.yaml")
+    assert planned.code == 0
+    assert any(line.startswith("warning") and path in line and "no file" in line for line in planned.out.splitlines())
+    assert path in json.loads(call("plan", "config.yaml", "--format", "json").out)["missing"]
+    assert call("ledger", "open", "config.yaml", "--epsilon", "5").code == 0
+    before = snapshot(tmp_path)
+    call("train", "config.yaml", "--run", "run").refused("gate.encoder.path", path, "found no file")
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "nowhere.onnx").write_bytes(b"another net")
+    call("train", "config.yaml", "--run", "run").refused("gate.encoder.path", path, "SHA-256 aaaaaaaaaaaa")
+    assert snapshot(tmp_path) == before | {"nets/nowhere.onnx": b"another net"}
+
+
+def test_a_reader_of_text_that_is_not_installed_is_known_before_anything_is_charged(
+    call: Callable[..., Result], clinic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (clinic.parent / "config.yaml").write_text(RASTER + "gate: {content: {text: ocr}}\n")
+    assert call("ledger", "open", "config.yaml", "--epsilon", "5").code == 0
+    monkeypatch.setattr("dpsynth.policy_needs.find_spec", lambda _: None)
+    call("train", "config.yaml", "--run", "run").refused("gate.content.text", "dpsynth[ocr]")
+    assert not (clinic.parent / "run").exists()
+
+
+def test_a_private_key_in_place_of_a_public_one_is_named(call: Callable[..., Result], tmp_path: Path) -> None:
+    assert call("key", "keys").code == 0
+    call("verify", "nofolder", "--key", "keys/signing.key").refused("public Ed25519 key", "keys/signing.key", "found a private key")
+    call("release", "norun", "out", "--key", "keys/signing.pub").refused("keys/signing.pub", "found a public key")
 
 
 def test_a_run_folder_of_another_version_is_refused(call: Callable[..., Result], clinic: Path, tmp_path: Path) -> None:

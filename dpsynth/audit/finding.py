@@ -12,6 +12,8 @@ class Kind(enum.Enum):
 
     UNUSABLE = "cannot be read or shows nothing"
     PERMISSION = "without permission"
+    CLASS = "label that is none of the classes"
+    VALUE = "no declared value of an attribute"
     TEXT = "text burned in"
     DOUBLE = "near-duplicate images of different patients"
     PERSON = "probably one person under two ids"

@@ -25,13 +25,14 @@ def render(view: Mapping[str, Any], findings: Sequence[Finding], images: Float32
     environment = Environment(
         loader=PackageLoader("dpsynth.audit", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    kinds = []
+    kinds, unseen = [], view["not_looked_for"]
     for kind in Kind:
         of_kind = [finding for finding in findings if finding.kind is kind]
         shown = [
             {"images": f.images, "detail": f.detail, "pictures": [picture(images[row]) for row in f.rows]} for f in of_kind[:MOST_SHOWN]
         ]
-        kinds.append({"title": kind.value, "count": len(of_kind), "compares": kind.compares_patients, "shown": shown})
+        reason = unseen.get(kind.name.lower(), "")
+        kinds.append({"title": kind.value, "count": len(of_kind), "compares": kind.compares_patients, "shown": shown, "unseen": reason})
     return environment.get_template("audit.html.j2").render(view=view, kinds=kinds, name=name)
 
 

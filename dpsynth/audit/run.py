@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from dpsynth.audit.finding import Finding, Kind
 from dpsynth.audit.labels import doubtful_labels
 from dpsynth.audit.page import render
 from dpsynth.audit.subgroups import Group, groups
-from dpsynth.checks.burned_text import LIMITS, readable, text_scores
+from dpsynth.checks.burned_text import LIMITS, SMALLEST_SIDE, readable, text_scores
 from dpsynth.config import Config, DataConfig
-from dpsynth.data.attributes import with_declared_values
-from dpsynth.data.cohort import Cohort, Float32, Record
-from dpsynth.data.exclusions import COLUMNS, has_permission, without_excluded
+from dpsynth.data.attributes import require_columns, value_problem, with_values
+from dpsynth.data.cohort import Cohort, Float32, Int64, Record
+from dpsynth.data.exclusions import COLUMNS, has_permission, require_permission_column, without_excluded
 from dpsynth.data.preprocess import Preprocess, require_in_range
 from dpsynth.data.source import listed
-from dpsynth.data.validate import decoded
+from dpsynth.data.validate import decoded, label_problem, require_some_label
 from dpsynth.errors import ArtifactError, DataError
 from dpsynth.model.descriptors import descriptors
 from dpsynth.progress import Progress, silent
@@ -39,7 +40,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What was found. accuracy: mean recall of the classifier that judged the labels, 0 when none could be trained."""
+    """What was found. label_accuracy: mean recall of the classifier that judged the labels, 0 when none could be trained. text_images: how
+    many images are large enough for text. not_looked_for: why no fault of a kind could be found, whatever there is."""
 
     findings: tuple[Finding, ...]
     groups: tuple[Group, ...]
@@ -47,13 +49,19 @@ class Audit:
     images: int
     label_accuracy: float
     text_reader: str
+    text_images: int
+    not_looked_for: Mapping[Kind, str]
 
     def lines(self) -> list[str]:
         """A line for each kind, and for the small subgroups."""
         counts = Counter(finding.kind for finding in self.findings)
         small = [group.name for group in self.groups if group.small]
-        found = [f"{counts[kind]:>5}  {kind.value}" for kind in Kind]
+        found = [self._line(kind, counts[kind]) for kind in Kind]
         return [f"{self.images} images of {self.patients} patients", *found, f"{len(small):>5}  small subgroups" + _first(small)]
+
+    def _line(self, kind: Kind, count: int) -> str:
+        reason = self.not_looked_for.get(kind)
+        return f"{count:>5}  {kind.value}" if reason is None else f"    -  {kind.value}: not looked for, since {reason}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures."""
@@ -63,7 +71,9 @@ class Audit:
             "images": self.images,
             "patients": self.patients,
             "text_reader": self.text_reader,
+            "text_images": self.text_images,
             "label_accuracy": self.label_accuracy,
+            "not_looked_for": {kind.name.lower(): reason for kind, reason in self.not_looked_for.items()},
             "findings": [finding.to_json() for finding in self.findings],
             "groups": [{**asdict(group), "small": group.small} for group in self.groups],
         }
@@ -79,25 +89,29 @@ def audit(config: Config, *, out: Path, progress: Progress) -> Audit:
     if out.exists():
         raise ArtifactError(f"Expected {out} not to exist. Name another folder.")
     cohort = without_excluded(listed(config.data), config.data)
-    images, rows, findings = _decoded(cohort, config, progress)
+    require_some_label(cohort, config.data)
+    require_permission_column(cohort, config.data)
+    require_columns(cohort, config.data)
+    images, rows, findings, text_images = _decoded(cohort, config, progress)
     usable = [cohort.records[row] for row in rows]
     names = [record.name for record in usable]
     numbers = {patient: number for number, patient in enumerate(dict.fromkeys(record.patient_id for record in usable))}
     patients = np.array([numbers[record.patient_id] for record in usable], dtype=np.int64)
-    labels = np.array([record.label for record in usable], dtype=np.int64)
-    findings += [_without_permission(record) for record in cohort.records if not has_permission(record, config.data)]
+    findings += [finding for record in cohort.records for finding in _of_table(record, cohort.classes, config.data)]
     accuracy = 0.0
     if usable:
         findings += doubles(images, patients, names, progress=progress)
-        found, accuracy = doubtful_labels(descriptors(images), labels, patients, names, cohort.classes, progress=progress)
+        found, accuracy = _doubtful(images, usable, patients, config.data.classes, progress)
         findings += found
     result = Audit(
         findings=tuple(sorted(findings, key=lambda finding: list(Kind).index(finding.kind))),
-        groups=tuple(groups(_with_values(cohort, config.data), cohort.classes, tuple(config.data.attributes))),
+        groups=tuple(groups(_countable(cohort, config.data), config.data.classes, tuple(config.data.attributes))),
         patients=cohort.num_patients,
         images=len(cohort.records),
         label_accuracy=accuracy,
         text_reader=config.gate.content.text,
+        text_images=text_images,
+        not_looked_for=_not_looked_for(config.data, text_images=text_images, accuracy=accuracy, patients=patients),
     )
     write_json(out / RECORD, result.to_json(), private=True)
     write_bytes(out / PROPOSED, proposed_exclusions(result.findings).encode(), private=True)
@@ -105,19 +119,58 @@ def audit(config: Config, *, out: Path, progress: Progress) -> Audit:
     return result
 
 
-def _with_values(cohort: Cohort, config: DataConfig) -> tuple[Record, ...]:
-    try:
-        return with_declared_values(cohort, config).records
-    except DataError:  # an image without a declared value is a fault of its own, which `train` names; here it counts under "(none)"
-        return cohort.records
+def _not_looked_for(config: DataConfig, *, text_images: int, accuracy: float, patients: Int64) -> dict[Kind, str]:
+    """Kinds of which nothing can be found here, with the reason."""
+    found = {}
+    if config.permission_column is None:
+        found[Kind.PERMISSION] = "no data.permission_column is declared"
+    if not config.attributes:
+        found[Kind.VALUE] = "no data.attributes are declared"
+    if not text_images:
+        found[Kind.TEXT] = f"no image is stored with {SMALLEST_SIDE} pixels a side, below which no text can be read"
+    if not (np.bincount(patients) > 1).any():
+        found[Kind.PERSON] = "nobody has two images, and one alone that is alike is a near-duplicate"
+    if not accuracy:
+        found[Kind.LABEL] = "a class has too few images to train a classifier, or there is one class"
+    return found
 
 
-def _decoded(cohort: Cohort, config: Config, progress: Progress) -> tuple[Float32, list[int], list[Finding]]:
-    """Images as they would be trained on, with their rows in the cohort; findings on single images: unusable, and text as stored."""
+def _doubtful(
+    images: Float32, records: list[Record], patients: Int64, classes: tuple[str, ...], progress: Progress
+) -> tuple[list[Finding], float]:
+    """Doubts about the labels that are on the public list, and the accuracy of the classifier."""
+    known = np.flatnonzero([record.label < len(classes) for record in records])
+    labels = np.array([records[row].label for row in known], dtype=np.int64)
+    names = [records[row].name for row in known]
+    found, accuracy = doubtful_labels(descriptors(images[known]), labels, patients[known], names, classes, progress=progress)
+    return [replace(finding, rows=tuple(int(known[row]) for row in finding.rows)) for finding in found], accuracy
+
+
+def _of_table(record: Record, stored: tuple[str, ...], config: DataConfig) -> list[Finding]:
+    """What the table or the header says of an image that cannot be."""
+    problems = {
+        Kind.PERMISSION: "" if has_permission(record, config) else "its permission is not one that means yes",
+        Kind.CLASS: label_problem(record, stored, config),
+        Kind.VALUE: value_problem(record, config),
+    }
+    return [
+        Finding(kind=kind, images=(record.name,), proposed=(record.name,), detail=detail) for kind, detail in problems.items() if detail
+    ]
+
+
+def _countable(cohort: Cohort, config: DataConfig) -> tuple[Record, ...]:
+    """The records that can be counted under a class and declared values; the others are findings."""
+    return tuple(with_values(r, config) for r in cohort.records if r.label < len(config.classes) and not value_problem(r, config))
+
+
+def _decoded(cohort: Cohort, config: Config, progress: Progress) -> tuple[Float32, list[int], list[Finding], int]:
+    """Images as they would be trained on, with their rows in the cohort; findings on single images: unusable, and text as stored; how
+    many are stored large enough for text."""
     transform = Preprocess(config.data.spatial_shape, config.data.intensity_range)
     kept: list[Float32] = []
     rows: list[int] = []
     findings: list[Finding] = []
+    text_images = 0
     for row, record in enumerate(cohort.records):
         try:
             stored = decoded(record, dimensions=len(config.data.spatial_shape), channels=config.data.channels)
@@ -128,12 +181,13 @@ def _decoded(cohort: Cohort, config: Config, progress: Progress) -> tuple[Float3
             continue
         finding = _image_finding(record, stored.voxels, image, config, row=len(kept))
         findings += [finding] if finding else []
+        text_images += readable(stored.voxels.shape)
         kept.append(image)
         rows.append(row)
         if row % 20 == 19 or row + 1 == len(cohort.records):
             progress("read images", row + 1, len(cohort.records))
     shape = (0, config.data.channels, *config.data.spatial_shape)
-    return (np.stack(kept) if kept else np.empty(shape, dtype=np.float32)), rows, findings
+    return (np.stack(kept) if kept else np.empty(shape, dtype=np.float32)), rows, findings, text_images
 
 
 def _image_finding(record: Record, stored: Float32, image: Float32, config: Config, *, row: int) -> Finding | None:
@@ -148,10 +202,6 @@ def _image_finding(record: Record, stored: Float32, image: Float32, config: Conf
         return None
     detail = f"{score:.0f} letters on a line" if reader == "strokes" else f"read with confidence {score:.2f}"
     return Finding(kind=Kind.TEXT, images=(record.name,), proposed=(record.name,), detail=detail, rows=(row,))
-
-
-def _without_permission(record: Record) -> Finding:
-    return Finding(kind=Kind.PERMISSION, images=(record.name,), proposed=(record.name,), detail="its permission is not one that means yes")
 
 
 def proposed_exclusions(findings: tuple[Finding, ...]) -> str:

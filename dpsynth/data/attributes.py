@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from dpsynth.cells import UNKNOWN
 from dpsynth.config import AttributeConfig, DataConfig
-from dpsynth.data.cohort import Cohort, ImageSet
+from dpsynth.data.cohort import Cohort, ImageSet, Record
 from dpsynth.errors import DataError
 
 
@@ -23,15 +23,31 @@ def with_declared_values(cohort: Cohort, config: DataConfig) -> Cohort:
     """The cohort whose records map each declared attribute to one of its public values. Raises DataError for the first that has none."""
     if not config.attributes:
         return cohort
+    require_columns(cohort, config)
+    return replace(cohort, records=tuple(with_values(record, config) for record in cohort.records))
+
+
+def with_values(record: Record, config: DataConfig) -> Record:
+    """The record with a public value of each declared attribute. Raises DataError when it has none."""
+    return replace(record, attributes={**record.attributes, **_declared(record.name, record.attributes, config)})
+
+
+def value_problem(record: Record, config: DataConfig) -> str:
+    """Which declared attribute an image has no public value of, and what can be done; empty when it has one of each."""
+    try:
+        with_values(record, config)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def require_columns(cohort: Cohort, config: DataConfig) -> None:
+    """Raise DataError when no image has a value in the column of a declared attribute."""
     present = {key for record in cohort.records for key in record.attributes}
     for name, column in zip(config.attributes, columns(config), strict=True):
         if column not in present:
             found = ", ".join(sorted(present)) or "none"
             raise DataError(f"data.attributes.{name}: no image has a value of {column!r}; there are: {found}. Correct the column.")
-    records = tuple(
-        replace(record, attributes={**record.attributes, **_declared(record.name, record.attributes, config)}) for record in cohort.records
-    )
-    return replace(cohort, records=records)
 
 
 def _declared(image: str, stored: Mapping[str, str], config: DataConfig) -> dict[str, str]:

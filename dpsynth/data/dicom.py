@@ -25,7 +25,7 @@ from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 from dpsynth.data.cohort import Cohort, Float32, Image, Record
 from dpsynth.data.orientation import oriented
 from dpsynth.data.table import NAME as TABLE
-from dpsynth.data.validate import label_index
+from dpsynth.data.validate import label_index, with_others
 from dpsynth.errors import DataError
 from dpsynth.privacy.unit import PrivacyUnit
 
@@ -54,9 +54,11 @@ def read_dicom(
     label_column: str,
     dimensions: int,
     attribute_columns: tuple[str, ...] = (),
+    any_label: bool = False,
 ) -> Cohort:
     """Every DICOM file below `folder`. With 2 `dimensions` each file is an image, with 3 each series is a volume.
 
+    any_label: other labels than `classes` come behind them, and none is the empty one.
     `attribute_columns` are read beside sex, age_years and site: columns of the table, else DICOM keywords.
     A copy of an image (equal SOPInstanceUID, patient, label and pixels) is left out. Raises DataError for a file that is no
     DICOM, or has no patient, no label, an unknown label, or the SOPInstanceUID of something else.
@@ -64,11 +66,15 @@ def read_dicom(
     if not folder.is_dir():
         raise DataError(f"Expected a folder at {folder.name}, found none. Check data.path.")
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (TABLE, "DICOMDIR") and not p.name.startswith("."))
-    table = _Labels(folder / TABLE, label_column, attribute_columns) if (folder / TABLE).exists() else None
-    headers = [_header(path, folder, table=table, label_column=label_column, attribute_columns=attribute_columns) for path in paths]
+    table = _Labels(folder / TABLE, label_column, attribute_columns, any_label=any_label) if (folder / TABLE).exists() else None
+    headers = [
+        _header(path, folder, table=table, label_column=label_column, attribute_columns=attribute_columns, any_label=any_label)
+        for path in paths
+    ]
     if table is not None:
         table.require_used()
     distinct = _distinct(headers)
+    classes = with_others(classes, (header.label for header in distinct)) if any_label else classes
     groups = [[header] for header in distinct] if dimensions == 2 else _series(distinct)
     records = []
     for group in groups:
@@ -89,7 +95,7 @@ def read_dicom(
 class _Labels:
     """The table.csv of a DICOM folder: labels by file or by patient."""
 
-    def __init__(self, path: Path, label_column: str, attribute_columns: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, label_column: str, attribute_columns: tuple[str, ...], *, any_label: bool) -> None:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file, strict=True)
@@ -105,7 +111,7 @@ class _Labels:
         self._used: set[str] = set()
         for number, row in enumerate(rows, 2):
             key, label = (row[self._key] or "").strip(), (row[label_column] or "").strip()
-            if not key or not label:
+            if not key or not (label or any_label):
                 raise DataError(f"{TABLE} line {number}: {self._key} or {label_column} is empty. Complete the row.")
             if key in self._rows:
                 raise DataError(f"{TABLE} line {number}: {key} appears twice. Keep one row for each {self._key}.")
@@ -152,7 +158,9 @@ def _value(dataset: Any, keyword: str, name: str) -> str:
         raise DataError(f"{name}: {keyword} is not readable. Correct the file or remove it.") from error
 
 
-def _header(path: Path, folder: Path, *, table: _Labels | None, label_column: str, attribute_columns: tuple[str, ...] = ()) -> _Header:
+def _header(
+    path: Path, folder: Path, *, table: _Labels | None, label_column: str, attribute_columns: tuple[str, ...], any_label: bool
+) -> _Header:
     file, dataset = path.relative_to(folder).as_posix(), _open(path, pixels=False)
     patient_id = _value(dataset, "PatientID", file)
     attributes = _attributes(dataset, file, attribute_columns)
@@ -164,7 +172,7 @@ def _header(path: Path, folder: Path, *, table: _Labels | None, label_column: st
         label = _value(dataset, label_column, file)
     if not patient_id:
         raise DataError(f"{file}: PatientID is empty. Restore it, or name the patients in {TABLE} (columns file, patient_id, label).")
-    if not label:
+    if not (label or any_label):
         raise DataError(f"{file}: no label in {label_column!r}. Set data.label_column to a DICOM keyword, or add {TABLE}.")
     frames = _value(dataset, "NumberOfFrames", file) or "1"
     if not frames.isascii() or not frames.isdigit() or int(frames) < 1:

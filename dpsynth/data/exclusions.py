@@ -53,8 +53,19 @@ def has_permission(record: Record, config: DataConfig) -> bool:
     return attributes.get(config.permission_column, "") in config.permission_values
 
 
+def require_permission_column(cohort: Cohort, config: DataConfig) -> None:
+    """Raise DataError when no image has a value in the declared column: its name is wrong then, and nobody's permission is known."""
+    present = {key for record in cohort.records for key in record.attributes}
+    if config.permission_column is not None and config.permission_column not in present:
+        raise DataError(
+            f"data.permission_column: no image has a value of {config.permission_column!r}; there are: "
+            f"{', '.join(sorted(present)) or 'none'}. Correct the column."
+        )
+
+
 def require_permission(cohort: Cohort, config: DataConfig) -> None:
     """Raise DataError when an image that is to be used has no permission."""
+    require_permission_column(cohort, config)
     without = [record.name for record in cohort.records if not has_permission(record, config)]
     if without:
         raise DataError(

@@ -17,8 +17,11 @@ from dpsynth.errors import DataError
 from dpsynth.privacy.unit import PrivacyUnit
 
 
-def read_medmnist(path: Path, *, name: str, split: str, classes: tuple[str, ...], dimensions: int) -> Cohort:
-    """Each image is a privacy unit of its own. Raises DataError for anything that is not such an archive."""
+def read_medmnist(path: Path, *, name: str, split: str, classes: tuple[str, ...], dimensions: int, any_label: bool = False) -> Cohort:
+    """Each image is a privacy unit of its own.
+
+    any_label: numbers without a name come behind `classes`. Raises DataError for anything that is not such an archive.
+    """
     images, labels = _arrays(path, split)
     if images.dtype.kind not in "uif":
         raise DataError(f"{path.name}: expected numbers in {split}_images, found dtype {images.dtype}.")
@@ -30,9 +33,11 @@ def read_medmnist(path: Path, *, name: str, split: str, classes: tuple[str, ...]
             f"{path.name}: expected one whole-number label per image in {split}_labels, found shape {labels.shape}, dtype {labels.dtype}."
         )
     flat = labels.reshape(len(images)).astype(np.int64)
-    unknown = flat[(flat < 0) | (flat >= len(classes))]
-    if len(unknown):
-        raise DataError(f"{path.name}: label {int(unknown[0])} has no name; data.classes lists {len(classes)}.")
+    unknown = (flat < 0) | (flat >= len(classes))
+    if unknown.any() and not any_label:
+        raise DataError(f"{path.name}: label {int(flat[unknown][0])} has no name; data.classes lists {len(classes)}.")
+    others, places = np.unique(flat[unknown], return_inverse=True)
+    flat[unknown] = len(classes) + places
     records = tuple(
         Record(
             patient_id=f"image-{index}",
@@ -43,7 +48,7 @@ def read_medmnist(path: Path, *, name: str, split: str, classes: tuple[str, ...]
         )
         for index, label in enumerate(flat)
     )
-    return Cohort(name=name, unit=PrivacyUnit.IMAGE, classes=classes, records=records)
+    return Cohort(name=name, unit=PrivacyUnit.IMAGE, classes=(*classes, *map(str, others.tolist())), records=records)
 
 
 def _arrays(path: Path, split: str) -> tuple[NDArray[np.generic], NDArray[np.generic]]:

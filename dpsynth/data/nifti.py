@@ -18,7 +18,7 @@ from dpsynth.artifacts import write_bytes
 from dpsynth.data.cohort import Cohort, Float32, Image, Record
 from dpsynth.data.orientation import oriented
 from dpsynth.data.table import read_table
-from dpsynth.data.validate import label_index
+from dpsynth.data.validate import label_index, with_others
 from dpsynth.errors import DataError
 from dpsynth.privacy.unit import PrivacyUnit
 
@@ -27,8 +27,12 @@ _COMMENT = 6  # code of a header extension with plain text
 _RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
-def read_nifti(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str) -> Cohort:
-    """Patients and labels from table.csv; voxels are decoded later. Raises DataError."""
+def read_nifti(
+    folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, any_label: bool = False
+) -> Cohort:
+    """Patients and labels from table.csv; voxels are decoded later. any_label: others than `classes` come behind them. Raises DataError."""
+    rows = read_table(folder, label_column=label_column, suffixes=SUFFIXES, any_label=any_label)
+    classes = with_others(classes, (row.label for row in rows)) if any_label else classes
     records = tuple(
         Record(
             patient_id=row.patient_id if unit is PrivacyUnit.PATIENT else row.file,
@@ -37,7 +41,7 @@ def read_nifti(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str
             attributes=row.attributes,
             read=partial(read_volume, folder / row.file),
         )
-        for row in read_table(folder, label_column=label_column, suffixes=SUFFIXES)
+        for row in rows
     )
     return Cohort(name=name, unit=unit, classes=classes, records=records)
 

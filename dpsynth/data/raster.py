@@ -15,7 +15,7 @@ from PIL import PngImagePlugin
 from dpsynth.artifacts import write_bytes
 from dpsynth.data.cohort import Cohort, Float32, Image, Record
 from dpsynth.data.table import read_table
-from dpsynth.data.validate import label_index
+from dpsynth.data.validate import label_index, with_others
 from dpsynth.errors import DataError
 from dpsynth.privacy.unit import PrivacyUnit
 
@@ -24,9 +24,12 @@ _GREY_TOLERANCE = 32  # of 255 between the colours of a pixel: JPEG leaves some 
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
-def read_raster(folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, channels: int) -> Cohort:
-    """Patients and labels from table.csv; pixels are decoded later. Raises DataError."""
-    rows = read_table(folder, label_column=label_column, suffixes=SUFFIXES)
+def read_raster(
+    folder: Path, *, name: str, unit: PrivacyUnit, classes: tuple[str, ...], label_column: str, channels: int, any_label: bool = False
+) -> Cohort:
+    """Patients and labels from table.csv; pixels are decoded later. any_label: others than `classes` come behind them. Raises DataError."""
+    rows = read_table(folder, label_column=label_column, suffixes=SUFFIXES, any_label=any_label)
+    classes = with_others(classes, (row.label for row in rows)) if any_label else classes
     records = tuple(
         Record(
             patient_id=row.patient_id if unit is PrivacyUnit.PATIENT else row.file,

@@ -11,6 +11,7 @@ from dpsynth.data.medmnist import read_medmnist
 from dpsynth.data.nifti import read_nifti
 from dpsynth.data.phantom import phantom_cohort
 from dpsynth.data.raster import read_raster
+from dpsynth.data.validate import require_known_labels
 from dpsynth.errors import DataError
 
 
@@ -19,13 +20,13 @@ def read_cohort(config: DataConfig) -> Cohort:
 
     Raises DataError, also for an image that is there without permission.
     """
-    cohort = without_excluded(listed(config), config)
+    cohort = require_known_labels(without_excluded(listed(config), config), config)
     require_permission(cohort, config)
     return with_declared_values(cohort, config)
 
 
 def listed(config: DataConfig) -> Cohort:
-    """List all images of `config`, as the files have them. Raises DataError."""
+    """List all images of `config`, as the files have them: labels that are not in `classes` come behind them. Raises DataError."""
     if config.format == "phantom":
         return phantom_cohort(
             anatomy=config.phantom.anatomy,
@@ -42,7 +43,9 @@ def listed(config: DataConfig) -> Cohort:
         raise DataError(f"Expected images at {path}, found nothing. Check data.path.")
     dimensions = len(config.spatial_shape)
     if config.format == "medmnist":
-        return read_medmnist(path, name=config.name, split=config.medmnist_split, classes=config.classes, dimensions=dimensions)
+        return read_medmnist(
+            path, name=config.name, split=config.medmnist_split, classes=config.classes, dimensions=dimensions, any_label=True
+        )
     if config.format == "raster":
         return read_raster(
             path,
@@ -51,6 +54,7 @@ def listed(config: DataConfig) -> Cohort:
             classes=config.classes,
             label_column=config.label_column,
             channels=config.channels,
+            any_label=True,
         )
     if config.format == "dicom":
         return read_dicom(
@@ -61,5 +65,6 @@ def listed(config: DataConfig) -> Cohort:
             label_column=config.label_column,
             dimensions=dimensions,
             attribute_columns=(*columns(config), *([config.permission_column] if config.permission_column else [])),
+            any_label=True,
         )
-    return read_nifti(path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column)
+    return read_nifti(path, name=config.name, unit=config.unit, classes=config.classes, label_column=config.label_column, any_label=True)

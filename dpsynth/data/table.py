@@ -23,8 +23,11 @@ class Row:
     attributes: Mapping[str, str]
 
 
-def read_table(folder: Path, *, label_column: str, suffixes: tuple[str, ...]) -> tuple[Row, ...]:
-    """Rows in the order of the table; every image has one row and every row one image, else DataError names the first fault."""
+def read_table(folder: Path, *, label_column: str, suffixes: tuple[str, ...], any_label: bool = False) -> tuple[Row, ...]:
+    """Rows in the order of the table; every image has one row and every row one image, else DataError names the first fault.
+
+    any_label: rows whose label is empty are rows too.
+    """
     path = folder / NAME
     if not folder.is_dir():
         raise DataError(f"Expected a folder at {folder}, found none. Check data.path.")
@@ -37,18 +40,18 @@ def read_table(folder: Path, *, label_column: str, suffixes: tuple[str, ...]) ->
             if missing:
                 wanted = f"expected the columns file, patient_id and {label_column}"
                 raise DataError(f"{NAME}: {wanted}; missing: {', '.join(sorted(missing))}.")
-            rows = tuple(_row(raw, number, label_column) for number, raw in enumerate(reader, 2))
+            rows = tuple(_row(raw, number, label_column, any_label=any_label) for number, raw in enumerate(reader, 2))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{NAME}: it is not a readable CSV file in UTF-8 ({error}).") from error
     _require_one_to_one(folder, rows, suffixes)
     return rows
 
 
-def _row(raw: Mapping[str | None, str | list[str] | None], number: int, label_column: str) -> Row:
+def _row(raw: Mapping[str | None, str | list[str] | None], number: int, label_column: str, *, any_label: bool) -> Row:
     values = {key: value for key, value in raw.items() if isinstance(key, str) and isinstance(value, str)}
     if len(values) != len(raw):
         raise DataError(f"{NAME} line {number}: expected as many fields as columns.")
-    for column in ("file", "patient_id", label_column):
+    for column in ("file", "patient_id", *([] if any_label else [label_column])):
         if not values[column].strip():
             raise DataError(f"{NAME} line {number}: {column} is empty.")
     relative = PurePosixPath(values["file"].strip())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
+from dpsynth.config import DataConfig
 from dpsynth.data.cohort import Cohort, Image, Record
 from dpsynth.errors import DataError
 
 SMALLEST_COHORT = 20
+_MOST_NAMED = 6
 LARGEST_ASPECT = 50  # of the sides in millimetres; a centre crop of anything longer would show next to nothing
 
 
@@ -52,6 +56,38 @@ def require_usable(cohort: Cohort) -> None:
                 f"Class {name!r} has {len(patients[label])} patients, expected at least 2. "
                 "Merge it with another class or remove it from data.classes."
             )
+
+
+def with_others(classes: tuple[str, ...], labels: Iterable[str]) -> tuple[str, ...]:
+    """The public list and behind it, in order, the labels that are not on it: the empty one too, of images without a label."""
+    return (*classes, *sorted({label.strip() for label in labels} - set(classes)))
+
+
+def label_problem(record: Record, stored: tuple[str, ...], config: DataConfig) -> str:
+    """What is wrong with the label of a record, whose number is one of `stored`; empty when it is on the public list."""
+    if record.label < len(config.classes):
+        return ""
+    label = stored[record.label]
+    found = f"label {label!r} is not in data.classes {list(config.classes)}" if label else f"label is empty in {config.label_column!r}"
+    return f"{record.name}: {found}. Correct the label, or the list, or leave the image out by data.exclusions."
+
+
+def require_some_label(cohort: Cohort, config: DataConfig) -> None:
+    """Raise DataError when no image at all has a label of the public list: then list or column is wrong, not the images."""
+    if all(record.label >= len(config.classes) for record in cohort.records):
+        found = ", ".join(repr(label) for label in cohort.classes[len(config.classes) :][:_MOST_NAMED])
+        raise DataError(
+            f"No image has a label of data.classes {list(config.classes)}; there are: {found}. "
+            f"Correct data.classes{'' if config.format == 'medmnist' else f' or data.label_column, which is {config.label_column!r}'}."
+        )
+
+
+def require_known_labels(cohort: Cohort, config: DataConfig) -> Cohort:
+    """The cohort with the public list as its classes. Raises DataError for the first label that is not on it."""
+    require_some_label(cohort, config)
+    if wrong := next(filter(None, (label_problem(record, cohort.classes, config) for record in cohort.records)), ""):
+        raise DataError(wrong)
+    return replace(cohort, classes=config.classes)
 
 
 def label_index(label: str, classes: tuple[str, ...], *, where: str) -> int:

@@ -11,10 +11,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dpsynth.artifacts import json_bytes, read_json, sha256_file
 from dpsynth.errors import ArtifactError, SignatureError
-from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.privacy.guarantee import Guarantee, round_up
+from dpsynth.privacy.ledger import Ledger
 from dpsynth.release.bundle import MANIFEST, PREDICATE_TYPE, SIGNATURE, release_files
-from dpsynth.release.sites import site_problems, statements_of
-from dpsynth.signing import load_public, verify_envelope
+from dpsynth.release.sites import SITES, site_problems, statements_of
+from dpsynth.signing import key_id, load_public, verify_envelope
 
 
 def verify(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | None = None) -> list[str]:
@@ -31,6 +32,42 @@ def verify(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | None 
         return [f"{SIGNATURE}: {error}"]
     problems = _file_problems(folder, statement) or _claim_problems(folder, statement)
     return problems or site_problems(folder, statement["predicate"], expected)
+
+
+def verified(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | None = None) -> list[str]:
+    """What `verify` has established of a release in which it found no problem, a line each."""
+    public = load_public(public_key)
+    statement, manifest = _statement(folder, public), folder / MANIFEST
+    guarantee, names = Guarantee.from_json(read_json(folder / "guarantee.json")), set(site_keys or {})
+    title = (folder / "README.md").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    sites = [
+        f"site       {site} approved these images; key {identity[:16]}, {'as you have it' if site in names else 'as the release names it'}"
+        for site, identity in sorted(statement["predicate"].get(SITES, {}).items())
+    ]
+    return [
+        f"release    {_printable(title)!r}, {statement['predicate']['release']}, {statement['predicate']['images']} synthetic images",
+        f"signature  of {public_key}, key {key_id(public)[:16]}; {MANIFEST} has SHA-256 {sha256_file(manifest)}",
+        f"files      {len(statement['subject'])} are there as they were signed, and no others",
+        f"guarantee  epsilon {round_up(guarantee.epsilon, 2):.2f} at delta {guarantee.delta:.2g}, {guarantee.unit.value} level, "
+        "computed again from what it says was run",
+        *sites,
+    ]
+
+
+def verified_ledger(path: Path, *, anchored: bool) -> list[str]:
+    """What was established of a ledger in which no problem was found, a line each; `anchored`: a release named a line of it."""
+    ledger = Ledger.load(path)
+    summary, (lines, digest) = ledger.summary(), ledger.head()
+    spent, budget = (value if isinstance(value, str) else f"{value:.3f}" for value in (summary["spent"], float(summary["epsilon"])))
+    return [
+        f"ledger   of {_printable(summary['data_name'])!r}: {lines} lines, chained; the head beside it has the last, SHA-256 {digest}",
+        f"charges  {len(summary['charges'])}, epsilon {spent} together, within the budget of {budget}",
+        f"release  {'its line of the ledger is there' if anchored else 'none named: an older copy put back is found with --release'}",
+    ]
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def ledger_anchors(folder: Path) -> list[tuple[int, str]]:

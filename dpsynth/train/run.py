@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dpsynth import policy_needs
 from dpsynth.artifacts import RunFolder, write_bytes, write_json
 from dpsynth.config import Config, dump_config, resolved
 from dpsynth.data.attributes import by_cell, conditions_digest
@@ -62,6 +63,8 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     run = _existing(run_path, config)
     if run is not None and (run.path / "train" / CLAIM).is_file():  # it is written last, so all that is missing is to close the run
         return _finish(run, ledger)
+    if run is None or not is_booked(run):
+        policy_needs.require_present(config.gate)
     images = private_images(config, ledger, progress)
     delta = usable_delta(config, images, ledger)
     public_set, reference = _public_constants(config, images, progress)

@@ -241,3 +241,83 @@ def test_without_a_list_the_fingerprint_is_what_it_was(clinic: tuple[Path, dict[
 def test_a_format_that_knows_no_permission_refuses_the_setting(kind: str) -> None:
     with pytest.raises(ConfigError, match="permission"):
         parse_config(f"data: {{format: {kind}, permission_column: consent}}", base=Path())
+
+
+def small_clinic(folder: Path, data: str, *, side: int = 28) -> Config:
+    """Thirty X-rays of as many patients, two of them without what was declared, one with a label that nobody declared and one without."""
+    (folder / "xrays").mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["file,patient_id,label,sex,consent"]
+    for index in range(30):
+        Pillow.fromarray(rng.integers(0, 200, (side, side), dtype=np.uint8)).save(folder / "xrays" / f"i{index:02d}.png")
+        label = {4: "lesoin", 7: ""}.get(index, CLASSES[index % 2])
+        lines.append(f"i{index:02d}.png,p{index},{label},{ {3: '', 9: 'female'}.get(index, 'FM'[index % 2]) },yes")
+    (folder / "xrays" / "table.csv").write_text("\n".join(lines) + "\n")
+    text = (
+        f"method: moments\ndata: {{format: raster, path: xrays, name: clinic, classes: [normal, lesion], declared_patients: 30, {data}}}\n"
+    )
+    (folder / "config.yaml").write_text(text)
+    return load_config(folder / "config.yaml")
+
+
+def test_what_was_not_looked_for_is_not_called_clean(tmp_path: Path) -> None:
+    """At 28 pixels no text can be read, nobody declared a column of permissions or an attribute, nobody has two images."""
+    result = audit(small_clinic(tmp_path, ""), out=tmp_path / "audit", progress=silent)
+    unseen = {Kind.TEXT: "48 pixels", Kind.PERMISSION: "permission_column", Kind.VALUE: "data.attributes", Kind.PERSON: "two images"}
+    page, record = (tmp_path / "audit" / "audit.html").read_text(), json.loads((tmp_path / "audit" / "audit.json").read_text())
+    for kind, reason in unseen.items():
+        assert reason in result.not_looked_for[kind]
+        (line,) = [line for line in result.lines() if kind.value in line]
+        assert line.split()[0] == "-"
+        assert f"not looked for, since {result.not_looked_for[kind]}" in line
+        assert f'<td>{kind.value}</td><td colspan="2">not looked for: ' in page
+        assert kind.name.lower() in record["not_looked_for"]
+    assert Kind.UNUSABLE not in result.not_looked_for
+    assert "Text was looked for" not in page
+
+
+def test_in_larger_images_text_is_looked_for_and_counted(tmp_path: Path) -> None:
+    config = small_clinic(tmp_path, "permission_column: consent, attributes: {sex: [F, M]}", side=48)
+    result = audit(config, out=tmp_path / "audit", progress=silent)
+    assert set(result.not_looked_for) == {Kind.PERSON}
+    assert "in the 30 images that are stored large enough" in (tmp_path / "audit" / "audit.html").read_text()
+
+
+def test_labels_and_values_that_nobody_declared_are_findings_and_belong_to_no_group(tmp_path: Path) -> None:
+    config = small_clinic(tmp_path, "attributes: {sex: [F, M]}")
+    result = audit(config, out=tmp_path / "audit", progress=silent)
+    assert proposed(result, Kind.CLASS) == {"i04.png", "i07.png"}
+    assert proposed(result, Kind.VALUE) == {"i03.png", "i09.png"}
+    details = " ".join(finding.detail for finding in result.findings)
+    assert all(word in details for word in ("'lesoin'", "label is empty in 'label'", "'female'", "no value for sex"))
+    assert {group.name for group in result.groups} == {*CLASSES, *(f"{label}, sex {sex}" for label in CLASSES for sex in "FM")}
+    assert sum(group.images for group in result.groups if ", sex" in group.name) == 26
+    with pytest.raises(DataError, match="lesoin"):
+        read_cohort(config.data)
+    kept = with_exclusions(tmp_path)
+    assert len(read_cohort(kept.data).records) == 26
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("permission_column: consnt", r"data\.permission_column: no image has a value of 'consnt'; there are: consent, sex"),
+        ("attributes: {sxe: [F, M]}", r"data\.attributes\.sxe: no image has a value of 'sxe'; there are: consent, sex"),
+        ("label_column: consent", r"No image has a label of data\.classes \['normal', 'lesion'\]; there are: 'yes'"),
+    ],
+)
+def test_a_misspelt_column_is_an_error_and_accuses_nobody(setting: str, words: str, tmp_path: Path) -> None:
+    config = small_clinic(tmp_path, setting)
+    with pytest.raises(DataError, match=words):
+        audit(config, out=tmp_path / "audit", progress=silent)
+    with pytest.raises(DataError):
+        read_cohort(config.data)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_a_misspelt_column_of_permissions_stops_what_reads_the_data(tmp_path: Path) -> None:
+    config = small_clinic(tmp_path, "permission_column: consnt")
+    table = tmp_path / "xrays" / "table.csv"
+    table.write_text(table.read_text().replace("lesoin", "lesion").replace("p7,,", "p7,lesion,"))
+    with pytest.raises(DataError, match="'consnt'; there are: consent, sex"):
+        read_cohort(config.data)

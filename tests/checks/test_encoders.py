@@ -15,6 +15,7 @@ from dpsynth.checks.encoders import Encoder, bundled, encoder_of
 from dpsynth.checks.features import encode
 from dpsynth.config import EncoderConfig, GateConfig, load_config
 from dpsynth.errors import ArtifactError, ConfigError, UsageError
+from dpsynth.policy_needs import missing, require_present
 from dpsynth.progress import silent
 
 PICTURES = np.random.default_rng(0).uniform(-1, 1, (20, 1, 32, 32)).astype(np.float32)
@@ -109,7 +110,7 @@ def test_weights_in_a_file_that_no_hash_covers_are_not_read(tmp_path: Path, monk
         encoder_of(config_of(tmp_path, content))
 
 
-@pytest.mark.parametrize(
+NO_ENCODERS = pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"PK no network", "cannot be read"),
@@ -119,9 +120,21 @@ def test_weights_in_a_file_that_no_hash_covers_are_not_read(tmp_path: Path, monk
         (network([node(b"Log", b"x", b"y")], side=32, output=(b"n", 3, 32, 32)), "finite rows"),
     ],
 )
+
+
+@NO_ENCODERS
 def test_a_file_that_is_no_encoder_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     with pytest.raises(ArtifactError, match=words):
         encode(PICTURES[:4], task="", progress=silent, encoder=encoder_of(config_of(tmp_path, content)))
+
+
+@NO_ENCODERS
+def test_what_is_no_encoder_is_known_before_the_checks(tmp_path: Path, content: bytes, words: str) -> None:
+    gate = GateConfig(encoder=config_of(tmp_path, content))
+    with pytest.raises(ArtifactError, match=words) as caught:
+        require_present(gate)
+    assert str(gate.encoder.path) in missing(gate) == str(caught.value)
+    assert missing(GateConfig(encoder=config_of(tmp_path, squares()))) == missing(GateConfig()) == ""
 
 
 def test_without_onnx_runtime_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

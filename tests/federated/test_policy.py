@@ -7,7 +7,10 @@ from datetime import datetime
 import pytest
 from federation_cases import World
 
-from dpsynth.errors import ConfigError
+from dpsynth.errors import ArtifactError, ConfigError
+from dpsynth.progress import silent
+from federated import cli
+from federated.doctor import examine
 from federated.policy import OpeningHours, load_policy
 
 
@@ -22,6 +25,8 @@ from federated.policy import OpeningHours, load_policy
         ({"epsilon": float("inf")}, "epsilon"),
         ({"apps": ["abc"]}, "apps"),
         ({"hours": [{"start": "25:00"}]}, "hours"),
+        ({"gate": {"required": ["fairness"]}}, "gate.required: fairness compares the values of data.attributes"),
+        ({"gate": {"required": ["white_box"]}}, "gate.required: white_box looks at weights"),
     ],
 )
 def test_a_wrong_policy_is_refused_by_the_name_of_its_key(world: World, changes: dict[str, object], words: str) -> None:
@@ -29,6 +34,17 @@ def test_a_wrong_policy_is_refused_by_the_name_of_its_key(world: World, changes:
     site.write_policy(**changes)
     with pytest.raises(ConfigError, match=words):
         load_policy(site.folder / "policy.yaml")
+
+
+def test_a_policy_whose_encoder_is_missing_does_not_listen(world: World) -> None:
+    """Before a round is charged: no candidates could ever be approved by it."""
+    site = world.sites["a"]
+    site.write_policy(gate={"encoder": {"path": "nowhere.onnx", "sha256": "a" * 64}})
+    path = site.folder / "policy.yaml"
+    (found,) = [item for item in examine(path, progress=silent) if item.question == "gate"]
+    assert (found.state, str(site.folder / "nowhere.onnx") in found.answer) == ("error", True)
+    with pytest.raises(ArtifactError, match=r"gate\.encoder\.path .*nowhere\.onnx"):
+        cli.serve(path)
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])

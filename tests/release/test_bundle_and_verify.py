@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -28,8 +29,8 @@ from dpsynth.progress import silent
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.gate import Allowed
 from dpsynth.release.metadata import require_expected_metadata
-from dpsynth.release.verify import verify
-from dpsynth.signing import generate_key, load_private
+from dpsynth.release.verify import verified, verify
+from dpsynth.signing import generate_key, key_id, load_private, load_public
 
 RELEASE = MomentRelease(noise_multiplier=1.0, queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
 SECRET = "MRN-4711 /data/hospital/secret.png"
@@ -238,7 +239,20 @@ def test_verification_runs_without_torch(out: Path, keys: Path, without_torch: C
     arguments = ["dpsynth", "verify", str(out), "--key", str(keys / "signing.pub")]
     result = without_torch(f"sys.argv = {arguments!r}\nfrom dpsynth.cli import main\nmain()")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "true"
+    *lines, word = result.stdout.splitlines()
+    assert word == "true"
+    assert lines == verified(out, keys / "signing.pub")
+
+
+def test_what_was_verified_is_said(out: Path, keys: Path) -> None:
+    """Title and number of the release, which key by its id, the digest of the manifest, how many files, which epsilon."""
+    release, signature, present, guarantee = verified(out, keys / "signing.pub")
+    assert all(word in release for word in ("'Synthetic medical images'", "ab12", "4 synthetic images"))
+    assert str(keys / "signing.pub") in signature
+    assert key_id(load_public(keys / "signing.pub"))[:16] in signature
+    assert hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest() in signature
+    assert f"{len(files(out)) - 1} are there" in present  # all but the signature itself
+    assert "delta 1e-05, patient level" in guarantee
 
 
 def _png_with_exif(path: Path) -> None:
