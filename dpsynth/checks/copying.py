@@ -17,6 +17,7 @@ from dpsynth.checks.family import strictest
 from dpsynth.checks.statistics import clopper_pearson, coin_flip_count_p
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
+from dpsynth.data.cohort import Int64
 
 Array = NDArray[np.float64]
 QUESTION = "Do synthetic images lie nearer to training patients than chance allows?"
@@ -28,6 +29,7 @@ LIMITATION = (
 _CHANCE = 0.01  # quantile of the ratios of people to each other
 _PARTS = (0.4, 0.6, 0.8, 1.0)  # of that quantile, at which approached patients are counted
 SCREENED = 0.6  # of that quantile, below which a person must look
+SCREENED_BELOW = "ratio below which a person must look"  # among the figures
 _LEAST_SIDES = 4  # times the patients that are needed, on each side of the pool
 
 
@@ -39,7 +41,7 @@ def copies_needed(level: float) -> int:
 def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
     """Accuses by the test on distinct patients; FLAG by the screening; INCONCLUSIVE when too few patients could show anything."""
     pool, inside = evidence.pool, evidence.inside
-    chance = float(np.quantile(features.real_ratios, _CHANCE))
+    chance = _chance(features)
     closest = features.synthetic_approaches.per_patient(evidence.training.num_patients + evidence.control.num_patients)[pool]
     approached = closest[None] < chance * np.array(_PARTS)[:, None]
     p, telling = coin_flip_count_p(approached, inside, rng=rng)
@@ -79,19 +81,31 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
             "ratio counted": chance * _PARTS[telling],
             "copied pool patients needed": float(needed),
             "screened images": float(len(listed)),
+            SCREENED_BELOW: SCREENED * chance,
         },
         p_value=p,
         accusation=f"training patients are copied: {counts}",
         listed=listed,
+        ratios=tuple(float(ratio) for ratio in _ratios(evidence, features)[0][[image for image, _ in listed]]),
     )
 
 
 def screened(evidence: Evidence, features: Features) -> tuple[tuple[int, str], ...]:
     """Synthetic images (by number) that come much nearer to a patient than people come to each other, with that patient; closest first."""
-    ratios, patients = features.synthetic_approaches.per_item(len(evidence.synthetic))
-    limit = SCREENED * float(np.quantile(features.real_ratios, _CHANCE))
+    ratios, patients = _ratios(evidence, features)
+    limit = SCREENED * _chance(features)
     ids = (*evidence.training.patient_ids, *evidence.control.patient_ids)
     return tuple((int(row), ids[patients[row]]) for row in np.argsort(ratios, kind="stable") if ratios[row] < limit)
+
+
+def _ratios(evidence: Evidence, features: Features) -> tuple[Array, Int64]:
+    """Of each synthetic image the ratio with which it approaches a patient, and whom, (n,) each."""
+    return features.synthetic_approaches.per_item(len(evidence.synthetic))
+
+
+def _chance(features: Features) -> float:
+    """The ratio below which one in a hundred people comes to another."""
+    return float(np.quantile(features.real_ratios, _CHANCE))
 
 
 def _all_copied(evidence: Evidence, needed: int) -> int:
