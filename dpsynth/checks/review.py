@@ -133,16 +133,22 @@ def _content(evidence: Evidence, screening: Screening) -> dict[str, Any]:
     for row in rows[:MOST_SHOWN]:
         grounds = [ground for ground in screening.measured if screening.crossed(ground, Decision.REVIEW)[row]]
         twin = most_like_earlier(evidence.synthetic, row) if "similarity" in grounds else None
-        facts = [(ground, float(screening.measured[ground][row]), *screening.limits[ground]) for ground in grounds]
         shown.append(
             {
                 **_shown(evidence, row),
                 "rejected": row in rejected,
-                "grounds": facts,
+                "grounds": [_ground(screening, ground, row) for ground in grounds],
                 "twin": None if twin is None else _shown(evidence, twin),
             }
         )
     return _section(shown, len(rows))
+
+
+def _ground(screening: Screening, ground: str, row: int) -> str:
+    review, reject, large_is_bad = screening.limits[ground]
+    side = "above" if large_is_bad else "below"
+    out = f", out {side} {reject:.4g}" if np.isfinite(reject) else ""
+    return f"{ground} {screening.measured[ground][row]:.4g}: for a person {side} {review:.4g}{out}"
 
 
 def _sample(evidence: Evidence, rows: Int64) -> dict[str, Any]:

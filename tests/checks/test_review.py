@@ -61,8 +61,8 @@ def noise(count: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def grounds(count: int, sample: tuple[int, ...] = ()) -> Screening:
     return Screening(
-        measured={"contrast": np.full(count, 0.5), "similarity": np.full(count, 0.1)},
-        limits={"contrast": (0.03, 0.015, False), "similarity": (0.9995, 0.9999, True)},
+        measured={"contrast": np.full(count, 0.5), "similarity": np.full(count, 0.1), "text": np.zeros(count)},
+        limits={"contrast": (0.03, 0.015, False), "similarity": (0.9995, 0.9999, True), "text": (3.5, np.inf, True)},
         sample=np.isin(np.arange(count), sample),
         text_was_read=False,
     )
@@ -120,6 +120,7 @@ def test_each_image_of_the_filters_has_its_grounds_and_its_double_beside_it() ->
     synthetic[6] = synthetic[2]
     screening = grounds(9)
     screening.measured["contrast"][[5, 7]] = 0.02, 0.01
+    screening.measured["text"][5] = 8
     screening.measured["similarity"][6] = 0.9997
     evidence = replace(evidence_of(synthetic=to_unit_range(synthetic)), screening=screening)
     part = only(page_of(evidence, verdict("content", Outcome.FLAG)), "Images that the filters name")
@@ -132,6 +133,7 @@ def test_each_image_of_the_filters_has_its_grounds_and_its_double_beside_it() ->
     assert "The policy rejects it." in first
     assert "contrast 0.01: for a person below 0.03, out below 0.015" in first
     assert "contrast 0.02:" in second
+    assert "text 8: for a person above 3.5<br>" in second
     assert "rejects" not in second
     assert "similarity 0.9997: for a person above 0.9995, out above 0.9999" in third
     assert "most like image 2" in third
