@@ -145,28 +145,40 @@ def generate(
         typer.Option("--independent", metavar="NAME", help="An attribute that shall tell nothing about the label; repeatable."),
     ] = None,
 ) -> None:
-    """Draw the candidates: as many images as the configuration says, one seed each, in the wanted mix."""
+    """Draw the candidates: as many images as the configuration says, one seed each, in the wanted mix.
+
+    The same settings again change nothing. Another mix replaces the candidates, and removes their check after a warning.
+    """
+    from dpsynth.artifacts import RunFolder
     from dpsynth.generate import generate as draw
     from dpsynth.trained import is_federated
 
     with progress_bars() as progress:
-        drawn = draw(run, progress=progress, target=_target(target or []), independent=independent or [])
+        drawn = draw(run, progress=progress, target=_target(target or []), independent=independent or [], warn=_warn)
     for warning in drawn.warnings:
         print(f"Warning: {warning}.")
-    step = "dpsynth-federation candidates" if is_federated(run) else "dpsynth check"
+    if drawn.already:
+        print("Already drawn with these settings: candidates, and their check if there is one, stay as they are.")
+    done = RunFolder.open(run).is_complete("check")
+    step = "dpsynth-federation candidates" if is_federated(run) else "dpsynth report" if done else "dpsynth check"
     print(f"{drawn.count} candidates in {run / 'generate'}. Next: {step} {run}")
 
 
 @app.command()
 def check(run: RunArgument, ledger: LedgerOption = None) -> None:
-    """Test the candidates against training and control patients. Counts as one gate attempt in the ledger."""
+    """Test the candidates against training and control patients. Counts as one gate attempt in the ledger.
+
+    Writes check/review.html, for the site alone: what a person is asked to look at.
+    """
     from dpsynth.checks.run import check as run_all
+    from dpsynth.checks.verdict import REVIEW, look_at
 
     with progress_bars() as progress:
         verdicts = run_all(run, ledger_path=ledger, progress=progress)
     for verdict in verdicts:
-        print(f"{verdict.check:<12} {verdict.outcome.value:<13} {verdict.reason}")
-    print(f"These numbers were computed on patients and stay at the site. Next: dpsynth report {run}")
+        print(verdict.line())
+    print(f"These numbers were computed on patients and stay at the site.\n{look_at(verdicts, run / 'check' / REVIEW)}")
+    print(f"Next: dpsynth report {run}")
 
 
 @app.command()
@@ -317,6 +329,10 @@ def quickstart(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Ne
 
     with progress_bars() as progress:
         play(folder, progress=progress)
+
+
+def _warn(text: str) -> None:
+    print(f"Warning: {text}.", file=sys.stderr, flush=True)
 
 
 def _figure(value: float | str) -> str:

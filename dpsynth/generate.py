@@ -6,53 +6,79 @@ Drawing reads no private data, so it costs no privacy. What is checked and relea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.artifacts import RunFolder, write_json
+from dpsynth import __version__
+from dpsynth.artifacts import RunFolder, json_bytes, read_json, write_json
 from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, independent_problem, target_problem
 from dpsynth.checks.screening import CONTENT, Decision, screen_candidates
-from dpsynth.config import GenerateConfig, parse_config
-from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit
+from dpsynth.config import Config, GenerateConfig, parse_config
+from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, load_cell_rows, save_candidates, save_cell_rows, to_8_bit
 from dpsynth.detector.model import FILE as DETECTOR
-from dpsynth.errors import GateRefused, UsageError
+from dpsynth.errors import ArtifactError, GateRefused, UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.progress import Progress
 from dpsynth.train.detector import train_detector
 
 Target = Mapping[str, Mapping[str, float]]
+_MIX = ("target", "independent")  # settings that a call may change
+_CHECK_GOES = (
+    "this run was checked. Other settings draw other candidates, which take the place of the checked ones: check and report will be "
+    "removed, and another check counts as another attempt at the gate. Stop now to keep them"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """How many candidates there are, and what should be known about them, a line each."""
+    """How many candidates there are, and what should be known about them, a line each. already: they were there, nothing was changed."""
 
     count: int
     warnings: tuple[str, ...]
+    already: bool = False
 
 
-def generate(run_path: Path, *, progress: Progress, target: Target | None = None, independent: Sequence[str] = ()) -> Drawn:
-    """Draw the candidates of the run at `run_path`; a second call draws the same ones. `target` stands above that of the configuration,
-    `independent` adds to it.
+def say_nothing(_: str) -> None:
+    """For callers who want no warning."""
 
-    Raises UsageError for a mix that cannot be drawn.
+
+def generate(
+    run_path: Path,
+    *,
+    progress: Progress,
+    target: Target | None = None,
+    independent: Sequence[str] = (),
+    warn: Callable[[str], None] = say_nothing,
+) -> Drawn:
+    """Draw the candidates of the run at `run_path`. `target` stands above that of the configuration, `independent` adds to it.
+
+    Candidates that these settings have drawn stay, with their check. Others take their place when they are drawn, and the check goes;
+    `warn` is told so before. Raises UsageError for a mix that cannot be drawn.
     """
     run = RunFolder.open(run_path)
     run.require("train")
     config = parse_config(run.config_text, base=run.path)
     settings = _with_mix(config.generate, target or {}, independent, config.data.cells)
+    mix = {name: value for name in _MIX if (value := getattr(settings, name))}
+    made_by = {"dpsynth": __version__, **json.loads(json_bytes(mix))}
+    if _is_drawn(run, made_by):
+        return _as_stored(run, config, already=True)
+    if run.is_complete("check"):
+        warn(_CHECK_GOES)
     generator = Generator.load(run.folder("train"))
-    run.reset("generate")
     drawn = draw(generator, settings, progress=progress)
     screening = screen_candidates(drawn, generator.cells, generator.moments, config.gate.content, sample_key=b"", progress=progress)
     rejected = screening.of(Decision.REJECT)
     if rejected.all():
         raise GateRefused(f"The policy rejects all {len(rejected)} drawn images: {screening.counts(Decision.REJECT)}. Train for longer.")
     candidates = drawn.kept(~rejected)
+    run.reset("generate")
     save_candidates(run, candidates)
     if config.release.detector:
         detector = train_detector(config, generator, candidates.images, progress=progress)
@@ -60,19 +86,32 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
             write_json(run.folder("generate") / DETECTOR, detector.to_json())
     log = screening.log(drawn.seeds)
     write_json(run.folder("generate") / CONTENT, [row for row in log if row["decision"] == Decision.REJECT.value])
-    rows = cell_rows(generator, candidates)
     if generator.attributes:
-        save_cell_rows(run, rows)
-    mix = {name: value for name in ("target", "independent") if (value := getattr(settings, name))}
-    facts = {"count": len(candidates.images), WITHHELD: int(rejected.sum()), **mix}
-    run.complete("generate", needs=("train",), facts=facts)
-    warnings = small_cells(rows) if generator.attributes else ()
-    if rejected.any():
-        grounds = ", ".join(f"{ground} {number}" for ground, number in screening.counts(Decision.REJECT).items())
-        warnings = (f"{int(rejected.sum())} of {len(rejected)} drawn images were withheld ({grounds})", *warnings)
+        save_cell_rows(run, cell_rows(generator, candidates))
+    run.complete("generate", needs=("train",), facts={"count": len(candidates.images), WITHHELD: int(rejected.sum()), **made_by})
+    return _as_stored(run, config, already=False)
+
+
+def _is_drawn(run: RunFolder, made_by: Mapping[str, object]) -> bool:
+    """Whether the stage is complete, unchanged, and of this generator, version and mix; the configuration of a run never changes."""
+    try:
+        facts = run.require("generate").facts
+    except ArtifactError:  # none, one that was cut off, or one that was spoilt: drawing again mends it
+        return False
+    return all(facts.get(name) == made_by.get(name) for name in ("dpsynth", *_MIX))
+
+
+def _as_stored(run: RunFolder, config: Config, *, already: bool) -> Drawn:
+    facts = run.require("generate").facts
+    count, left_out = int(facts["count"]), int(facts[WITHHELD])
+    warnings = small_cells(load_cell_rows(run))
+    if left_out:
+        grounds = Counter(ground for row in read_json(run.folder("generate") / CONTENT) for ground in row["grounds"])
+        named = ", ".join(f"{ground} {number}" for ground, number in grounds.items())
+        warnings = (f"{left_out} of {count + left_out} drawn images were withheld ({named})", *warnings)
     if config.release.detector and not (run.folder("generate") / DETECTOR).is_file():
         warnings = ("no detector was made: the public images of pretrain are of another kind than those that were drawn", *warnings)
-    return Drawn(count=len(candidates.images), warnings=warnings)
+    return Drawn(count=count, warnings=warnings, already=already)
 
 
 def _with_mix(settings: GenerateConfig, target: Target, independent: Sequence[str], cells: Cells) -> GenerateConfig:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpsynth.artifacts import write_bytes
 from dpsynth.checks.run import check
+from dpsynth.checks.verdict import REVIEW, look_at
 from dpsynth.config import load_config
 from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ArtifactError, GateRefused
@@ -57,8 +58,10 @@ def quickstart(folder: Path, *, progress: Progress) -> None:
     print("3/7 Draw synthetic images.")
     generate(run, progress=progress)
     print("4/7 Check them against training and control patients.")
-    for verdict in check(run, ledger_path=ledger, progress=progress):
-        print(f"    {verdict.check:<12} {verdict.outcome.value:<13} {verdict.reason}")
+    verdicts = check(run, ledger_path=ledger, progress=progress)
+    for verdict in verdicts:
+        print(f"    {verdict.line()}")
+    print(f"    {look_at(verdicts, run / 'check' / REVIEW)}")
     print("5/7 Write the epsilon report.")
     print(f"    Report:  {report(run, ledger_path=ledger)}")
     print("6/7 Ask the gate, sign and release.")

@@ -99,6 +99,7 @@ def ledger(policy: PolicyFile, output: Format = OutputFormat.TEXT) -> None:
 @app.command()
 def check(policy: PolicyFile, candidates: CandidatesFile) -> None:
     """Test a study's candidates against this site's own patients. Counts as one gate attempt; what it finds stays here."""
+    from dpsynth.checks.verdict import look_at
     from dpsynth.release.gate import Refused
     from federated.policy import load_policy
     from federated.site import Guard
@@ -108,9 +109,10 @@ def check(policy: PolicyFile, candidates: CandidatesFile) -> None:
     with progress_bars() as progress:
         found = check_candidates(Guard.open(settings, progress=progress), candidates, progress=progress)
     for verdict in found.verdicts:
-        print(f"{verdict.check:<12} {verdict.outcome.value:<13} {verdict.reason}")
+        print(verdict.line())
     reasons = found.answer.reasons if isinstance(found.answer, Refused) else ()
     print("The site's gate would refuse: " + "; ".join(reasons) + "." if reasons else "Nothing stands in the way of an approval.")
+    print(look_at(found.verdicts, found.review))
     print(f"Report, which must not leave: {found.page}. Next: dpsynth-site approve, or dpsynth-site refuse")
 
 

@@ -13,10 +13,11 @@ from typing import Any
 from dpsynth.artifacts import read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.review import Answering, review_page
 from dpsynth.checks.run import SEED
 from dpsynth.checks.screening import CONTENT, screen_candidates
 from dpsynth.checks.suite import run_checks
-from dpsynth.checks.verdict import VERDICTS, Verdict
+from dpsynth.checks.verdict import REVIEW, VERDICTS, Verdict
 from dpsynth.data.candidates import to_unit_range
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
@@ -39,6 +40,9 @@ from federated.proofs import proofs_of
 from federated.site import Guard, charges_of
 
 _FOLDER, _PAGE = "check", "report.html"
+_ANSWERING = Answering(
+    command="dpsynth-site approve POLICY CANDIDATES --key KEY --out FILE", words="Your name and words stay at the site (reviews.json)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class Checked:
     verdicts: tuple[Verdict, ...]
     answer: object  # of the gate, before a person looked
     page: Path
+    review: Path  # what a person is asked to look at
 
 
 def joined(guard: Guard, path: Path) -> Joined:
@@ -126,12 +131,14 @@ def check_candidates(guard: Guard, path: Path, *, progress: Progress) -> Checked
     facts = {"attempt": attempt, "images_sha256": carried.header.images_sha256, "rounds": list(work.rounds)}
     write_json(record, {**facts, "guarantee": guarantee.to_json(), "verdicts": [v.to_json() for v in verdicts]}, private=True)
     write_json(work.folder / CONTENT, screening.log(carried.candidates.seeds), private=True)
+    review = work.folder / REVIEW
+    write_bytes(review, review_page(evidence, verdicts, answering=_ANSWERING).encode(), private=True)
     ledger.record_verdicts(work.run_id, sha256_file(record))
     question = question_of(guard, work, reviews={})
     answer = decide(question)
     page = work.folder / _PAGE
     write_bytes(page, _report(guard, work, question, answer).encode(), private=True)
-    return Checked(verdicts=verdicts, answer=answer, page=page)
+    return Checked(verdicts=verdicts, answer=answer, page=page, review=review)
 
 
 def question_of(guard: Guard, work: Joined, *, reviews: Mapping[str, str]) -> Question:

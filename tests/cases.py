@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.privacy.accountant import account
 from dpsynth.privacy.guarantee import Guarantee
@@ -18,6 +21,12 @@ def verdict(check: str, outcome: Outcome = Outcome.PASS) -> Verdict:
         check=check, question="?", outcome=outcome, statistic_name="s", statistic=0.0, interval=(0.0, 1.0), threshold=1.0,
         confidence_level=0.95, false_alarm_rate=0.01, reason="because", limitation="much",
     )  # fmt: skip
+
+
+def numbers_of(verdict: Mapping[str, Any]) -> list[str]:
+    """What a stored verdict measured, as it would be printed."""
+    found = (verdict["statistic"], *(verdict["interval"] or ()), *verdict["figures"].values(), *verdict["ratios"])
+    return [f"{number:.4g}" for number in found if number is not None]
 
 
 def guarantee() -> Guarantee:

@@ -34,6 +34,7 @@ _TRUSTED = 0.1  # quantile of their ratios below which people may be the same pe
 _PARTS = (0.4, 0.6, 0.8, 1.0)  # of that quantile, at which approached patients are counted
 SCREENED = 0.6  # of that quantile, below which a person must look
 _LEAST_SEEN = 0.5  # share of pool patients of whom an exact copy would be counted, below which the check sees nothing
+SCREENED_BELOW = "part of the usual ratio below which a person must look"  # among the figures
 _LEAST_SIDES = 4  # times the patients that are needed, on each side of the pool
 
 
@@ -91,10 +92,12 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
             "pool patients of whom a copy is counted": seen,
             "copied pool patients needed": float(needed),
             "screened images": float(len(listed)),
+            SCREENED_BELOW: SCREENED,
         },
         p_value=p,
         accusation=f"training patients are copied: {counts}",
         listed=listed,
+        ratios=tuple(float(ratio) for ratio in found.per_item(len(evidence.synthetic))[0][[image for image, _ in listed]]),
     )
 
 

@@ -7,7 +7,7 @@ intervals must be by patient, and it gives point estimates alone and brings pand
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,7 @@ def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: 
     can be judged. The worst group is named at the site."""
     groups = subgroups(evidence)
     if not groups or impossible(evidence):
-        return _verdict(Outcome.INCONCLUSIVE, impossible(evidence) or "no attribute is declared, so no subgroup is known", 0.0, gate, {})
+        return _verdict(Outcome.INCONCLUSIVE, impossible(evidence) or "no attribute is declared, so no subgroup is known", gate, {})
     figures: dict[str, float] = {}
     judged: dict[str, tuple[float, float, float]] = {}
     small = [group.name for group in groups if not _large_enough(group, evidence)]
@@ -93,9 +93,9 @@ def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: 
     if missing:
         left_out += f"; drawn less than half as often as among training images: {', '.join(missing)}"
     if not judged and not missing:
-        return _verdict(Outcome.INCONCLUSIVE, f"no subgroup has {SMALLEST_GROUP} control patients{left_out}", 0.0, gate, figures)
+        return _verdict(Outcome.INCONCLUSIVE, f"no subgroup has {SMALLEST_GROUP} control patients{left_out}", gate, figures, small)
     if not judged:
-        return _verdict(Outcome.FLAG, f"no subgroup can be judged by its loss{left_out}", 0.0, gate, figures)
+        return _verdict(Outcome.FLAG, f"no subgroup can be judged by its loss{left_out}", gate, figures, small)
     worst = min(judged, key=lambda name: judged[name][0])
     gap, low, high = judged[worst]
     text = f"worst subgroup {worst}: AUC {gap:+.3f} against real images ({low:+.3f} to {high:+.3f}){left_out}"
@@ -104,10 +104,10 @@ def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: 
     return _verdict(
         outcome,
         text if not surely else f"loss above {gate.utility_margin:g} for {', '.join(surely)}; {text}",
-        gap,
         gate,
         figures,
-        (low, high),
+        small,
+        worst=judged[worst],
     )
 
 
@@ -169,22 +169,23 @@ def _rate(name: str, seen: Bools) -> dict[str, float]:
 def _verdict(
     outcome: Outcome,
     reason: str,
-    statistic: float,
     gate: GateConfig,
     figures: dict[str, float],
-    interval: tuple[float, float] = (-1.0, 1.0),
+    small: Sequence[str] = (),
+    worst: tuple[float, float, float] | None = None,
 ) -> Verdict:
     return Verdict(
         check="fairness",
         question=QUESTION,
         outcome=outcome,
         statistic_name="AUC trained on synthetic minus AUC trained on real, worst subgroup",
-        statistic=statistic,
-        interval=interval,
+        statistic=worst[0] if worst else None,
+        interval=worst[1:] if worst else None,
         threshold=-gate.utility_margin,
         confidence_level=_FAMILY_CONFIDENCE,
         false_alarm_rate=(1 - _FAMILY_CONFIDENCE) / 2,
         reason=reason,
         limitation=LIMITATION,
         figures=figures,
+        not_judged=tuple(small),
     )

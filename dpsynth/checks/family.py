@@ -57,6 +57,7 @@ def decide_family(verdicts: Sequence[Verdict], family_error: float, *, family: S
 
 
 def _decided(verdict: Verdict, adjusted: float, family_error: float) -> Verdict:
+    verdict = replace(verdict, family=True)
     if verdict.p_value is None:
         return verdict
     figures = {**verdict.figures, "p": verdict.p_value, "p after Holm": adjusted}

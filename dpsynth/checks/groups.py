@@ -62,7 +62,9 @@ def groups(evidence: Evidence, features: Features, gate: GateConfig, *, scores: 
     results = {
         name: attack(of_pool[rows], inside[rows], delta=evidence.delta, level=level / len(large), rng=rng) for name, rows in large.items()
     }
-    left_out = f"; too small to test: {', '.join(sorted(every.keys() - large.keys()))}" if len(large) < len(every) else ""
+    small = sorted(every.keys() - large.keys())
+    verdict = replace(verdict, not_judged=tuple(small))
+    left_out = f"; too small to test: {', '.join(small)}" if small else ""
     if not results:
         return replace(verdict, reason=f"no group is large enough to be tested{left_out}")
     worst = min(results, key=lambda name: (results[name].p, -results[name].auc))

@@ -26,7 +26,7 @@ def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
         limitation=LIMITATION,
         false_alarm_rate=gate.family_error,
     )
-    verdict = replace(blank, statistic=0.0, interval=(0.0, 0.0), threshold=0.0)
+    verdict = replace(blank, threshold=None)
     if not evidence.uses_sgd:
         return replace(verdict, reason="nothing was trained by DP-SGD; the noise of the moments is tested by the accounting check")
     missing = [name for name in (BEFORE, DURING) if name not in evidence.canaries]
@@ -48,7 +48,6 @@ def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
         verdict,
         reason=f"no evidence (p {p:.2g}); {seen}",
         statistic=found,
-        interval=(found, found),
         threshold=claimed[DURING],
         figures=figures,
         p_value=p,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from dpsynth import __version__
-from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_json
+from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.kept import UnfinishedCheck
+from dpsynth.checks.review import Answering, review_page
 from dpsynth.checks.screening import CONTENT, screen_candidates
 from dpsynth.checks.suite import run_checks
-from dpsynth.checks.verdict import VERDICTS, Verdict
+from dpsynth.checks.verdict import REVIEW, VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range, withheld
 from dpsynth.data.fingerprint import require_data
@@ -31,7 +33,8 @@ SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a sec
 
 
 def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tuple[Verdict, ...]:
-    """Run all checks of a run and write their verdicts. Raises BudgetExceeded when the generator was checked too often.
+    """Run all checks of a run, write their verdicts and the page for a person. Raises BudgetExceeded when the generator was checked too
+    often.
 
     One that was killed goes on under the attempt that it had booked, as long as the candidates are the same.
     """
@@ -74,10 +77,17 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     record = run.folder("check") / VERDICTS
     write_json(record, {**facts, "verdicts": [verdict.to_json() for verdict in verdicts]}, private=True)
     write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
+    page = review_page(evidence, verdicts, answering=_answering(run_path))
+    write_bytes(run.folder("check") / REVIEW, page.encode(), private=True)
     trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
     run.complete("check", needs=("train", "generate"), facts=facts)
     unfinished.forget()
     return verdicts
+
+
+def _answering(run_path: Path) -> Answering:
+    words = "Your name and words go into the release, for everybody to read: name no patient, and no image that resembles one."
+    return Answering(command=f"dpsynth release {shlex.quote(str(run_path))} OUT --key KEY", words=words)
 
 
 def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id: str) -> int:

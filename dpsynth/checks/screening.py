@@ -143,6 +143,11 @@ def similarity_to_earlier(images: Float32, *, progress: Progress) -> Array:
     return found
 
 
+def most_like_earlier(images: Float32, row: int) -> int:
+    """Number of the earlier image whose correlation `similarity_to_earlier` gives for this one; not for the first."""
+    return int(pairwise(thumbnails(images[[row]]), thumbnails(images[:row]))[0].argmin())
+
+
 def keyed_sample(images: Float32, wanted: int, *, key: bytes) -> NDArray[np.bool_]:
     """Which images a person is shown in any case, (n,): nobody without the key can foresee it, everybody with it repeats it."""
     content = hashlib.sha256(np.ascontiguousarray(images).tobytes()).digest()

@@ -33,7 +33,7 @@ def utility(evidence: Evidence, gate: GateConfig, *, arms: Callable[[], Arms], r
     control = evidence.control
     reason = impossible(evidence)
     if reason:
-        return _verdict(Outcome.INCONCLUSIVE, reason, 0.0, (-1.0, 1.0), gate, {})
+        return _verdict(Outcome.INCONCLUSIVE, reason, None, None, gate, {})
     trained = arms()
     tstr, trtr = auc(trained.synthetic, control.labels), auc(trained.real, control.labels)
     low, high = difference_interval(trained.synthetic, trained.real, control.labels, control.rows_of(), rng, confidence_level=_CONFIDENCE)
@@ -101,7 +101,12 @@ def rank_auc(probabilities: Array, labels: Int64) -> float:
 
 
 def _verdict(
-    outcome: Outcome, reason: str, statistic: float, interval: tuple[float, float], gate: GateConfig, figures: dict[str, float]
+    outcome: Outcome,
+    reason: str,
+    statistic: float | None,
+    interval: tuple[float, float] | None,
+    gate: GateConfig,
+    figures: dict[str, float],
 ) -> Verdict:
     return Verdict(
         check="utility",

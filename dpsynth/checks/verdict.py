@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 VERDICTS = "verdicts.json"  # in the run's folder of checks; its digest is in the ledger
+REVIEW = "review.html"  # beside it: what a person is asked to look at
 
 
 class Outcome(enum.Enum):
@@ -23,7 +25,8 @@ class Outcome(enum.Enum):
 class Verdict:
     """One answer with its uncertainty.
 
-    `statistic`, `interval` (at `confidence_level`) and `threshold` are in the unit named by `statistic_name`.
+    `statistic`, `interval` (at `confidence_level`) and `threshold` are in the unit named by `statistic_name`; each is None where there is
+    none.
     `public` says whether the numbers may leave the site: what is computed on real patients is not covered by epsilon,
     so a non-public verdict leaves as its outcome alone. `limitation` says what the check cannot show.
     """
@@ -32,9 +35,9 @@ class Verdict:
     question: str
     outcome: Outcome
     statistic_name: str
-    statistic: float
-    interval: tuple[float, float]
-    threshold: float
+    statistic: float | None
+    interval: tuple[float, float] | None
+    threshold: float | None
     confidence_level: float
     false_alarm_rate: float
     reason: str
@@ -44,23 +47,32 @@ class Verdict:
     p_value: float | None = None  # before Holm; none: the check is not one of the family
     accusation: str = ""  # what is said in place of `reason` when Holm rejects
     lower_bound: float | None = None  # on epsilon, as far as this check could see
+    family: bool = False  # `false_alarm_rate` is of all the checks together for which this is true
     listed: tuple[tuple[int, str], ...] = ()  # numbers of synthetic images, and the patient each resembles, for a person at the site
+    ratios: tuple[float, ...] = ()  # of each listed image: distance to that patient as part of that to the nearest other one
+    not_judged: tuple[str, ...] = ()  # groups of patients that are too small
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for the site's own files."""
         return {
             **self.__dict__,
             "outcome": self.outcome.value,
-            "interval": list(self.interval),
+            "interval": None if self.interval is None else list(self.interval),
             "figures": dict(self.figures),
             "listed": [list(pair) for pair in self.listed],
+            "ratios": list(self.ratios),
+            "not_judged": list(self.not_judged),
         }
 
     def to_public_json(self) -> dict[str, Any]:
         """What may leave: numbers only when the verdict is public."""
         full = self.to_json()
-        keep = ("check", "question", "outcome", "limitation", "false_alarm_rate", "public")
+        keep = ("check", "question", "outcome", "limitation", "false_alarm_rate", "family", "public")
         return full if self.public else {name: full[name] for name in keep}
+
+    def line(self) -> str:
+        """For a terminal at the site."""
+        return f"{self.check:<12} {self.outcome.value:<13} {self.reason}"
 
     @classmethod
     def nothing_found(cls, check: str, *, question: str, statistic_name: str, limitation: str, false_alarm_rate: float) -> Verdict:
@@ -70,8 +82,8 @@ class Verdict:
             question=question,
             outcome=Outcome.PASS,
             statistic_name=statistic_name,
-            statistic=0.5,
-            interval=(0.0, 1.0),
+            statistic=None,
+            interval=None,
             threshold=0.5,
             confidence_level=0.95,
             false_alarm_rate=false_alarm_rate,
@@ -82,6 +94,19 @@ class Verdict:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Verdict:
         """Inverse of `to_json`."""
-        interval = (float(value["interval"][0]), float(value["interval"][1]))
-        listed = tuple((int(image), str(patient)) for image, patient in value["listed"])
-        return cls(**{**value, "outcome": Outcome(value["outcome"]), "interval": interval, "listed": listed})
+        given = value["interval"]
+        read = {
+            "outcome": Outcome(value["outcome"]),
+            "interval": None if given is None else (float(given[0]), float(given[1])),
+            "listed": tuple((int(image), str(patient)) for image, patient in value["listed"]),
+            "ratios": tuple(float(ratio) for ratio in value.get("ratios", ())),
+            "not_judged": tuple(str(group) for group in value.get("not_judged", ())),
+        }
+        return cls(**{**value, **read})
+
+
+def look_at(verdicts: Sequence[Verdict], page: Path) -> str:
+    """What a person at the site does after a check."""
+    flagged = ", ".join(verdict.check for verdict in verdicts if verdict.outcome is Outcome.FLAG)
+    asked = f"A person must look, since {flagged} is flagged" if flagged else "A sample to look at"
+    return f"{asked}: {page}. It shows patients and must not leave."

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.checks.verdict import REVIEW, Outcome, Verdict
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import Mechanism
 
@@ -83,7 +83,7 @@ def _check_reasons(verdicts: Sequence[Verdict], required: Sequence[str], reviews
         if verdict.check in needed and verdict.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE):
             reasons.append(f"{verdict.check}: {verdict.outcome.value}")
         if verdict.outcome is Outcome.FLAG and not reviews.get(verdict.check, "").strip():
-            reasons.append(f"{verdict.check}: flagged, and nobody has accepted it")
+            reasons.append(f"{verdict.check}: flagged, and nobody has accepted it (look at check/{REVIEW} first)")
     return reasons
 
 

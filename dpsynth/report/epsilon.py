@@ -88,6 +88,7 @@ def epsilon_report(
         "unprotected": list(guarantee.unprotected),
         "not_claimed": list(_NOT_CLAIMED),
         "verdicts": [{**_verdict(verdict, site=site), "required": verdict.check in required} for verdict in verdicts],
+        "family": {"checks": [verdict.check for verdict in verdicts if verdict.family], "error": _family_error(verdicts)},
         "lower_bounds": _lower_bounds(verdicts, guarantee) if site else [],
         "cells": [{**row, "small": row["noisy_patients"] < FEWEST_PATIENTS} for row in cells],
         "fewest_patients": FEWEST_PATIENTS,
@@ -161,8 +162,14 @@ def _lower_bounds(verdicts: Sequence[Verdict], guarantee: Guarantee) -> list[dic
     ]
 
 
+def _family_error(verdicts: Sequence[Verdict]) -> float:
+    """Of the privacy checks all together; one that broke states none."""
+    return max((verdict.false_alarm_rate for verdict in verdicts if verdict.family), default=0.0)
+
+
 def _verdict(verdict: Verdict, *, site: bool) -> dict[str, Any]:
     values = verdict.to_json() if site else verdict.to_public_json()
-    values.pop("listed", None)  # patients are named in the run's folder of checks alone
+    for name in ("listed", "ratios"):  # patients are named in the run's folder of checks alone
+        values.pop(name, None)
     shown = {"symbol": _SYMBOLS[verdict.outcome], "word": _WORDS[verdict.outcome], "numbers": "statistic" in values}
-    return {**values, **shown}
+    return {"not_judged": [], **values, **shown}

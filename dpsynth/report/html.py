@@ -8,23 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
+
+from dpsynth.pages import templates
 
 _SHEET_ROWS, _SHEET_COLUMNS, _LONGEST_SIDE = 4, 12, 64
 
 
 def render(view: Mapping[str, Any], *, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str]) -> str:
     """The page for a view model of `epsilon_report`, with a curve and a sheet of sample images (synthetic ones only)."""
-    environment = Environment(
-        loader=PackageLoader("dpsynth.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("dpsynth.report")
     environment.filters["number"] = _number
     environment.filters["percent"] = lambda value: f"{100 * float(value):.3g} %"
     sheet, shown = sample_sheet(images, labels, num_classes=len(classes))

@@ -16,7 +16,7 @@ from dpsynth.checks import suite
 from dpsynth.checks.accounting import ALWAYS, REQUIRED, accounting
 from dpsynth.checks.arms import Arms
 from dpsynth.checks.classifier import train_and_predict
-from dpsynth.checks.copying import copies_needed, copying
+from dpsynth.checks.copying import SCREENED_BELOW, copies_needed, copying
 from dpsynth.checks.evidence import Evidence, Features, first_images
 from dpsynth.checks.family import FAMILY, decide_family, holm, strictest
 from dpsynth.checks.fidelity import fidelity
@@ -185,6 +185,9 @@ def test_one_patient_copied_a_hundred_times_counts_once_and_goes_to_a_person() -
     assert "a person must look" in verdict.reason
     assert {patient for _, patient in verdict.listed} == {f"p{len(hospital.training) - 1}"}
     assert sorted(image for image, _ in verdict.listed) == list(range(100))
+    assert len(verdict.ratios) == 100
+    assert max(verdict.ratios) < verdict.figures[SCREENED_BELOW]
+    assert list(verdict.ratios) == sorted(verdict.ratios), "the closest comes first"
     assert "control patients" not in verdict.reason
 
 
@@ -355,9 +358,13 @@ def test_a_check_that_breaks_is_inconclusive_and_never_missing(monkeypatch: pyte
 
 def test_a_verdict_survives_json_and_its_public_form_has_no_numbers() -> None:
     rng = np.random.default_rng(0)
-    verdict = replace(Hospital.drawn(rng).judge(points(80, rng))["membership"], listed=((3, "p7"),))
-    assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+    judged = Hospital.drawn(rng).judge(points(80, rng))["membership"]
+    verdict = replace(judged, listed=((3, "p7"),), ratios=(0.0815,), not_judged=("sex F",))
+    for one in (verdict, replace(verdict, statistic=None, interval=None, threshold=None)):
+        assert Verdict.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert verdict.family
     public = json.dumps(verdict.to_public_json())
     assert f"{verdict.statistic:.4g}" not in public
     assert verdict.reason not in public
-    assert "p7" not in public
+    for secret in ("p7", "0.0815", "sex F"):
+        assert secret not in public

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cases import numbers_of
 from PIL import Image as Pillow
+from typer.testing import CliRunner
 
 import dpsynth.checks.evidence as evidence_module
 import dpsynth.checks.run as checks_run
 from dpsynth.artifacts import RunFolder, write_json
 from dpsynth.checks import arms, search, suite
+from dpsynth.cli import app
 from dpsynth.config import load_config
 from dpsynth.data.candidates import load_candidates, save_candidates, to_8_bit
 from dpsynth.data.fingerprint import open_ledger
@@ -30,6 +35,7 @@ from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefu
 from dpsynth.generate import generate
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import silent
+from dpsynth.release.metadata import require_expected_metadata
 from dpsynth.release.run import release, report
 from dpsynth.release.verify import ledger_anchor, verify
 from dpsynth.signing import generate_key
@@ -46,6 +52,8 @@ pretrain: {num_phantoms: 100}
 generate: {count: 100}
 gate: {required: [accounting]}
 """
+OTHER_MIX = {"label": {"normal": 0.4, "lesion": 0.6}}
+COPIED = (12, 31, 77)
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +91,13 @@ def clinic(checked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(kept, checked)
 
 
-def let_out(clinic: Path, ledger: str = "ledger") -> Path:
+def let_out(clinic: Path, ledger: str = "ledger", reviews: Mapping[str, str] | None = None) -> Path:
     return release(
         clinic / "run",
         out=clinic / "out",
         key_path=clinic / "keys" / "signing.key",
         ledger_path=clinic / ledger,
-        reviews={},
+        reviews=reviews or {},
         progress=silent,
     )
 
@@ -101,7 +109,7 @@ def test_images_that_the_policy_rejects_are_withheld_when_drawn_and_counted(clin
     spoilt.images[7], spoilt.images[40] = 128, spoilt.images[12]
     monkeypatch.setattr("dpsynth.generate.draw", lambda *_, **__: spoilt)
     monkeypatch.setattr("dpsynth.data.raster.read_image", None)
-    drawn = generate(clinic / "run", progress=silent)
+    drawn = generate(clinic / "run", progress=silent, target=OTHER_MIX)
     assert drawn.count == 98
     assert "2 of 100 drawn images were withheld (contrast 1, similarity 1)" in drawn.warnings[0]
     left = load_candidates(RunFolder.open(clinic / "run"))
@@ -111,6 +119,132 @@ def test_images_that_the_policy_rejects_are_withheld_when_drawn_and_counted(clin
     spoilt.images[:] = 128
     with pytest.raises(GateRefused, match="rejects all 100"):
         generate(clinic / "run", progress=silent)
+    assert generate(clinic / "run", progress=silent, target=OTHER_MIX).already, "what was drawn before stays"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def no_warning(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_drawing_again_with_the_same_settings_changes_nothing(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of what was drawn cost an attempt; a second `generate` must not throw it away."""
+    before = contents(clinic / "run")
+    monkeypatch.setattr("dpsynth.generate.draw", None)
+    drawn = generate(clinic / "run", progress=silent, warn=no_warning)
+    assert (drawn.count, drawn.already) == (100, True)
+    said = CliRunner().invoke(app, ["generate", str(clinic / "run")])
+    assert "Already drawn with these settings" in said.stdout
+    assert f"Next: dpsynth report {clinic / 'run'}" in said.stdout
+    assert contents(clinic / "run") == before
+
+
+@pytest.mark.parametrize("change", ["another mix", "another version"])
+def test_another_draw_says_that_the_check_goes_while_it_is_still_there(clinic: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    before, seen = contents(clinic / "run"), []
+    if change == "another version":
+        monkeypatch.setattr("dpsynth.generate.__version__", "0.0.0")
+
+    def warn(text: str) -> None:
+        assert contents(clinic / "run") == before
+        seen.append(text)
+
+    drawn = generate(clinic / "run", progress=silent, target=OTHER_MIX if change == "another mix" else None, warn=warn)
+    assert not drawn.already
+    assert len(seen) == 1
+    assert "another attempt at the gate" in seen[0]
+    assert not (clinic / "run" / "check").exists()
+    with pytest.raises(ArtifactError, match="dpsynth check"):
+        let_out(clinic)
+
+
+def test_the_warning_goes_to_the_person_and_only_when_a_check_is_there(clinic: Path) -> None:
+    for warned, share in ((True, "0.9"), (False, "0.8")):
+        said = CliRunner().invoke(app, ["generate", str(clinic / "run"), "--target", f"label=normal:{share},lesion:{1 - float(share)}"])
+        assert said.exit_code == 0, said.output
+        assert ("Warning: this run was checked" in said.stderr) == warned
+        assert f"Next: dpsynth check {clinic / 'run'}" in said.stdout
+
+
+def test_a_draw_that_is_stopped_keeps_what_was_checked(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(clinic / "run")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpsynth.generate.screen_candidates", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        generate(clinic / "run", progress=silent, target=OTHER_MIX)
+    assert contents(clinic / "run") == before
+    assert let_out(clinic).is_dir()
+
+
+@pytest.mark.parametrize("fault", ["no record", "no candidates", "a flipped byte", "another training"])
+def test_a_half_written_or_spoilt_draw_is_drawn_again(clinic: Path, fault: str) -> None:
+    folder, before = clinic / "run" / "generate", contents(clinic / "run" / "generate")
+    if fault == "no record":
+        (folder / "stage.json").unlink()
+    elif fault == "no candidates":
+        (folder / "candidates.npz").unlink()
+    elif fault == "a flipped byte":
+        content = bytearray(before["candidates.npz"])
+        content[len(content) // 2] ^= 1
+        (folder / "candidates.npz").write_bytes(bytes(content))
+    else:
+        edit_json(clinic / "run" / "train" / "stage.json", lambda value: value["facts"].update(other=True))
+    assert not generate(clinic / "run", progress=silent).already
+    assert contents(folder)["candidates.npz"] == before["candidates.npz"]
+    assert RunFolder.open(clinic / "run").require("generate").facts["count"] == 100
+
+
+def with_copies(clinic: Path) -> list[np.ndarray]:
+    """Three candidates become images of training patients; their pixels."""
+    run, config = RunFolder.open(clinic / "run"), load_config(clinic / "config.yaml")
+    images = prepare(read_cohort(config.data), config.data, progress=silent)
+    training = set(json.loads((clinic / "run" / "train" / "site" / "split.json").read_text())["training"])
+    rows = [row for row, patient in enumerate(images.patients) if images.patient_ids[patient] in training][: len(COPIED)]
+    candidates = load_candidates(run)
+    candidates.images[list(COPIED)] = to_8_bit(images.images[rows])
+    save_candidates(run, candidates)
+    run.complete("generate", needs=("train",), facts={"count": 100})
+    return [candidates.images[number, 0] for number in COPIED]
+
+
+def test_a_person_is_shown_what_was_flagged_on_a_page_that_no_release_can_carry(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "train_and_predict", quick)
+    copies, page = with_copies(clinic), clinic / "run" / "check" / "review.html"
+    said = CliRunner().invoke(app, ["check", str(clinic / "run"), "--ledger", str(clinic / "ledger")])
+    assert f"A person must look, since copying is flagged: {page}. It shows patients and must not leave." in said.stdout
+    assert page.stat().st_mode & 0o777 == 0o600
+    text = page.read_text()
+    pairs = text.partition("<h2>Images that come very near")[2].partition("</table>")[0]
+    shown = [np.asarray(Pillow.open(io.BytesIO(base64.b64decode(found)))) for found in re.findall(r'base64,([^"]+)', pairs)]
+    numbers = [int(found) for found in re.findall(r'alt="Synthetic image (\d+)"', pairs)]
+    record = json.loads((clinic / "run" / "check" / "verdicts.json").read_text())
+    (listed,) = (verdict["listed"] for verdict in record["verdicts"] if verdict["check"] == "copying")
+    assert numbers == [number for number, _ in listed]
+    assert re.findall(r"patient (MRN-\w+):", pairs) == [patient for _, patient in listed]
+    for number, copy in zip(COPIED, copies, strict=True):
+        at = 2 * numbers.index(number)
+        for picture in shown[at : at + 2]:  # the copy, and the patient whose image it is
+            np.testing.assert_array_equal(picture, copy)
+    assert f"dpsynth release {clinic / 'run'} OUT --key KEY \\\n    --accept &#39;copying=NAME: WHY&#39;" in text
+    with pytest.raises(GateRefused, match=r"copying: flagged, and nobody has accepted it \(look at check/review.html first\)"):
+        let_out(clinic)
+    out = let_out(clinic, reviews={"copying": "Dr A: planted by a test"})
+    for name, content in contents(out).items():
+        assert "review" not in name
+        assert b"MRN-" not in content, name
+        assert b"Patient beside" not in content, name
+    for name in ("manifest.json", "manifest.dsse.json"):  # they come after the look at what was written
+        (out / name).unlink()
+    require_expected_metadata(out, ())
+    shutil.copy(page, out / page.name)
+    with pytest.raises(GateRefused, match=r"review\.html: an unexpected file name"):
+        require_expected_metadata(out, ())
 
 
 def seal(clinic: Path, stage: str) -> None:
@@ -143,7 +277,7 @@ def test_the_honest_run_is_released_and_nothing_computed_on_patients_leaves(clin
             continue
         secrets.append(verdict["reason"])
         if verdict["check"] != "accounting":
-            numbers += [f"{n:.4g}" for n in (verdict["statistic"], *verdict["interval"], *verdict["figures"].values())]
+            numbers += numbers_of(verdict)
     for path in out.rglob("*"):
         if path.is_file() and path.suffix in {".json", ".html", ".md", ".csv", ".txt"}:
             text = path.read_text()

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from evidence_cases import evidence_of
 
+from dpsynth.checks.accounting import accounting
+from dpsynth.checks.family import decide_family
+from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.config import GateConfig
 from dpsynth.privacy.accountant import account, tpr_at_fpr
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd
@@ -55,6 +61,7 @@ def verdict(outcome: Outcome) -> Verdict:
         figures={"patients": 16.0},
         lower_bound=1.375,
         listed=((3, "MRN-7"),),
+        ratios=(0.0815,),
     )
 
 
@@ -190,6 +197,62 @@ def test_claim_and_lower_bound_stand_side_by_side_at_the_site_alone() -> None:
     assert "1.375" not in page(public) + json.dumps(public)
 
 
+def rows_of(text: str) -> list[str]:
+    """The rows of the table of checks, as text without markup."""
+    table = text[text.index("<caption>Checks</caption>") :]
+    rows = table[: table.index("</table>")].split("<tr>")[2:]
+    return [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in rows]
+
+
+def with_verdicts(*verdicts: Verdict, site: bool = True) -> str:
+    return page(
+        epsilon_report(
+            guarantee=guarantee(), verdicts=verdicts, required=("copying",), decision={"allowed": True, "reasons": []},
+            budget={"epsilon": 10.0, "delta": 1e-5, "spent": 3.0, "left": 7.0, "gate_attempts": 1, "max_gate_attempts": 3},
+            method="moments", title="t", count=6, site=site, provenance={},
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("site", [True, False])
+def test_the_error_of_the_family_is_said_to_be_of_all_together(site: bool) -> None:
+    """Five rows that each said 5 % would be read as 25 %; one that broke states no rate and is not said never to err."""
+    names = ("mechanism", "membership", "copying", "groups")
+    family = decide_family([replace(verdict(Outcome.PASS), check=name, false_alarm_rate=0.05, p_value=0.5) for name in names], 0.05)
+    broken = replace(family[3], false_alarm_rate=0.0, statistic=None, interval=None, threshold=None)
+    text = with_verdicts(*family[:3], broken, replace(verdict(Outcome.PASS), check="content"), site=site)
+    said = "(mechanism, membership, copying, groups) accuse without cause in at most 5 % of honest releases, all of them together"
+    assert text.count(said) == 1
+    *members, last, other = rows_of(text)
+    assert all("5 % (all of the family together)" in row for row in members)
+    assert "0 %" not in last
+    assert "1 %" in other
+    assert "together" not in other
+    assert "of the family" not in with_verdicts(verdict(Outcome.PASS), site=site)
+
+
+def test_what_was_not_measured_is_left_out_instead_of_shown_as_zero() -> None:
+    """A run of moments alone has no bound by canaries; a count of problems has no interval."""
+    nothing = mechanism(evidence_of(uses_sgd=False), GateConfig())
+    (row,) = rows_of(with_verdicts(nothing))
+    assert "lower bound on" not in row
+    assert not re.search(r"interval|threshold|\b0\b", row)
+    (row,) = rows_of(with_verdicts(accounting(evidence_of(uses_sgd=False))))
+    assert "problems found 0;" in row
+    assert not re.search(r"interval|threshold|100 %", row)
+    (row,) = rows_of(with_verdicts(verdict(Outcome.PASS)))
+    assert "share 0.4375, 95 % interval 0.125 to 0.75, threshold 0.5; false alarms 1 %" in row
+
+
+def test_groups_that_were_too_small_are_named_beside_the_answer_at_the_site_alone() -> None:
+    small = replace(verdict(Outcome.PASS), check="fairness", not_judged=("sex F, age 60-120", INJECTION))
+    at_site, public = with_verdicts(small), with_verdicts(small, site=False)
+    assert "too small to be judged: sex F, age 60-120; &lt;script" in at_site
+    assert "60-120" not in public
+    assert "too small to be judged" not in public
+
+
 def test_no_patient_of_the_screening_is_in_the_report() -> None:
     for site in (True, False):
-        assert "MRN-7" not in page(view(site=site)) + json.dumps(view(site=site))
+        for secret in ("MRN-7", "0.0815"):
+            assert secret not in page(view(site=site)) + json.dumps(view(site=site))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import numbers_of
 from federation_cases import POLICY, config, train_body
 from joint_release_cases import SITES, Joint
 from typer.testing import CliRunner
@@ -123,7 +124,10 @@ def test_hospitals_check_what_they_trained_approve_it_and_it_is_released_and_ver
     assert "Nothing stands in the way of an approval." in said
     page = joint.policy("north").state / "studies" / "joint" / "check" / "report.html"
     assert f"Report, which must not leave: {page}" in said
-    assert page.stat().st_mode & 0o077 == 0
+    review = page.with_name("review.html")
+    assert f"A sample to look at: {review}. It shows patients and must not leave." in said
+    assert {path.stat().st_mode & 0o777 for path in (page, review)} == {0o600}
+    assert review.read_text().count("<img") == joint.policy("north").gate.content.person_sees
     refusal, approval = joint.folder / "refusal.dsse.json", joint.folder / "approval.dsse.json"
     run("refuse", policy, joint.candidates, "--key", joint.key("north"), "--out", refusal)
     run("approve", policy, joint.candidates, "--key", joint.key("north"), "--out", approval)
@@ -164,7 +168,7 @@ def released_texts_hold_no_figure_of(joint: Joint, out: Path) -> None:
         for verdict in json.loads((checks / "verdicts.json").read_text())["verdicts"]:
             secrets += [verdict["reason"]] if verdict["reason"] != "because" else []
             if verdict["check"] not in ("accounting", "content"):
-                numbers += [f"{n:.4g}" for n in (verdict["statistic"], *verdict["interval"], *verdict["figures"].values())]
+                numbers += numbers_of(verdict)
         secrets += [json.loads((checks.parent / "split.json").read_text())["key"], joint.guard(site).ledger.genesis["digest_salt"]]
     statements = [base64.b64decode(json.loads(path.read_text())["payload"]).decode() for path in (out / "sites").glob("*.json")]
     assert len(statements) == 2
