@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from dpsynth.artifacts import RunFolder, write_json
 from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, independent_problem, target_problem
 from dpsynth.checks.screening import CONTENT, Decision, screen_candidates
-from dpsynth.config import GenerateConfig, parse_config
+from dpsynth.config import Config, GenerateConfig, parse_config
 from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, save_candidates, save_cell_rows, to_8_bit
+from dpsynth.detector.evaluation import doubts, unfit
 from dpsynth.detector.model import FILE as DETECTOR
+from dpsynth.detector.model import NO_DETECTOR
 from dpsynth.errors import GateRefused, UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.progress import Progress
@@ -54,25 +56,31 @@ def generate(run_path: Path, *, progress: Progress, target: Target | None = None
         raise GateRefused(f"The policy rejects all {len(rejected)} drawn images: {screening.counts(Decision.REJECT)}. Train for longer.")
     candidates = drawn.kept(~rejected)
     save_candidates(run, candidates)
-    if config.release.detector:
-        detector = train_detector(config, generator, candidates.images, progress=progress)
-        if detector is not None:
-            write_json(run.folder("generate") / DETECTOR, detector.to_json())
+    lacking, doubt = _detector(config, generator, candidates, run, progress) if config.release.detector else ("", "")
     log = screening.log(drawn.seeds)
     write_json(run.folder("generate") / CONTENT, [row for row in log if row["decision"] == Decision.REJECT.value])
     rows = cell_rows(generator, candidates)
     if generator.attributes:
         save_cell_rows(run, rows)
     mix = {name: value for name in ("target", "independent") if (value := getattr(settings, name))}
-    facts = {"count": len(candidates.images), WITHHELD: int(rejected.sum()), **mix}
+    facts = {"count": len(candidates.images), WITHHELD: int(rejected.sum()), **mix, **({NO_DETECTOR: lacking} if lacking else {})}
     run.complete("generate", needs=("train",), facts=facts)
     warnings = small_cells(rows) if generator.attributes else ()
     if rejected.any():
         grounds = ", ".join(f"{ground} {number}" for ground, number in screening.counts(Decision.REJECT).items())
         warnings = (f"{int(rejected.sum())} of {len(rejected)} drawn images were withheld ({grounds})", *warnings)
-    if config.release.detector and not (run.folder("generate") / DETECTOR).is_file():
-        warnings = ("no detector was made: the public images of pretrain are of another kind than those that were drawn", *warnings)
-    return Drawn(count=len(candidates.images), warnings=warnings)
+    if lacking:
+        warnings = (f"no detector was made, and a release would have none: {lacking}", *warnings)
+    return Drawn(count=len(candidates.images), warnings=(doubt, *warnings) if doubt else warnings)
+
+
+def _detector(config: Config, generator: Generator, candidates: Candidates, run: RunFolder, progress: Progress) -> tuple[str, str]:
+    """Write the detector beside the candidates, unless it is unfit: why it is, and what must be known of one that is fit."""
+    made = train_detector(config, generator, candidates.images, progress=progress)
+    if lacking := unfit(made.evaluation):
+        return lacking, ""
+    write_json(run.folder("generate") / DETECTOR, made.to_json())
+    return "", doubts(made.evaluation)
 
 
 def _with_mix(settings: GenerateConfig, target: Target, independent: Sequence[str], cells: Cells) -> GenerateConfig:
