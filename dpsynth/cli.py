@@ -174,7 +174,7 @@ def check(run: RunArgument, ledger: LedgerOption = None) -> None:
     from dpsynth.checks.verdict import REVIEW, look_at
 
     with progress_bars() as progress:
-        verdicts = run_all(run, ledger_path=ledger, progress=progress)
+        verdicts = run_all(run, ledger_path=ledger, progress=progress, note=partial(print, flush=True))
     for verdict in verdicts:
         print(verdict.line())
     print(f"These numbers were computed on patients and stay at the site.\n{look_at(verdicts, run / 'check' / REVIEW)}")
@@ -201,10 +201,13 @@ def release(
     ] = None,
 ) -> None:
     """Ask the gate, and if it allows, write the signed release folder."""
+    from dpsynth.release.detect import no_detector
     from dpsynth.release.run import release as write_release
 
     with progress_bars() as progress:
         folder = write_release(run, out=out, key_path=key, ledger_path=ledger, reviews=parse_reviews(accept or []), progress=progress)
+    if reason := no_detector(folder):
+        print(f"Warning: the release holds no detector, though release.detector asks for one: {reason}.")
     print(f"Released: {folder}. Anyone with the public key can run: dpsynth verify {folder} --key {key.with_name('signing.pub')}")
 
 

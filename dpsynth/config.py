@@ -388,7 +388,8 @@ class ReleaseConfig(_Settings):
     detector: bool = Field(
         False,
         description="Train, on public images alone, a detector of this generator's images and release it for `dpsynth detect`; costs no "
-        "epsilon and about a minute. None is made when the public images of pretrain are of another kind than the drawn ones.",
+        "epsilon and about a minute. None is made when it would do worse than guessing on the drawn images, or when the public images of "
+        "pretrain are of another kind than those; `generate` and `release` say so.",
     )
     title: str = Field("Synthetic medical images", description="Title of the released data set.")
     licence: str = Field("CC-BY-4.0", description="Licence of the released images.")

@@ -21,7 +21,9 @@ from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, independent
 from dpsynth.checks.screening import CONTENT, Decision, screen_candidates
 from dpsynth.config import Config, GenerateConfig, parse_config
 from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, load_cell_rows, save_candidates, save_cell_rows, to_8_bit
+from dpsynth.detector.evaluation import doubts, unfit
 from dpsynth.detector.model import FILE as DETECTOR
+from dpsynth.detector.model import NO_DETECTOR, Detector
 from dpsynth.errors import ArtifactError, GateRefused, UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.progress import Progress
@@ -68,7 +70,7 @@ def generate(
     mix = {name: value for name in _MIX if (value := getattr(settings, name))}
     made_by = {"dpsynth": __version__, **json.loads(json_bytes(mix))}
     if _is_drawn(run, made_by):
-        return _as_stored(run, config, already=True)
+        return _as_stored(run, already=True)
     if run.is_complete("check"):
         warn(_CHECK_GOES)
     generator = Generator.load(run.folder("train"))
@@ -80,16 +82,14 @@ def generate(
     candidates = drawn.kept(~rejected)
     run.reset("generate")
     save_candidates(run, candidates)
-    if config.release.detector:
-        detector = train_detector(config, generator, candidates.images, progress=progress)
-        if detector is not None:
-            write_json(run.folder("generate") / DETECTOR, detector.to_json())
+    lacking = _detector(config, generator, candidates, run, progress) if config.release.detector else ""
     log = screening.log(drawn.seeds)
     write_json(run.folder("generate") / CONTENT, [row for row in log if row["decision"] == Decision.REJECT.value])
     if generator.attributes:
         save_cell_rows(run, cell_rows(generator, candidates))
-    run.complete("generate", needs=("train",), facts={"count": len(candidates.images), WITHHELD: int(rejected.sum()), **made_by})
-    return _as_stored(run, config, already=False)
+    without = {NO_DETECTOR: lacking} if lacking else {}
+    run.complete("generate", needs=("train",), facts={"count": len(candidates.images), WITHHELD: int(rejected.sum()), **without, **made_by})
+    return _as_stored(run, already=False)
 
 
 def _is_drawn(run: RunFolder, made_by: Mapping[str, object]) -> bool:
@@ -101,7 +101,7 @@ def _is_drawn(run: RunFolder, made_by: Mapping[str, object]) -> bool:
     return all(facts.get(name) == made_by.get(name) for name in ("dpsynth", *_MIX))
 
 
-def _as_stored(run: RunFolder, config: Config, *, already: bool) -> Drawn:
+def _as_stored(run: RunFolder, *, already: bool) -> Drawn:
     facts = run.require("generate").facts
     count, left_out = int(facts["count"]), int(facts[WITHHELD])
     warnings = small_cells(load_cell_rows(run))
@@ -109,9 +109,21 @@ def _as_stored(run: RunFolder, config: Config, *, already: bool) -> Drawn:
         grounds = Counter(ground for row in read_json(run.folder("generate") / CONTENT) for ground in row["grounds"])
         named = ", ".join(f"{ground} {number}" for ground, number in grounds.items())
         warnings = (f"{left_out} of {count + left_out} drawn images were withheld ({named})", *warnings)
-    if config.release.detector and not (run.folder("generate") / DETECTOR).is_file():
-        warnings = ("no detector was made: the public images of pretrain are of another kind than those that were drawn", *warnings)
+    if lacking := facts.get(NO_DETECTOR):
+        warnings = (f"no detector was made, and a release would have none: {lacking}", *warnings)
+    detector = run.folder("generate") / DETECTOR
+    if detector.is_file() and (doubt := doubts(Detector.from_json(read_json(detector)).evaluation)):
+        warnings = (doubt, *warnings)
     return Drawn(count=count, warnings=warnings, already=already)
+
+
+def _detector(config: Config, generator: Generator, candidates: Candidates, run: RunFolder, progress: Progress) -> str:
+    """Write the detector beside the candidates, or say why none that was made is fit."""
+    made = train_detector(config, generator, candidates.images, progress=progress)
+    if lacking := unfit(made.evaluation):
+        return lacking
+    write_json(run.folder("generate") / DETECTOR, made.to_json())
+    return ""
 
 
 def _with_mix(settings: GenerateConfig, target: Target, independent: Sequence[str], cells: Cells) -> GenerateConfig:

@@ -170,12 +170,15 @@ def release(
     ],
 ) -> None:
     """Ask the gate, which wants the approval of every site that was charged, and if it allows, write the signed release folder."""
+    from dpsynth.release.detect import no_detector
     from dpsynth.release.federated import release_federated
     from federated.federation import load_federation
 
     home, keys = folder / "coordinator", load_federation(study).public_keys()
     with progress_bars() as progress:
         made = release_federated(run_path, out=out, key_path=home / "signing.key", approvals=approvals, site_keys=keys, progress=progress)
+    if reason := no_detector(made):
+        print(f"Warning: the release holds no detector, though release.detector asks for one: {reason}.")
     print(f"Released: {made}. Anyone with the public key can run: dpsynth verify {made} --key {home / 'signing.pub'}")
 
 

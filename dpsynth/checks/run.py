@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from dpsynth import __version__
@@ -32,11 +33,18 @@ _UNFINISHED = "unfinished_check"  # in the run's folder, while a check is going 
 SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
 
 
-def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tuple[Verdict, ...]:
+def _say_nothing(_: str) -> None:
+    """Nobody asked."""
+
+
+def check(
+    run_path: Path, *, ledger_path: Path | None, progress: Progress, note: Callable[[str], object] = _say_nothing
+) -> tuple[Verdict, ...]:
     """Run all checks of a run, write their verdicts and the page for a person. Raises BudgetExceeded when the generator was checked too
     often.
 
-    One that was killed goes on under the attempt that it had booked, as long as the candidates are the same.
+    One that was killed goes on under the attempt that it had booked, as long as the candidates are the same. `note` is told which attempt
+    it is, and whether it goes on.
     """
     run = RunFolder.open(run_path)
     run.require("generate")
@@ -45,7 +53,7 @@ def check(run_path: Path, *, ledger_path: Path | None, progress: Progress) -> tu
     trained = load_trained(run, config.data, ledger_path=ledger_path)
     split = _split(run, config, trained.ledger, trained.charge.coins_sha256, progress)
     unfinished = UnfinishedCheck(run.path / _UNFINISHED)
-    attempt = _attempt(unfinished, run, trained.ledger, trained.charge.run_id)
+    attempt = _attempt(unfinished, run, trained.ledger, trained.charge.run_id, note)
     candidates = load_candidates(run)
     synthetic = to_unit_range(candidates.images)
     generator = Generator.load(run.folder("train"))
@@ -90,15 +98,16 @@ def _answering(run_path: Path) -> Answering:
     return Answering(command=f"dpsynth release {shlex.quote(str(run_path))} OUT --key KEY", words=words)
 
 
-def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id: str) -> int:
+def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id: str, note: Callable[[str], object]) -> int:
     """The attempt that a killed check of the same candidates had booked, or a new one, booked before anything is looked at. Patients and
     coins are those of the run's booking by now."""
     subject = {"run_id": run_id, "candidates_sha256": candidates_digest(run), "dpsynth": __version__}
-    begun = unfinished.attempt(subject, booked=ledger.gate_attempts(run_id))
-    if begun is not None:
-        return begun
-    attempt = ledger.record_gate_attempt(run_id)
-    unfinished.begin(subject, attempt=attempt)
+    attempt = unfinished.attempt(subject, booked=ledger.gate_attempts(run_id))
+    goes_on = attempt is not None
+    if attempt is None:
+        attempt = ledger.record_gate_attempt(run_id)
+        unfinished.begin(subject, attempt=attempt)
+    note(f"Attempt {attempt} of {ledger.genesis['max_gate_attempts']}" + (", goes on from an unfinished check." if goes_on else "."))
     return attempt
 
 

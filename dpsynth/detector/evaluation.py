@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,11 @@ from dpsynth.detector.model import Detector, fit, logistic, sigmoid
 
 Array = NDArray[np.float64]
 _BINS = 10
+GUESSING = float(np.log(2))  # log loss of one half for every image
+OWN, LEFT_OUT = "images of this release, not trained on", "generator left out"
+LEAST_KNOWN = 0.8  # of the release's own images must be of a kind that the detector knows
+LEAST_RECOGNISED = 0.5  # of them must be called rather synthetic: who guesses recognises half
+_FAR = 2 * GUESSING
 _ALMOST = 1e-6
 
 
@@ -54,6 +60,60 @@ def quality(real: Array, synthetic: Array) -> Quality:
         auc=float(stats.mannwhitneyu(p[len(real) :], p[: len(real)]).statistic / (len(real) * len(synthetic))),
         calibration_error=float(sum(gaps)),
     )
+
+
+def own_quality(probabilities: Array, known: NDArray[np.bool_]) -> dict[str, float]:
+    """Of probabilities (n,) that the release's own images are synthetic, which they all are. An image of no known kind gets no opinion,
+    so it is not recognised; the log loss counts it all the same."""
+    return {
+        "share of a known kind": round(float(known.mean()), 4),
+        "mean probability": round(float(probabilities.mean()), 4),
+        "share above one half": round(float((probabilities > 0.5).mean()), 4),
+        "share recognised": round(float((known & (probabilities > 0.5)).mean()), 4),
+        "log_loss": round(float(-np.log(np.maximum(probabilities, _ALMOST)).mean()), 4),
+    }
+
+
+def unfit(evaluation: Mapping[str, Any]) -> str:
+    """Why a detector of these figures may not be released, empty when it may; they are public, so nobody pays for asking.
+
+    It must do on the release's own images what it is released for: know their kind, recognise at least half of them, and have no more
+    log loss than guessing. Images of generators that were left out do not decide: after moments alone the only other generator is a sibling
+    without texture, whose log loss is near 7 even where the release's own images are recognised at 97 %; that is `doubts`.
+    """
+    own = evaluation.get(OWN)
+    if own is None:
+        return ""
+    if own["share of a known kind"] < LEAST_KNOWN:
+        return (
+            f"only {own['share of a known kind']:.0%} of the drawn images are like what a detector is trained on, since the public images "
+            "of pretrain are of another kind"
+        )
+    if recognised(own) < LEAST_RECOGNISED or own["log_loss"] > GUESSING:
+        return f"on the drawn images it would do worse than guessing: {figures(own)}"
+    return ""
+
+
+def doubts(evaluation: Mapping[str, Any]) -> str:
+    """What a user of a released detector must know besides: empty unless it is far worse than guessing on a generator left out."""
+    losses = {name: float(row["log_loss"]) for name, row in evaluation.get(LEFT_OUT, {}).items()}
+    far = [f"{name}: {loss:.2f}" for name, loss in losses.items() if loss > _FAR]
+    if not far:
+        return ""
+    return (
+        f"the detector is often sure and wrong about generators that it has not seen (log loss of {'; '.join(far)}; guessing has "
+        f"{GUESSING:.2f}), so it is for images of this release and not for those of others"
+    )
+
+
+def recognised(own: Mapping[str, float]) -> float:
+    """Share of the release's own images that are called rather synthetic."""
+    return own.get("share recognised", own["share above one half"])
+
+
+def figures(own: Mapping[str, float]) -> str:
+    """Of the release's own images beside those of guessing."""
+    return f"{recognised(own):.0%} recognised, log loss {own['log_loss']:.2f}, where guessing has 50% and {GUESSING:.2f}"
 
 
 def cross_validated(real: Array, synthetic: Mapping[str, Array], *, shape: tuple[int, ...]) -> dict[str, Answers]:
@@ -114,9 +174,9 @@ def trained_detector(real: Array, synthetic: Mapping[str, Array], *, shape: tupl
     for name, part in synthetic.items():
         families.setdefault(name.partition(",")[0], []).append(part)
     evaluation: dict[str, object] = {
-        "log_loss of guessing": round(float(np.log(2)), 4),
+        "log_loss of guessing": round(GUESSING, 4),
         "generator known": _rows(calibrated),
-        "generator left out": _rows(leave_one_generator_out(real, synthetic, shape=shape)),
+        LEFT_OUT: _rows(leave_one_generator_out(real, synthetic, shape=shape)),
     }
     if 1 < len(families) < len(synthetic):
         joined = {name: np.concatenate(parts) for name, parts in families.items()}

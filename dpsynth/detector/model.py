@@ -19,6 +19,7 @@ from dpsynth.errors import ArtifactError
 Array = NDArray[np.float64]
 SCHEMA = 1
 FILE = "detector.json"
+NO_DETECTOR = "no_detector"  # in the facts of a run and of a release: why none could be made though it was asked for
 _CLIP = 4.0  # standard deviations: a trace far from all that was seen says no more than one that far
 _RIDGE = 1e-2
 _WITHIN = 0.995  # share of what it was trained on that it calls known

@@ -27,7 +27,7 @@ from dpsynth.data.medmnist import write_npz
 from dpsynth.data.nifti import write_nifti
 from dpsynth.data.raster import write_png
 from dpsynth.detector.model import FILE as DETECTOR
-from dpsynth.detector.model import Detector
+from dpsynth.detector.model import NO_DETECTOR, Detector
 from dpsynth.errors import ArtifactError, GateRefused
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress
@@ -61,6 +61,7 @@ class Release:
     ledger_head: tuple[int, str] | None  # none when several hospitals trained: each site's statement names its own
     settings: ReleaseConfig
     detector: Detector | None = None
+    no_detector: str = ""  # why there is none though it was asked for
     sites: FederatedSites | None = None
 
     def __post_init__(self) -> None:
@@ -176,6 +177,7 @@ def _manifest(release: Release, folder: Path) -> dict[str, Any]:
         "synthetic": True,
         "images": len(release.candidates.images),
         **({} if head is None else {"ledger_head": {"lines": head[0], "sha256": head[1]}}),
+        **({NO_DETECTOR: release.no_detector} if release.no_detector else {}),
         "files": files,
     }
 

@@ -12,7 +12,7 @@ from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, CellRow, candidates_digest, load_candidates, load_cell_rows
 from dpsynth.detector.model import FILE as DETECTOR
-from dpsynth.detector.model import Detector
+from dpsynth.detector.model import NO_DETECTOR, Detector
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
@@ -31,6 +31,7 @@ class Case:
     candidates: Candidates
     cells: tuple[CellRow, ...]
     detector: Detector | None
+    no_detector: str
     question: Question
 
 
@@ -78,6 +79,7 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         candidates=load_candidates(run),
         cells=load_cell_rows(run),
         detector=detector_of(run),
+        no_detector=no_detector_of(run, config),
         question=question,
     )
 
@@ -86,3 +88,10 @@ def detector_of(run: RunFolder) -> Detector | None:
     """The detector that was made with the candidates, if any."""
     path = run.folder("generate") / DETECTOR
     return Detector.from_json(read_json(path)) if path.is_file() else None
+
+
+def no_detector_of(run: RunFolder, config: Config) -> str:
+    """Why there is none though it was asked for; empty when there is one or nobody asked."""
+    if not config.release.detector or (run.folder("generate") / DETECTOR).is_file():
+        return ""
+    return str(run.require("generate").facts.get(NO_DETECTOR, "none was made when the images were drawn"))

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from dpsynth.artifacts import read_json
 from dpsynth.data.raster import SUFFIXES, read_image
-from dpsynth.detector.model import FILE, Detector
+from dpsynth.detector.evaluation import GUESSING, LEFT_OUT, OWN, doubts, figures, unfit
+from dpsynth.detector.model import FILE, NO_DETECTOR, Detector
 from dpsynth.detector.traces import traces
 from dpsynth.errors import ArtifactError, DataError
+from dpsynth.release.bundle import MANIFEST
 from dpsynth.release.verify import require_signed
 
 _SPLITS = ("train", "val", "test")
@@ -31,15 +33,18 @@ class Found:
 
     def lines(self) -> list[str]:
         """What a reader of the probabilities must know."""
-        rows = self.evaluation.get("generator left out", {})
-        losses = [float(row["log_loss"]) for row in rows.values()]
+        losses = [float(row["log_loss"]) for row in self.evaluation.get(LEFT_OUT, {}).values()]
         known = (
-            f"log loss on generators it had not seen: {min(losses):.2f} to {max(losses):.2f}, guessing {np.log(2):.2f}. " if losses else ""
+            f"log loss on generators it had not seen: {min(losses):.2f} to {max(losses):.2f}, guessing {GUESSING:.2f}. " if losses else ""
         )
+        own = self.evaluation.get(OWN)
+        warnings = [text for text in (unfit(self.evaluation), doubts(self.evaluation)) if text]
         unknown, drawn = sum(p is None for p in self.probabilities), sum(p is not None and p > 0.5 for p in self.probabilities)
         return [
             f"{drawn} of {len(self.names)} are rather synthetic, if half of those asked about are.",
             *([f"{unknown} are unlike all images that the detector knows: it has no opinion of them."] if unknown else []),
+            *([] if own is None else [f"On the release's own images, which it was not trained on: {figures(own)}."]),
+            *(f"Warning: {text}." for text in warnings),
             f"{known}{self.evaluation.get('limits', '')}",
             *([] if self.signed else ["The detector's signature was not examined; name the releasing site's key with --key."]),
         ]
@@ -54,7 +59,7 @@ class Found:
 def detect(folder: Path, images: Sequence[Path], *, public_key: Path | None) -> Found:
     """Judge images by the detector in a released folder. Raises ArtifactError, SignatureError, or DataError for images it does not know."""
     if not (folder / FILE).is_file():
-        raise ArtifactError(f"Expected {FILE} in the released folder, found none: it was released without `release.detector`.")
+        raise ArtifactError(f"Expected {FILE} in the released folder, found none: {_why_none(folder)}.")
     if public_key is not None:
         require_signed(folder, FILE, public_key)
     detector = Detector.from_json(read_json(folder / FILE))
@@ -71,6 +76,22 @@ def detect(folder: Path, images: Sequence[Path], *, public_key: Path | None) -> 
         names += [name] if len(found) == 1 else [f"{name}[{index}]" for index in range(len(found))]
         probabilities += [round(float(p), 6) if own else None for p, own in zip(found, known, strict=True)]
     return Found(names=tuple(names), probabilities=tuple(probabilities), signed=public_key is not None, evaluation=detector.evaluation)
+
+
+def no_detector(folder: Path) -> str:
+    """Why a release holds none though it was asked for, by its manifest; empty when it does not say so."""
+    found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    reason = str(found.get(NO_DETECTOR, "")) if isinstance(found, dict) else ""
+    return "".join(character for character in reason if character.isprintable())
+
+
+def _why_none(folder: Path) -> str:
+    reason = no_detector(folder)
+    return (
+        f"it was asked for and none could be made: {reason}"
+        if reason
+        else "the run did not ask for one (`release.detector`), or none could be made"
+    )
 
 
 def _size(shape: tuple[int, ...]) -> str:

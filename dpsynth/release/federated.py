@@ -17,7 +17,7 @@ from dpsynth.errors import ArtifactError, GateRefused
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
-from dpsynth.release.decision import detector_of
+from dpsynth.release.decision import detector_of, no_detector_of
 from dpsynth.release.federated_gate import FederatedRun, SitesQuestion, decide_sites, federated_run
 from dpsynth.release.gate import ALWAYS_REQUIRED, Refused
 from dpsynth.release.sites import FederatedSites, read_statements
@@ -76,6 +76,7 @@ def release_federated(
         settings=config.release,
         sites=sites,
         detector=detector_of(run),
+        no_detector=no_detector_of(run, config),
     )
     return write_release(package, out=out, private=private, progress=progress)
 

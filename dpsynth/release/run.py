@@ -61,6 +61,7 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         ledger_head=head,
         settings=case.config.release,
         detector=case.detector,
+        no_detector=case.no_detector,
     )
     return write_release(package, out=out, private=private, progress=progress)
 

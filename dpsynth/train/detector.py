@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dpsynth.config import Config, GenerateConfig
 from dpsynth.data.candidates import to_8_bit
 from dpsynth.data.cohort import Float32
-from dpsynth.detector.evaluation import trained_detector
+from dpsynth.detector.evaluation import OWN, own_quality, trained_detector
 from dpsynth.detector.model import Detector
 from dpsynth.detector.traces import traces
 from dpsynth.model.generator import Generator
@@ -25,7 +25,6 @@ from dpsynth.model.moments import Moments, public_reference, release_moments
 from dpsynth.progress import Progress
 from dpsynth.train.public import public_images
 
-LEAST_KNOWN = 0.8  # of the candidates must be of a kind that the detector knows
 MOST = 400  # public images, and images of each generator
 LIMITS = (
     "Trained on public images and on what this release's generator makes of them; no image of a patient was used. It was never tested on "
@@ -34,13 +33,11 @@ LIMITS = (
 )
 
 
-def train_detector(
-    config: Config, generator: Generator, released: NDArray[np.uint8], *, progress: Progress, least_known: float = LEAST_KNOWN
-) -> Detector | None:
+def train_detector(config: Config, generator: Generator, released: NDArray[np.uint8], *, progress: Progress) -> Detector:
     """Train on at most 400 images a side; `released`, the candidates (n, channel, *space), are judged afterwards and not trained on.
 
-    None when fewer of them than `least_known` are like what it was trained on: the public images are then of another kind than the
-    hospital's, and it would call the hospital's real images synthetic as well (experiments/010-detector).
+    Whether it may be released is for `evaluation.unfit` to say: where the public images are of another kind than the hospital's, it would
+    call the hospital's real images synthetic as well (experiments/010-detector).
     """
     public = public_images(config, progress=progress)
     public = public[np.linspace(0, len(public) - 1, min(MOST, len(public))).astype(int)]
@@ -48,16 +45,8 @@ def train_detector(
     drawn = {name: traces(to_8_bit(images)) for name, images in _drawn(config, generator, public, progress=progress).items()}
     made = trained_detector(real, drawn, shape=generator.moments.shape)
     rows = traces(released)
-    probabilities, known = made.of_traces(rows), float(made.knows(rows).mean())
-    if known < least_known:
-        return None
-    own = {
-        "share of a known kind": round(known, 4),
-        "mean probability": round(float(probabilities.mean()), 4),
-        "share above one half": round(float((probabilities > 0.5).mean()), 4),
-        "log_loss": round(float(-np.log(np.maximum(probabilities, 1e-6)).mean()), 4),
-    }
-    evaluation = {**made.evaluation, "images of this release, not trained on": own, "public images": len(real), "limits": LIMITS}
+    own = own_quality(made.of_traces(rows), made.knows(rows))
+    evaluation = {**made.evaluation, OWN: own, "public images": len(real), "limits": LIMITS}
     return replace(made, evaluation=evaluation)
 
 

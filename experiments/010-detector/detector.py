@@ -94,8 +94,7 @@ def run(seed: int, anatomy: str) -> dict[str, Any]:
         )
         patients, candidates = to_8_bit(split.control.images), load_candidates(trained).images
         generator = Generator.load(trained.folder("train"))
-        detector = train_detector(config, generator, candidates, progress=silent, least_known=0)  # generate would withhold a useless one
-        assert detector is not None
+        detector = train_detector(config, generator, candidates, progress=silent)  # generate would withhold a useless one
     public = {
         name: to_8_bit(
             phantom_images(anatomies=(name,), num_images=300, spatial_shape=(20, 20), channels=1, num_classes=2, seed=seed + 900)[0]

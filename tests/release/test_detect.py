@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,18 @@ from test_bundle_and_verify import package
 
 import dpsynth.generate as drawing
 import dpsynth.train.detector as training
+from dpsynth import cli
 from dpsynth.artifacts import RunFolder, read_json
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, to_8_bit
+from dpsynth.detector.evaluation import LEFT_OUT, OWN, doubts, own_quality, unfit
 from dpsynth.detector.model import FILE, Detector
 from dpsynth.errors import ArtifactError, DataError, SignatureError
 from dpsynth.model.generator import Generator
 from dpsynth.model.moments import public_reference, release_moments
 from dpsynth.progress import silent
 from dpsynth.release.bundle import write_release
+from dpsynth.release.decision import no_detector_of
 from dpsynth.release.detect import detect
 from dpsynth.release.verify import verify
 from dpsynth.signing import generate_key, load_private
@@ -87,7 +91,6 @@ def test_it_is_trained_without_private_images_and_deterministic(
     monkeypatch.setattr("dpsynth.train.public.read_cohort", private)
     others = drawing.draw(generator, config.generate.model_copy(update={"seed": 3}), progress=silent).images
     again = training.train_detector(config, generator, others, progress=silent)
-    assert again is not None
     for name in ("centre", "scale", "weights"):
         np.testing.assert_array_equal(getattr(again, name), getattr(detector, name))
     assert again.calibration == detector.calibration
@@ -102,34 +105,104 @@ def test_images_of_the_generator_are_recognised_and_public_ones_are_not(config: 
     assert detector.evaluation["images of this release, not trained on"]["mean probability"] > 0.8
 
 
-def test_with_public_images_of_another_kind_there_is_no_detector_and_a_warning(
-    config: Config, generator: Generator, tmp_path: Path
-) -> None:
+def figures_of(**own: float) -> dict[str, object]:
+    """An evaluation whose own figures are those of a good detector but for what is given."""
+    good = {"share of a known kind": 1.0, "mean probability": 0.9, "share above one half": 0.95, "share recognised": 0.95, "log_loss": 0.3}
+    return {OWN: {**good, **own}}
+
+
+def test_a_detector_that_does_worse_than_guessing_on_the_drawn_images_is_unfit() -> None:
+    assert unfit(figures_of()) == ""
+    assert "only 79% of the drawn images" in unfit(figures_of(**{"share of a known kind": 0.79}))
+    worthless = unfit(figures_of(**{"share recognised": 0.3, "log_loss": 1.03}))
+    assert "30% recognised, log loss 1.03, where guessing has 50% and 0.69" in worthless
+    assert "worse than guessing" in unfit(figures_of(log_loss=0.70))
+    assert "worse than guessing" in unfit(figures_of(**{"share recognised": 0.49}))
+    assert unfit({}) == ""
+
+
+def test_an_image_of_no_known_kind_is_not_recognised() -> None:
+    own = own_quality(np.array([0.9, 0.9, 0.2, 0.9]), np.array([True, False, True, True]))
+    assert (own["share above one half"], own["share recognised"], own["share of a known kind"]) == (0.75, 0.5, 0.75)
+    assert own["log_loss"] == pytest.approx(-(3 * np.log(0.9) + np.log(0.2)) / 4, abs=1e-4)
+
+
+def test_a_detector_that_is_sure_and_wrong_about_another_generator_is_doubted() -> None:
+    rows = {"net": {"log_loss": 6.9}, "moments": {"log_loss": 0.7}}
+    assert "net: 6.90; guessing has 0.69" in doubts({LEFT_OUT: rows})
+    assert "moments" not in doubts({LEFT_OUT: rows})
+    assert doubts({LEFT_OUT: {"net": {"log_loss": 1.3}}}) == doubts({}) == ""
+
+
+def test_public_images_of_another_kind_make_it_unfit(config: Config, generator: Generator, detector: Detector) -> None:
     """A hospital of chests beside public brains: whatever told real from synthetic there would call this hospital's patients synthetic."""
     brains = parse_config(SETTINGS.replace("num_phantoms: 160", "num_phantoms: 160, anatomies: [brain]"), base=Path())
     chests = parse_config(SETTINGS.replace("num_phantoms: 160", "num_phantoms: 160, anatomies: [chest]"), base=Path())
     patients = to_8_bit(public_images(chests, progress=silent))[:100]
-    assert training.train_detector(brains, generator, patients, progress=silent) is None
-    assert training.train_detector(chests, generator, patients, progress=silent) is not None
+    assert "another kind" in unfit(training.train_detector(brains, generator, patients, progress=silent).evaluation)
+    of_known_kind = training.train_detector(chests, generator, patients, progress=silent)  # real ones, so it must not recognise them
+    assert "worse than guessing" in unfit(of_known_kind.evaluation)
+    assert unfit(detector.evaluation) == ""
+
+
+@pytest.fixture
+def trained(generator: Generator, tmp_path: Path) -> RunFolder:
     run = RunFolder.create(tmp_path / "run", config_text=SETTINGS)
     run.reset("train")
     generator.save(run.folder("train"))
     run.complete("train", needs=(), facts={})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "train_detector", lambda *_, **__: None)
-        drawn = drawing.generate(tmp_path / "run", progress=silent)
-    assert any("no detector was made" in warning for warning in drawn.warnings)
-    assert not (run.folder("generate") / FILE).exists()
+    return run
+
+
+def test_an_unfit_detector_is_not_written_and_generate_release_and_detect_say_so(
+    trained: RunFolder,
+    config: Config,
+    detector: Detector,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = replace(detector, evaluation={**detector.evaluation, **figures_of(**{"share recognised": 0.3, "log_loss": 1.03})})
+    monkeypatch.setattr(drawing, "train_detector", lambda *_, **__: bad)
+    warning = drawing.generate(trained.path, progress=silent).warnings[0]
+    assert "no detector was made" in warning
+    assert "30% recognised, log loss 1.03" in warning
+    assert not (trained.folder("generate") / FILE).exists()
+    reason = no_detector_of(trained, config)
+    assert reason in warning
+    generate_key(tmp_path / "keys")
+    release = replace(package(formats=("png",)), no_detector=reason)
+    out = write_release(release, out=tmp_path / "out", private=load_private(tmp_path / "keys" / "signing.key"), progress=silent)
+    assert verify(out, tmp_path / "keys" / "signing.pub") == []
+    with pytest.raises(ArtifactError, match=r"asked for and none could be made: .*30% recognised"):
+        detect(out, [out / "synthetic.npz"], public_key=None)
+    monkeypatch.setattr("dpsynth.release.run.release", lambda *_, **__: out)
+    monkeypatch.setattr(sys, "argv", ["dpsynth", "release", "run", "out", "--key", str(tmp_path / "keys" / "signing.key")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"Warning: the release holds no detector, though release.detector asks for one: {reason}." in capsys.readouterr().out
+
+
+def test_a_doubtful_detector_is_written_with_a_warning_that_detect_repeats(trained: RunFolder, detector: Detector, out: Path) -> None:
+    """After moments alone the only generator left out is a sibling, about which the detector is sure and wrong."""
+    (warning,) = drawing.generate(trained.path, progress=silent).warnings
+    assert "sure and wrong" in warning
+    assert (trained.folder("generate") / FILE).is_file()
+    lines = detect(out, [out / "images"], public_key=None).lines()
+    own = detector.evaluation[OWN]
+    assert f"On the release's own images, which it was not trained on: {own['share recognised']:.0%} recognised" in lines[1] + lines[2]
+    assert any(line == f"Warning: {warning}." for line in lines)
 
 
 def test_a_release_without_the_setting_holds_no_detector(tmp_path: Path) -> None:
+    """Whether one was asked for is not known of such a folder, so the message is true in both cases."""
     generate_key(tmp_path / "keys")
     out = write_release(
         package(formats=("png",)), out=tmp_path / "o", private=load_private(tmp_path / "keys" / "signing.key"), progress=silent
     )
     assert not (out / FILE).exists()
     assert "dpsynth detect" not in (out / "README.md").read_text()
-    with pytest.raises(ArtifactError, match=r"release\.detector"):
+    with pytest.raises(ArtifactError, match=r"did not ask for one \(`release\.detector`\), or none could be made"):
         detect(out, [out / "synthetic.npz"], public_key=None)
 
 
@@ -195,12 +268,9 @@ def test_detect_runs_without_torch(out: Path, without_torch: Callable[[str], sub
     assert "of 40 are rather synthetic" in ran.stdout
 
 
-def test_generate_writes_it_into_the_run(generator: Generator, config: Config, detector: Detector, tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run", config_text=SETTINGS)
-    run.reset("train")
-    generator.save(run.folder("train"))
-    run.complete("train", needs=(), facts={})
-    drawing.generate(tmp_path / "run", progress=silent)
-    written = Detector.from_json(read_json(run.folder("generate") / FILE))
+def test_generate_writes_it_into_the_run(trained: RunFolder, config: Config, detector: Detector) -> None:
+    drawing.generate(trained.path, progress=silent)
+    written = Detector.from_json(read_json(trained.folder("generate") / FILE))
     np.testing.assert_allclose(written.weights, detector.weights, rtol=1e-6, atol=1e-9)
-    assert FILE in run.require("generate").files
+    assert FILE in trained.require("generate").files
+    assert no_detector_of(trained, config) == ""

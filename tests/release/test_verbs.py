@@ -76,7 +76,9 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("dpsynth.train.run.fresh_key", lambda: b"v" * 32)
         train(config, run_path=folder / "run", ledger_path=folder / "ledger", progress=silent)
     generate(folder / "run", progress=silent)
-    checks_run.check(folder / "run", ledger_path=folder / "ledger", progress=silent)
+    notes: list[str] = []
+    checks_run.check(folder / "run", ledger_path=folder / "ledger", progress=silent, note=notes.append)
+    assert notes == ["Attempt 1 of 2."]
     generate_key(folder / "keys")
     return folder
 
@@ -460,7 +462,9 @@ def test_an_interrupted_check_goes_on_under_its_own_attempt_and_says_the_same(in
     first = verdicts_of(interrupted)
     monkeypatch.setattr(evidence_module, "encode", again)
     monkeypatch.setattr(search, "nearest_patients", again)
-    checks_run.check(interrupted / "run", ledger_path=interrupted / "ledger", progress=silent)
+    notes: list[str] = []
+    checks_run.check(interrupted / "run", ledger_path=interrupted / "ledger", progress=silent, note=notes.append)
+    assert notes == ["Attempt 2 of 2, goes on from an unfinished check."]
     assert json.loads((interrupted / "run" / "check" / "verdicts.json").read_text())["attempt"] == 2
     assert verdicts_of(interrupted) == first
     assert not (interrupted / "run" / "unfinished_check").exists()
