@@ -85,7 +85,7 @@ def check(
     record = run.folder("check") / VERDICTS
     write_json(record, {**facts, "verdicts": [verdict.to_json() for verdict in verdicts]}, private=True)
     write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
-    page = review_page(evidence, verdicts, answering=_answering(run_path))
+    page = review_page(evidence, verdicts, answering=_answering(run_path, ledger_path))
     write_bytes(run.folder("check") / REVIEW, page.encode(), private=True)
     trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
     run.complete("check", needs=("train", "generate"), facts=facts)
@@ -93,9 +93,10 @@ def check(
     return verdicts
 
 
-def _answering(run_path: Path) -> Answering:
+def _answering(run_path: Path, ledger_path: Path | None) -> Answering:
+    ledger = "" if ledger_path is None else f" --ledger {shlex.quote(str(ledger_path))}"
     words = "Your name and words go into the release, for everybody to read: name no patient, and no image that resembles one."
-    return Answering(command=f"dpsynth release {shlex.quote(str(run_path))} OUT --key KEY", words=words)
+    return Answering(command=f"dpsynth release {shlex.quote(str(run_path))} OUT --key KEY{ledger}", words=words)
 
 
 def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id: str, note: Callable[[str], object]) -> int:

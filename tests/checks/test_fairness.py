@@ -113,7 +113,7 @@ def test_a_small_group_is_named_and_not_judged() -> None:
     verdict = judged(whole, np.where(sexes == "F", 0.0, 2.0), rng)
     assert verdict.outcome is Outcome.PASS
     assert "too small to be judged: sex F" in verdict.reason
-    assert verdict.not_judged == ("sex F",)
+    assert verdict.not_judged == ("sex F", "sex F, site A", "sex F, site B")
     assert "sex F: AUC gap" not in verdict.figures
     assert verdict.figures["sex F: control patients"] == (sexes == "F").sum()
 

@@ -233,7 +233,9 @@ def test_a_person_is_shown_what_was_flagged_on_a_page_that_no_release_can_carry(
         at = 2 * numbers.index(number)
         for picture in shown[at : at + 2]:  # the copy, and the patient whose image it is
             np.testing.assert_array_equal(picture, copy)
-    assert f"dpsynth release {clinic / 'run'} OUT --key KEY \\\n    --accept &#39;copying=NAME: WHY&#39;" in text
+    assert (
+        f"dpsynth release {clinic / 'run'} OUT --key KEY --ledger {clinic / 'ledger'} \\\n    --accept &#39;copying=NAME: WHY&#39;" in text
+    )
     with pytest.raises(GateRefused, match=r"copying: flagged, and nobody has accepted it \(look at check/review.html first\)"):
         let_out(clinic)
     out = let_out(clinic, reviews={"copying": "Dr A: planted by a test"})
