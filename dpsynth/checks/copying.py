@@ -47,13 +47,13 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
     needed = copies_needed(strictest(gate))
     listed = screened(evidence, features)
     counts = f"{a} pool patients in training and {b} outside approached more closely than chance"
-    outcome, reason = (
-        Outcome.PASS,
-        f"no evidence ({counts}, p {p:.2g}); about {needed} copied pool patients, {_all_copied(evidence, needed)} among all of "
-        "training, would have been seen",
+    seen = (
+        f"about {needed} copied pool patients, {_all_copied(evidence, needed)} among all of training, would have been seen by the test, "
+        f"and any image nearer than {SCREENED * chance:.2f} of the distance to the next patient by the screening"
     )
+    outcome, reason = Outcome.PASS, f"no evidence ({counts}, p {p:.2g}); {seen}"
     if listed:
-        outcome, reason = Outcome.FLAG, _flag(listed, evidence)
+        outcome, reason = Outcome.FLAG, f"{_flag(listed, evidence)}; {counts}, p {p:.2g}; {seen}"
     least = min(int(inside.sum()), int((~inside).sum()))
     if least < _LEAST_SIDES * needed:
         outcome, reason = (
@@ -81,7 +81,7 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
             "screened images": float(len(listed)),
         },
         p_value=p,
-        accusation=f"training patients are copied: {counts}",
+        accusation=f"training patients are copied: {counts}; {seen}",
         listed=listed,
     )
 
