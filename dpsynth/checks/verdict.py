@@ -25,7 +25,8 @@ class Verdict:
 
     `statistic`, `interval` (at `confidence_level`) and `threshold` are in the unit named by `statistic_name`.
     `public` says whether the numbers may leave the site: what is computed on real patients is not covered by epsilon,
-    so a non-public verdict leaves as its outcome alone. `limitation` says what the check cannot show.
+    so a non-public verdict leaves as its outcome alone. `limitation` says what the check cannot show. `tested`: whether there was
+    anything to test; if not, the numbers mean nothing.
     """
 
     check: str
@@ -44,6 +45,7 @@ class Verdict:
     p_value: float | None = None  # before Holm; none: the check is not one of the family
     accusation: str = ""  # what is said in place of `reason` when Holm rejects
     lower_bound: float | None = None  # on epsilon, as far as this check could see
+    tested: bool = True
     listed: tuple[tuple[int, str], ...] = ()  # numbers of synthetic images, and the patient each resembles, for a person at the site
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class Verdict:
     def to_public_json(self) -> dict[str, Any]:
         """What may leave: numbers only when the verdict is public."""
         full = self.to_json()
-        keep = ("check", "question", "outcome", "limitation", "false_alarm_rate", "public")
+        keep = ("check", "question", "outcome", "limitation", "false_alarm_rate", "public", "tested")
         return full if self.public else {name: full[name] for name in keep}
 
     @classmethod
