@@ -157,9 +157,10 @@ def attributes(evidence: Evidence, features: Features, gate: GateConfig, *, rng:
     detectable = smallest_detectable_auc(len(ours), len(theirs), false_alarm_rate=level / len(tested))
     rates = {secret: _rates(found.right[secret], inside) for secret in tested}
     text = f"most for {name}: AUC {auc:.3f} (p {p:.2g}), guessed right {_text(rates[name])}"
+    seen = f"an AUC of {detectable:.2f} would have been seen"
     verdict = replace(
         verdict,
-        reason=f"no evidence for {', '.join(tested)}; {text}; an AUC of {detectable:.2f} would have been seen",
+        reason=f"no evidence for {', '.join(tested)}; {text}; {seen}",
         statistic=auc,
         interval=(low, high),
         figures={
@@ -167,7 +168,7 @@ def attributes(evidence: Evidence, features: Features, gate: GateConfig, *, rng:
             **{f"{key}, {secret}": value for secret in tested for key, value in rates[secret].items()},
         },
         p_value=p,
-        accusation=f"the images tell more about patients who were trained on than about others, {text}",
+        accusation=f"the images tell more about patients who were trained on than about others, {text}; {seen}",
     )
     if detectable > gate.largest_membership_auc:
         few = f"with {min(len(ours), len(theirs))} pool patients a side only an AUC above {detectable:.2f} could be seen"

@@ -56,13 +56,13 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
     needed = int(np.ceil(copies_needed(strictest(gate)) / max(seen, _LEAST_SEEN)))
     listed = screened(evidence, features)
     counts = f"{a} pool patients in training and {b} outside approached more closely than chance"
-    outcome, reason = (
-        Outcome.PASS,
-        f"no evidence ({counts}, p {p:.2g}); about {needed} copied pool patients, {_all_copied(evidence, needed)} among all of "
-        f"training, would have been seen{_unseen(seen)}",
+    could = (
+        f"about {needed} copied pool patients, {_all_copied(evidence, needed)} among all of training, would have been seen by the test, "
+        f"and any image nearer than {SCREENED:g} of the usual by the screening{_unseen(seen)}"
     )
+    outcome, reason = Outcome.PASS, f"no evidence ({counts}, p {p:.2g}); {could}"
     if listed:
-        outcome, reason = Outcome.FLAG, _flag(listed, evidence)
+        outcome, reason = Outcome.FLAG, f"{_flag(listed, evidence)}; {counts}, p {p:.2g}; {could}"
     least = min(int(inside.sum()), int((~inside).sum()))
     if least < _LEAST_SIDES * needed:
         outcome, reason = (
@@ -95,7 +95,7 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
             SCREENED_BELOW: SCREENED,
         },
         p_value=p,
-        accusation=f"training patients are copied: {counts}",
+        accusation=f"training patients are copied: {counts}; {could}",
         listed=listed,
         ratios=tuple(float(ratio) for ratio in found.per_item(len(evidence.synthetic))[0][[image for image, _ in listed]]),
     )

@@ -57,8 +57,8 @@ def describe(evidence: Evidence, features: Features, *, rng: np.random.Generator
 
 
 def _distances(control: Array, other: Array, rng: np.random.Generator) -> dict[str, float]:
-    value, low, high = kid_interval(control, other, rng=rng)
-    return {"KID": value, "KID lower limit": low, "KID upper limit": high}
+    value, limits = kid_interval(control, other, rng=rng)
+    return {"KID": value, **dict(zip(("KID lower limit", "KID upper limit"), limits, strict=False))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,9 @@ def _appearance(control: _Look, other: _Look) -> dict[str, float]:
     }
 
 
-def kid_interval(first: Array, second: Array, *, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Mean unbiased KID over disjoint blocks of 50 rows (one row a patient), with a 95 % interval by a bootstrap over the blocks.
+def kid_interval(first: Array, second: Array, *, rng: np.random.Generator) -> tuple[float, tuple[float, float] | tuple[()]]:
+    """Mean unbiased KID over disjoint blocks of 50 rows (one row a patient), with a 95 % interval by a bootstrap over the blocks; no
+    interval when there are fewer than two blocks, which cannot differ.
 
     first, second: (n, d), equal n, of which each row is used once.
     """
@@ -95,8 +96,10 @@ def kid_interval(first: Array, second: Array, *, rng: np.random.Generator) -> tu
     order = rng.permutation(len(first)), rng.permutation(len(second))
     parts = [np.array_split(side, blocks) for side in order]
     values = np.array([kid(first[a], second[b]) for a, b in zip(*parts, strict=True)])
+    if blocks < 2:
+        return float(values[0]), ()
     means = values[rng.integers(blocks, size=(_RESAMPLES, blocks))].mean(axis=1)
-    return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    return float(values.mean()), (float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975)))
 
 
 def histogram_distance(first: Float32, second: Float32) -> float:

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.arms import Arms, impossible
-from dpsynth.checks.classifier import auc
+from dpsynth.checks.delong import auc_difference
 from dpsynth.checks.evidence import Evidence, Features
 from dpsynth.checks.statistics import clopper_pearson, in_balls, neighbourhoods
-from dpsynth.checks.utility import difference_interval
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 from dpsynth.data.cohort import ImageSet
@@ -33,6 +32,7 @@ SMALLEST_GROUP = 20  # control patients, and at least `SMALLEST_CLASS` of each c
 SMALLEST_CLASS = 5
 LEAST_SHARE = 0.5  # of a group's share among the training images, below which it is missing among the synthetic ones
 _FAMILY_CONFIDENCE = 0.95
+_RULES = 2  # loss and missing: each has half of what the family may err
 _FEWEST_NEIGHBOURS = 12
 
 
@@ -70,45 +70,45 @@ def _rows(columns: Mapping[str, NDArray[np.str_]], wanted: Mapping[str, str]) ->
     return np.asarray(np.logical_and.reduce([columns[name] == value for name, value in wanted.items()]), dtype=np.bool_)
 
 
-def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: Callable[[], Arms], rng: np.random.Generator) -> Verdict:
+def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: Callable[[], Arms]) -> Verdict:
     """FLAG when the loss of AUC in some group is surely above the policy's margin, the intervals widened for the number of groups, or
     when a group is surely drawn less than half as often as it was trained on; INCONCLUSIVE without attributes or without a group that
-    can be judged. The worst group is named at the site."""
+    can be judged. Each of the two rules errs in at most half of the stated rate, over all groups. The worst group is named at the site."""
     groups = subgroups(evidence)
     if not groups or impossible(evidence):
         return _verdict(Outcome.INCONCLUSIVE, impossible(evidence) or "no attribute is declared, so no subgroup is known", gate, {})
     figures: dict[str, float] = {}
     judged: dict[str, tuple[float, float, float]] = {}
     small = [group.name for group in groups if not _large_enough(group, evidence)]
-    confidence = 1 - (1 - _FAMILY_CONFIDENCE) / max(1, len(groups) - len(small))
+    confidence = _confidence(len(groups) - len(small))
     for group in groups:
         figures |= {f"{group.name}: {key}": value for key, value in _described(group, evidence, features, arms()).items()}
         if group.name not in small:
-            judged[group.name] = _loss(group, evidence, arms(), confidence, rng)
+            judged[group.name] = _loss(group, evidence, arms(), confidence)
             figures |= {
                 f"{group.name}: {key}": v for key, v in zip(("AUC gap", "AUC gap, low", "AUC gap, high"), judged[group.name], strict=True)
             }
-    left_out = f"; too small to be judged: {', '.join(small)}" if small else ""
-    missing = [group.name for group in groups if _missing(group, evidence, 1 - (1 - _FAMILY_CONFIDENCE) / len(groups))]
-    if missing:
-        left_out += f"; drawn less than half as often as among training images: {', '.join(missing)}"
-    if not judged and not missing:
-        return _verdict(Outcome.INCONCLUSIVE, f"no subgroup has {SMALLEST_GROUP} control patients{left_out}", gate, figures, small)
+    missing = _missing(groups, evidence)
+    left_out = f". Groups too small to be judged: {'; '.join(small)}" if small else ""
+    left_out += f". Groups drawn less than half as often as among training images: {'; '.join(missing)}" if missing else ""
     if not judged:
-        return _verdict(Outcome.FLAG, f"no subgroup can be judged by its loss{left_out}", gate, figures, small)
+        outcome = Outcome.FLAG if missing else Outcome.INCONCLUSIVE
+        few = f"no subgroup has {SMALLEST_GROUP} control patients and {SMALLEST_CLASS} images of each class"
+        return _verdict(outcome, f"{few}{left_out}", gate, figures, small)
     worst = min(judged, key=lambda name: judged[name][0])
     gap, low, high = judged[worst]
-    text = f"worst subgroup {worst}: AUC {gap:+.3f} against real images ({low:+.3f} to {high:+.3f}){left_out}"
+    widest = max((upper - lower) / 2 for _, lower, upper in judged.values())
     surely = [name for name, (_, _, upper) in judged.items() if upper < -gate.utility_margin]
+    reason = f"Loss above {gate.utility_margin:g} for: {'; '.join(surely)}. " if surely else ""
+    reason += f"Worst subgroup {worst}: AUC {gap:+.3f} against real images ({low:+.3f} to {high:+.3f})"
+    reason += f". The difference is known to ± {widest:.3f} or better in all {len(judged)} groups that were judged{left_out}"
     outcome = Outcome.FLAG if surely or missing else Outcome.PASS
-    return _verdict(
-        outcome,
-        text if not surely else f"loss above {gate.utility_margin:g} for {', '.join(surely)}; {text}",
-        gate,
-        figures,
-        small,
-        worst=judged[worst],
-    )
+    return _verdict(outcome, reason, gate, figures, small, worst=judged[worst])
+
+
+def _confidence(number: int) -> float:
+    """Of the interval of each of `number` groups in one of the two rules."""
+    return 1 - (1 - _FAMILY_CONFIDENCE) / _RULES / max(1, number)
 
 
 def _large_enough(group: Subgroup, evidence: Evidence) -> bool:
@@ -117,27 +117,25 @@ def _large_enough(group: Subgroup, evidence: Evidence) -> bool:
     return patients >= SMALLEST_GROUP and int(counts.min()) >= SMALLEST_CLASS
 
 
-def _missing(group: Subgroup, evidence: Evidence, confidence: float) -> bool:
-    """Whether a group that is not small among patients is surely drawn less than half as often as it was trained on."""
-    if len(np.unique(evidence.control.patients[group.control])) < SMALLEST_GROUP:
-        return False
-    upper = clopper_pearson(int(group.synthetic.sum()), len(group.synthetic), confidence)[1]
-    return upper < LEAST_SHARE * float(group.training.mean())
+def _missing(groups: list[Subgroup], evidence: Evidence) -> list[str]:
+    """Groups that are not small among patients and surely drawn less than half as often as they were trained on."""
+    common = [g for g in groups if len(np.unique(evidence.control.patients[g.control])) >= SMALLEST_GROUP]
+    upper = {g.name: clopper_pearson(int(g.synthetic.sum()), len(g.synthetic), _confidence(len(common)))[1] for g in common}
+    return [g.name for g in common if upper[g.name] < LEAST_SHARE * float(g.training.mean())]
 
 
-def _loss(group: Subgroup, evidence: Evidence, arms: Arms, confidence: float, rng: np.random.Generator) -> tuple[float, float, float]:
+def _loss(group: Subgroup, evidence: Evidence, arms: Arms, confidence: float) -> tuple[float, float, float]:
+    """Difference of AUC with its interval by formula: so far out as many groups make it, resamples have no quantiles."""
     rows = np.flatnonzero(group.control)
-    owners = evidence.control.patients[rows]
-    rows_of = [np.flatnonzero(owners == patient) for patient in np.unique(owners)]
-    labels, ours, theirs = evidence.control.labels[rows], arms.synthetic[rows], arms.real[rows]
-    low, high = difference_interval(ours, theirs, labels, rows_of, rng, confidence_level=confidence)
-    return auc(ours, labels) - auc(theirs, labels), low, high
+    found = auc_difference(arms.synthetic[rows], arms.real[rows], evidence.control.labels[rows], evidence.control.patients[rows])
+    return found.estimate, *found.interval(confidence)
 
 
 def _described(group: Subgroup, evidence: Evidence, features: Features, arms: Arms) -> dict[str, float]:
     """Numbers, shares, whether the labels are what they look like, and precision and coverage beside real images of the group.
 
-    Intervals are of what the generator would draw without end, with these patients and classifiers as they are: its images are independent.
+    Intervals are of what the generator, or the hospital, would give without end, with the control patients of the neighbourhoods and the
+    classifiers as they are: its images, and patients, are independent.
     """
     first_control, first_training = (np.array([rows[0] for rows in side.rows_of()]) for side in (evidence.control, evidence.training))
     control, training = features.control[group.control[first_control]], features.training[group.training[first_training]]
@@ -150,12 +148,13 @@ def _described(group: Subgroup, evidence: Evidence, features: Features, arms: Ar
     if group.synthetic.any():
         agrees = arms.synthetic_by_real.argmax(axis=1)[group.synthetic] == evidence.synthetic_labels[group.synthetic]
         figures |= _rate("label agreement, synthetic", agrees)
-    if group.control.any():
-        figures["label agreement, real"] = float(np.mean((arms.real.argmax(axis=1) == evidence.control.labels)[group.control]))
+    if group.control[first_control].any():
+        rows = first_control[group.control[first_control]]  # one image a patient, as those of one patient are not independent
+        figures |= _rate("label agreement, real", arms.real.argmax(axis=1)[rows] == evidence.control.labels[rows])
     size = min(len(control), len(training), len(synthetic))
     if size >= _FEWEST_NEIGHBOURS:
         figures |= _rate("precision, synthetic", in_balls(control, synthetic))
-        figures["precision, real"] = float(in_balls(control, training).mean())
+        figures |= _rate("precision, real", in_balls(control, training))
         figures["coverage, synthetic"] = neighbourhoods(control[:size], synthetic[:size]).coverage
         figures["coverage, real"] = neighbourhoods(control[:size], training[:size]).coverage
     return figures

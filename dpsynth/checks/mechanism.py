@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+from scipy import optimize, stats
+
 from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.family import strictest
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 from dpsynth.privacy.audit import BEFORE, DURING, Audit
+from dpsynth.privacy.lower_bounds import mechanism_inverse, one_run_curve_refutes
 
 QUESTION = "Do gradient canaries give away more than the accounting of DP-SGD allows?"
 LIMITATION = (
@@ -15,10 +20,13 @@ LIMITATION = (
     "tests of the accounting check do), nor the moments, whose noise is tested directly. A low lower bound is no evidence of privacy."
 )
 HEADLINE = "one run, curve"
+_WHERE = {BEFORE: "before training, on a toy net", DURING: "during training, with this run's own noise and steps"}
 
 
 def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
-    """Accuses when an audit refutes the curve of its mechanism, Bonferroni over the two; INCONCLUSIVE when one is missing."""
+    """Accuses when an audit refutes the curve of its mechanism, Bonferroni over the two; INCONCLUSIVE when one is missing.
+
+    Without DP-SGD there is nothing to test, which the verdict says; it stops no release."""
     blank = Verdict.nothing_found(
         "mechanism",
         question=QUESTION,
@@ -28,7 +36,8 @@ def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
     )
     verdict = replace(blank, threshold=None)
     if not evidence.uses_sgd:
-        return replace(verdict, reason="nothing was trained by DP-SGD; the noise of the moments is tested by the accounting check")
+        reason = "nothing was trained by DP-SGD, so canaries have nothing to test; the noise of the moments is tested in accounting"
+        return replace(verdict, tested=False, false_alarm_rate=0.0, confidence_level=0.0, reason=reason)
     missing = [name for name in (BEFORE, DURING) if name not in evidence.canaries]
     if missing:
         return replace(verdict, outcome=Outcome.INCONCLUSIVE, reason=f"no result of the canaries {', '.join(missing)}")
@@ -42,7 +51,10 @@ def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
     figures = {f"{method}, {name}": value for name, found in bounds.items() for method, value in found.items()}
     figures |= {f"booked, {name}": value for name, value in claimed.items()}
     figures |= {f"right guesses of {audit.guesses}, {name}": float(audit.correct) for name, audit in audits.items()}
-    seen = f"half of the noise would have been seen; {'; '.join(texts)}"
+    power = {name: power_at_half_noise(audit, strictest(gate) / len(audits)) for name, audit in audits.items()}
+    figures |= {f"power to see half of the noise, {name}": value for name, value in power.items()}
+    seen = " and ".join(f"{value:.2f} {_WHERE[name]}" for name, value in power.items())
+    seen = f"half of the noise would have been seen with probability {seen}; {'; '.join(texts)}"
     found = bounds[DURING][HEADLINE]
     return replace(
         verdict,
@@ -52,5 +64,29 @@ def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
         figures=figures,
         p_value=p,
         lower_bound=found,
-        accusation=f"the canaries give away more than DP-SGD as booked allows: {'; '.join(texts)}",
+        accusation=f"the canaries give away more than DP-SGD as booked allows: {seen}",
     )
+
+
+def power_at_half_noise(audit: Audit, level: float) -> float:
+    """Probability that an audit of as many canaries, guesses and steps refutes its mechanism at `level` if half of the noise were added.
+
+    Scores are then close to normal, by the sum over the steps: N(0, T s^2 / 4) outside and N(T q, T s^2 / 4 + T q (1 - q)) inside, for T
+    steps, sampling probability q and noise multiplier s. Guesses are right independently, as if their thresholds were known.
+    """
+    mechanism, each = audit.mechanism, audit.guesses / 2 / audit.cases
+    steps, chance = mechanism.steps, mechanism.sampling_probability
+    variance = steps * mechanism.noise_multiplier**2 / 4
+    outside = stats.norm(0, np.sqrt(variance))
+    inside = stats.norm(steps * chance, np.sqrt(variance + steps * chance * (1 - chance)))
+    ends = min(x.ppf(1e-9) for x in (outside, inside)), max(x.ppf(1 - 1e-9) for x in (outside, inside))
+    top = optimize.brentq(lambda t: (outside.sf(t) + inside.sf(t)) / 2 - each, *ends)
+    bottom = optimize.brentq(lambda t: (outside.cdf(t) + inside.cdf(t)) / 2 - each, *ends)
+    right = float(inside.sf(top) / 2 + outside.cdf(bottom) / 2) / (2 * each)
+    inverse = mechanism_inverse((mechanism,))
+    low, high = 0, audit.guesses + 1  # the fewest right guesses that refute it lie above `low` and at most at `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        refuted = one_run_curve_refutes(cases=audit.cases, guesses=audit.guesses, correct=middle, inverse=inverse, failure=level)
+        low, high = (low, middle) if refuted else (middle, high)
+    return float(stats.binom.sf(high - 1, audit.guesses, min(right, 1.0)))

@@ -88,10 +88,8 @@ def membership(evidence: Evidence, gate: GateConfig, *, scores: Callable[[], Arr
     inside, level = evidence.inside, strictest(gate)
     found = attack(scores(), inside, delta=evidence.delta, level=level, rng=rng)
     bound = f"epsilon is at least {found.epsilon:.2f} by this attack, {evidence.epsilon:.2f} is claimed"
-    outcome, reason = (
-        Outcome.PASS,
-        f"no evidence (AUC {found.auc:.3f}, p {found.p:.2g}); an AUC of {found.detectable:.2f} would have been seen; {bound}",
-    )
+    seen = f"an AUC of {found.detectable:.2f} would have been seen"
+    outcome, reason = Outcome.PASS, f"no evidence (AUC {found.auc:.3f}, p {found.p:.2g}); {seen}; {bound}"
     if found.detectable > gate.largest_membership_auc:
         outcome, reason = (
             Outcome.INCONCLUSIVE,
@@ -119,6 +117,7 @@ def membership(evidence: Evidence, gate: GateConfig, *, scores: Callable[[], Arr
             "epsilon at least": found.epsilon,
         },
         p_value=found.p,
-        accusation=f"training patients lie nearer to the synthetic images than chance allows (AUC {found.auc:.3f}); {bound}{refuted}",
+        accusation=f"training patients lie nearer to the synthetic images than chance allows (AUC {found.auc:.3f}); {seen}; "
+        f"{bound}{refuted}",
         lower_bound=found.epsilon,
     )

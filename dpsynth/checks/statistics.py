@@ -68,8 +68,12 @@ class Neighbourhoods:
 
 def neighbourhoods(real: Array, synthetic: Array, *, k: int = 5) -> Neighbourhoods:
     """The four measures with balls to the k-th neighbour. real: (n, d), synthetic: (m, d), both larger than k."""
+    return neighbourhoods_from(pairwise(real, real), pairwise(real, synthetic), pairwise(synthetic, synthetic), k=k)
+
+
+def neighbourhoods_from(real: Array, across: Array, synthetic: Array, *, k: int = 5) -> Neighbourhoods:
+    """The same from distances among real (n, n), from real to synthetic (n, m) and among synthetic points (m, m)."""
     real_radius, synthetic_radius = _radius(real, k), _radius(synthetic, k)
-    across = pairwise(real, synthetic)
     inside = across < real_radius[:, None]
     return Neighbourhoods(
         precision=float(inside.any(axis=0).mean()),  # as `in_balls` has it
@@ -81,12 +85,12 @@ def neighbourhoods(real: Array, synthetic: Array, *, k: int = 5) -> Neighbourhoo
 
 def in_balls(real: Array, others: Array, *, k: int = 5) -> NDArray[np.bool_]:
     """Which of `others` (m, d) lie in the ball of some real point (n, d) to its k-th neighbour: precision is their share."""
-    return np.asarray((pairwise(real, others) < _radius(real, k)[:, None]).any(axis=0), dtype=np.bool_)
+    return np.asarray((pairwise(real, others) < _radius(pairwise(real, real), k)[:, None]).any(axis=0), dtype=np.bool_)
 
 
-def _radius(points: Array, k: int) -> Array:
-    """Distance of each point (n, d) to its k-th neighbour, (n,)."""
-    return np.asarray(np.partition(pairwise(points, points), k, axis=1)[:, k])
+def _radius(among: Array, k: int) -> Array:
+    """Distance of each point to its k-th neighbour, (n,), from distances among the points (n, n)."""
+    return np.asarray(np.partition(among, k, axis=1)[:, k])
 
 
 def auc_interval(positive: Array, negative: Array, confidence_level: float) -> tuple[float, float, float]:
@@ -178,6 +182,18 @@ def clopper_pearson(successes: int, trials: int, confidence_level: float) -> tup
     tail = (1 - confidence_level) / 2
     low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, trials - successes + 1))
     high = 1.0 if successes == trials else float(stats.beta.ppf(1 - tail, successes + 1, trials - successes))
+    return low, high
+
+
+def share_interval(share: float, stddev: float, trials: int, confidence_level: float) -> tuple[float, float]:
+    """Interval of a share that was not counted in independent trials: Clopper and Pearson's with as many trials as would give its
+    standard deviation, never more than there were (Korn and Graubard 1998)."""
+    effective = float(trials)
+    if stddev > 0 and 0 < share < 1:
+        effective = min(effective, share * (1 - share) / stddev**2)
+    tail, hits = (1 - confidence_level) / 2, share * effective
+    low = 0.0 if hits <= 0 else float(stats.beta.ppf(tail, hits, effective - hits + 1))
+    high = 1.0 if hits >= effective else float(stats.beta.ppf(1 - tail, hits + 1, effective - hits))
     return low, high
 
 

@@ -52,7 +52,7 @@ def run_checks(evidence: Evidence, gate: GateConfig, *, seed: int, progress: Pro
         "attributes": lambda: attributes(evidence, features, gate, rng=rng(8)),
         "fidelity": lambda: fidelity(features, gate, rng=rng(3), description=describe(evidence, features, rng=rng(5), progress=progress)),
         "utility": lambda: utility(evidence, gate, arms=arms, rng=rng(4)),
-        "fairness": lambda: fairness(evidence, features, gate, arms=arms, rng=rng(6)),
+        "fairness": lambda: fairness(evidence, features, gate, arms=arms),
         "content": lambda: content(evidence.screening, gate.content, withheld=evidence.withheld),
     }
     if "white_box" in gate.required:

@@ -37,7 +37,10 @@ def utility(evidence: Evidence, gate: GateConfig, *, arms: Callable[[], Arms], r
     trained = arms()
     tstr, trtr = auc(trained.synthetic, control.labels), auc(trained.real, control.labels)
     low, high = difference_interval(trained.synthetic, trained.real, control.labels, control.rows_of(), rng, confidence_level=_CONFIDENCE)
-    text = f"AUC {tstr:.3f} trained on synthetic, {trtr:.3f} on real images"
+    text = (
+        f"AUC {tstr:.3f} trained on synthetic, {trtr:.3f} on real images, a difference of {tstr - trtr:+.3f} ± {(high - low) / 2:.3f} "
+        f"({_CONFIDENCE:.0%}, {control.num_patients} control patients)"
+    )
     if low >= -gate.utility_margin:
         outcome, reason = Outcome.PASS, text
     elif high < -gate.utility_margin:
@@ -45,7 +48,7 @@ def utility(evidence: Evidence, gate: GateConfig, *, arms: Callable[[], Arms], r
     else:
         outcome, reason = (
             Outcome.INCONCLUSIVE,
-            f"{text}: with {control.num_patients} control patients a loss above {gate.utility_margin:g} cannot be excluded",
+            f"{text}: a loss above {gate.utility_margin:g} cannot be excluded",
         )
     return _verdict(outcome, reason, tstr - trtr, (low, high), gate, _figures(evidence, trained, rng))
 

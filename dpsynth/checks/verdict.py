@@ -28,7 +28,8 @@ class Verdict:
     `statistic`, `interval` (at `confidence_level`) and `threshold` are in the unit named by `statistic_name`; each is None where there is
     none.
     `public` says whether the numbers may leave the site: what is computed on real patients is not covered by epsilon,
-    so a non-public verdict leaves as its outcome alone. `limitation` says what the check cannot show.
+    so a non-public verdict leaves as its outcome alone. `limitation` says what the check cannot show. `tested`: whether there was
+    anything to test; if not, the numbers mean nothing.
     """
 
     check: str
@@ -48,6 +49,7 @@ class Verdict:
     accusation: str = ""  # what is said in place of `reason` when Holm rejects
     lower_bound: float | None = None  # on epsilon, as far as this check could see
     family: bool = False  # `false_alarm_rate` is of all the checks together for which this is true
+    tested: bool = True
     listed: tuple[tuple[int, str], ...] = ()  # numbers of synthetic images, and the patient each resembles, for a person at the site
     ratios: tuple[float, ...] = ()  # of each listed image: distance to that patient as part of that to the nearest other one
     not_judged: tuple[str, ...] = ()  # groups of patients that are too small
@@ -67,7 +69,7 @@ class Verdict:
     def to_public_json(self) -> dict[str, Any]:
         """What may leave: numbers only when the verdict is public."""
         full = self.to_json()
-        keep = ("check", "question", "outcome", "limitation", "false_alarm_rate", "family", "public")
+        keep = ("check", "question", "outcome", "limitation", "false_alarm_rate", "family", "public", "tested")
         return full if self.public else {name: full[name] for name in keep}
 
     def line(self) -> str:

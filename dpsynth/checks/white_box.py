@@ -56,9 +56,10 @@ def white_box(evidence: Evidence, gate: GateConfig, *, rng: np.random.Generator,
     scores = loss_scores(evidence.generator, images, cells, seed=int(rng.integers(2**31)), progress=progress)
     found = attack(scores, inside, delta=evidence.delta, level=relied_on("white_box", gate), rng=rng)
     bound = f"epsilon is at least {found.epsilon:.2f} by this attack, {evidence.epsilon:.2f} is claimed"
+    seen = f"an AUC of {found.detectable:.2f} would have been seen"
     verdict = replace(
         verdict,
-        reason=f"no evidence (AUC {found.auc:.3f}, p {found.p:.2g}); an AUC of {found.detectable:.2f} would have been seen; {bound}",
+        reason=f"no evidence (AUC {found.auc:.3f}, p {found.p:.2g}); {seen}; {bound}",
         statistic=found.auc,
         interval=(found.low, found.high),
         figures={
@@ -69,7 +70,7 @@ def white_box(evidence: Evidence, gate: GateConfig, *, rng: np.random.Generator,
             "epsilon at least": found.epsilon,
         },
         p_value=found.p,
-        accusation=f"the weights tell who was trained on (AUC {found.auc:.3f} of the loss); {bound}",
+        accusation=f"the weights tell who was trained on (AUC {found.auc:.3f} of the loss); {seen}; {bound}",
         lower_bound=found.epsilon,
     )
     if found.detectable > gate.largest_membership_auc:

@@ -25,6 +25,7 @@ _WORDS = {
     Outcome.FAIL: "evidence against",
     Outcome.INCONCLUSIVE: "could not tell",
 }
+_NOTHING_TO_TEST = "there was nothing to test"
 _NOT_CLAIMED = (
     "That nothing can be learned about patients as a group: that is the purpose of the images.",
     "That attributes of a person cannot be guessed from what is generally true of people like them.",
@@ -171,5 +172,6 @@ def _verdict(verdict: Verdict, *, site: bool) -> dict[str, Any]:
     values = verdict.to_json() if site else verdict.to_public_json()
     for name in ("listed", "ratios"):  # patients are named in the run's folder of checks alone
         values.pop(name, None)
-    shown = {"symbol": _SYMBOLS[verdict.outcome], "word": _WORDS[verdict.outcome], "numbers": "statistic" in values}
+    word = _WORDS[verdict.outcome] if verdict.tested else _NOTHING_TO_TEST
+    shown = {"symbol": _SYMBOLS[verdict.outcome], "word": word, "numbers": "statistic" in values}
     return {"not_judged": [], **values, **shown}

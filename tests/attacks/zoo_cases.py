@@ -218,7 +218,7 @@ def _learnt(seed: int) -> dict[str, Finding]:
         if check is utility or name == "honest":
             verdicts[name] = utility(sets, GATE, arms=lambda arms=arms: arms, rng=rng)
         if check is fairness or name == "honest":
-            verdicts[f"{name}, groups"] = fairness(sets, features, GATE, arms=lambda arms=arms: arms, rng=rng)
+            verdicts[f"{name}, groups"] = fairness(sets, features, GATE, arms=lambda arms=arms: arms)
     return {
         "labels swapped": _failed(verdicts["swapped"]),
         "one subgroup dropped": _failed(verdicts["dropped, groups"], outcome=Outcome.FLAG, word="sex F"),

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+from scipy import stats
 
 from dpsynth.checks.burned_text import LIMITS, text_scores
-from dpsynth.checks.content import content
+from dpsynth.checks.content import WITHOUT_CAUSE, content
 from dpsynth.checks.plausibility import Reference, deviations
 from dpsynth.checks.screening import Decision, Screening, keyed_sample, screen, similarity_to_earlier
+from dpsynth.checks.statistics import clopper_pearson
 from dpsynth.checks.verdict import Outcome
 from dpsynth.config import ContentConfig, parse_config
 from dpsynth.data.phantom import phantom_cohort
@@ -206,3 +208,37 @@ def test_ocr_reads_what_strokes_miss() -> None:
 def test_a_policy_that_makes_no_sense_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=r"gate\.content"):
         parse_config(f"gate: {{content: {{{setting}}}}}", base=Path())
+
+
+def test_the_stated_rate_is_that_of_failing_and_what_a_person_may_see_in_vain_is_said_besides(reference: Reference) -> None:
+    """0 of 4,100 honest images bound the rate of one image at 0.07 %, which is no rate of the check: more images, more flags."""
+    assert clopper_pearson(0, 4100, 0.9)[1] == pytest.approx(WITHOUT_CAUSE)
+    small, large = (content(screened(chests(count, seed=30), reference), POLICY, withheld=0) for count in (40, 200))
+    assert small.false_alarm_rate == pytest.approx(1 - (1 - WITHOUT_CAUSE) ** 40)  # a single one is above 2 % of 40
+    assert large.false_alarm_rate == pytest.approx(stats.binom.sf(4, 200, WITHOUT_CAUSE))
+    assert f"of honest images at most 0.07%, here {200 * WITHOUT_CAUSE:.1f}, are for a person without cause" in large.reason
+
+
+def test_every_reason_says_which_share_would_have_been_seen(reference: Reference) -> None:
+    """A fault of 1.49 % of what is drawn is missed in 200 images with probability 0.05."""
+    good = chests(200, seed=31)
+    missed = (1 - 0.0149) ** 200
+    assert missed == pytest.approx(0.05, rel=0.01)
+    grey, flat = good.copy(), np.repeat(good[:4], 50, axis=0)
+    grey[0] = np.where(np.arange(32 * 32).reshape(32, 32) % 2, 0.0, 0.05)
+    found = {content(screened(images, reference), POLICY, withheld=0).outcome: images for images in (good, grey, flat)}
+    assert {Outcome.PASS, Outcome.FAIL} <= set(found)
+    for images in found.values():
+        reason = content(screened(images, reference), POLICY, withheld=0).reason
+        assert "in 1.49% of what is drawn, would have been seen with probability 0.95" in reason
+
+
+@pytest.mark.parametrize("repetitions", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_honest_images_go_to_a_person_no_more_often_than_is_said(repetitions: int, reference: Reference) -> None:
+    """Sets of 40: at 0.07 % an image more are shown than stated less than once in 1,000; and none fails."""
+    shown = 0
+    for seed in range(repetitions):
+        verdict = content(screened(chests(40, seed=100 + seed), reference), POLICY, withheld=0)
+        assert verdict.outcome is not Outcome.FAIL
+        shown += int(verdict.figures["for a person"])
+    assert stats.binom.sf(shown - 1, 40 * repetitions, WITHOUT_CAUSE) > 1e-3, shown

@@ -108,6 +108,18 @@ def test_a_bound_above_the_claim_is_said_to_refute_it() -> None:
     assert "refutes the claim" in decide_family([verdict], GATE.family_error)[0].reason
 
 
+def test_what_would_have_been_seen_is_said_also_when_they_accuse() -> None:
+    rng = np.random.default_rng(0)
+    hospital = Hospital.drawn(rng)
+    honest = hospital.judge(points(300, rng))
+    accused = hospital.judge(hospital.training[rng.integers(len(hospital.training), size=300)] + 0.05 * points(300, rng))
+    flagged = hospital.judge(np.concatenate([np.repeat(hospital.training[-1:], 3, axis=0) + 1e-3, points(80, rng)]))["copying"]
+    assert flagged.outcome is Outcome.FLAG
+    for verdict in (*honest.values(), *accused.values(), flagged):
+        assert "would have been seen" in verdict.reason, verdict.check
+    assert "after Holm" in accused["copying"].reason
+
+
 def test_with_few_patients_they_cannot_tell() -> None:
     rng = np.random.default_rng(0)
     verdicts = Hospital.drawn(rng, pool=24).judge(points(50, rng))
@@ -311,6 +323,9 @@ def test_utility_passes_real_images_fails_shuffled_labels_and_cannot_tell_withou
     assert shuffled.outcome is Outcome.FAIL, shuffled.reason
     swapped = utility_of(images, 1 - labels)
     assert swapped.outcome is Outcome.FAIL
+    for verdict in (good, shuffled, swapped):
+        low, high = verdict.interval
+        assert f"{verdict.statistic:+.3f} ± {(high - low) / 2:.3f} (90%, 300 control patients)" in verdict.reason
     assert utility_of(images[labels == 0], labels[labels == 0]).outcome is Outcome.INCONCLUSIVE
 
 

@@ -85,7 +85,23 @@ def test_kid_has_no_bias_and_its_interval_sees_a_shift() -> None:
     rng = np.random.default_rng(0)
     values = [kid_interval(*rng.normal(size=(2, 200, 8)), rng=rng)[0] for _ in range(60)]
     assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(60)
-    assert kid_interval(rng.normal(size=(200, 8)), rng.normal(size=(200, 8)) + 0.7, rng=rng)[1] > 0
+    assert min(kid_interval(rng.normal(size=(200, 8)), rng.normal(size=(200, 8)) + 0.7, rng=rng)[1]) > 0
+
+
+def test_kid_of_one_block_has_no_interval() -> None:
+    """One block can be drawn in one way: the interval would have no width, and look like certainty."""
+    rng = np.random.default_rng(0)
+    small, large = (rng.normal(size=(2, count, 8)) for count in (99, 100))
+    assert kid_interval(*small, rng=rng)[1] == ()
+    low, high = kid_interval(*large, rng=rng)[1]
+    assert low < high
+    for count in (60, 120):
+        images, labels = phantoms(count, 1, side=16)
+        sets = evidence_of(image_set(images, labels), image_set(images, labels), images, labels)
+        encoded = [rng.normal(size=(count, 6)) for _ in range(3)]
+        figures = describe(sets, features_of(*encoded), rng=rng, progress=silent)
+        assert ("KID lower limit, synthetic" in figures) is (count == 120)
+        assert "KID, real" in figures
 
 
 def test_scales_are_as_many_as_the_size_allows() -> None:

@@ -115,7 +115,7 @@ def test_a_statistic_that_is_no_number_is_no_answer() -> None:
 
 def test_what_leaves_of_a_verdict_on_patients_is_a_fixed_list() -> None:
     full = replace(verdict("membership"), accusation="AUC 0.7", listed=((1, "p"),), p_value=0.1, lower_bound=1.0)
-    assert set(full.to_public_json()) == {"check", "question", "outcome", "limitation", "false_alarm_rate", "public"}
+    assert set(full.to_public_json()) == {"check", "question", "outcome", "limitation", "false_alarm_rate", "family", "public", "tested"}
 
 
 def with_ratios(synthetic: list[float]) -> tuple[Evidence, Any]:

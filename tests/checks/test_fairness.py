@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from evidence_cases import evidence_of, features_of, image_set
+from scipy import stats
 from test_decisions import GATE
 
 from dpsynth.checks.arms import Arms
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.fairness import fairness, subgroups
-from dpsynth.checks.statistics import in_balls, neighbourhoods
+from dpsynth.checks.statistics import clopper_pearson, in_balls, neighbourhoods
 from dpsynth.checks.verdict import Outcome, Verdict
 
 
@@ -44,7 +45,7 @@ def judged(whole: Evidence, skill: np.ndarray, rng: np.random.Generator) -> Verd
         synthetic_by_real=predictions(whole.synthetic_labels, good, rng),
     )
     encoded = features_of(*(rng.normal(size=(len(labels), 6)) for _ in range(3)))
-    return fairness(whole, encoded, GATE, arms=lambda: arms, rng=rng)
+    return fairness(whole, encoded, GATE, arms=lambda: arms)
 
 
 def test_a_subgroup_that_is_served_badly_is_named_and_goes_to_a_person() -> None:
@@ -79,7 +80,7 @@ def test_a_subgroup_that_is_drawn_badly_has_less_precision_beyond_its_interval()
         women = (whole.synthetic_attributes["sex"] == "F")[:, None]
         control = rng.normal(size=(160, 6))
         encoded = features_of(np.where(women, rng.normal(2.0, 1, (160, 6)), rng.normal(size=(160, 6))), rng.normal(size=(160, 6)), control)
-        figures = fairness(whole, encoded, GATE, arms=lambda arms=arms: arms, rng=rng).figures
+        figures = fairness(whole, encoded, GATE, arms=lambda arms=arms: arms).figures
         assert figures["sex F: precision, synthetic, high"] < figures["sex F: precision, real"]
         assert (
             figures["sex M: precision, synthetic, low"]
@@ -145,3 +146,72 @@ def test_a_chosen_mix_shows_in_the_shares(target: float) -> None:
     figures = judged(whole, np.full(200, 2.0), rng).figures
     assert figures["sex F: share of synthetic images"] == pytest.approx(target)
     assert figures["sex F: share of training images"] < 0.3
+
+
+def test_groups_are_told_apart_in_the_reason() -> None:
+    """A crossing has a comma in its name, so groups are set off by semicolons and each list ends with a full stop."""
+    rng = np.random.default_rng(0)
+    whole, sexes, _ = cohort(500, rng)
+    reason = judged(whole, np.where(sexes == "F", 0.0, 2.0), rng).reason
+    listed = reason.removeprefix("Loss above 0.1 for: ").partition(". ")[0]
+    assert listed.split("; ") == ["sex F", "sex F, site A", "sex F, site B"]
+    rare, _, _ = cohort(120, np.random.default_rng(1), rare=0.03)
+    small = judged(rare, np.full(120, 2.0), rng).reason.partition("Groups too small to be judged: ")[2].partition(". ")[0]
+    assert set(small.split("; ")) == {"sex F", "sex F, site A", "sex F, site B"}
+
+
+def test_it_says_how_well_the_worst_known_group_is_known() -> None:
+    whole, _, _ = cohort(200, np.random.default_rng(0))
+    for skill in (2.0, 0.5):
+        verdict = judged(whole, np.full(200, skill), np.random.default_rng(0))
+        groups = [name.removesuffix(": AUC gap") for name in verdict.figures if name.endswith(": AUC gap")]
+        widest = max((verdict.figures[f"{name}: AUC gap, high"] - verdict.figures[f"{name}: AUC gap, low"]) / 2 for name in groups)
+        assert f"known to ± {widest:.3f} or better in all {len(groups)} groups" in verdict.reason
+
+
+def skill_of_loss(loss: float) -> float:
+    """Skill whose AUC lies `loss` below that of skill 2: scores of the classes differ by twice the skill, with noise of variance 1."""
+    return float(stats.norm.ppf(stats.norm.cdf(2 * 2.0 / np.sqrt(2)) - loss) * np.sqrt(2) / 2)
+
+
+@pytest.mark.parametrize(("repetitions", "most"), [(15, 3), pytest.param(200, 12, marks=pytest.mark.slow, id="200")])
+@pytest.mark.parametrize("rule", ["loss", "missing", "both"])
+def test_at_both_limits_at_once_it_flags_no_more_often_than_stated(rule: str, repetitions: int, most: int) -> None:
+    """The margin is lost in every group, or one is drawn exactly half as often as trained on: 2.5 % for both rules together. At that
+    rate 15 releases are flagged more than 3 times once in 2,000, and 200 more than 12 times once in 300."""
+    flags = 0
+    for seed in range(repetitions):
+        rng = np.random.default_rng(seed)
+        whole, _, _ = cohort(240, rng)
+        if rule != "loss":
+            trained = np.mean([mapping["sex"] == "F" for mapping in whole.training.attributes])
+            drawn = {**whole.synthetic_attributes, "sex": np.where(rng.random(240) < trained / 2, "F", "M")}
+            whole = replace(whole, synthetic_attributes=drawn)
+        skill = 2.0 if rule == "missing" else skill_of_loss(GATE.utility_margin)
+        flags += judged(whole, np.full(240, skill), rng).outcome is Outcome.FLAG
+    assert flags <= most, flags
+
+
+def test_real_figures_have_intervals_of_one_image_a_patient() -> None:
+    """Ten images of each patient are no more evidence than one."""
+    rng = np.random.default_rng(0)
+    whole, _, labels = cohort(160, rng)
+    once = judged(whole, np.full(160, 2.0), np.random.default_rng(7)).figures
+    for name in ("label agreement, real", "precision, real"):
+        assert once[f"sex F: {name}, low"] < once[f"sex F: {name}"] < once[f"sex F: {name}, high"]
+    tenfold = np.repeat(np.arange(160), 10)
+    control = image_set(
+        whole.control.images[tenfold],
+        labels[tenfold],
+        tenfold,
+        prefix="c",
+        attributes=tuple(whole.control.attributes[row] for row in tenfold),
+    )
+    many = replace(whole, control=control)
+    p = np.full((1600, 2), 0.5)
+    arms = Arms(synthetic=p, real=p, both=p, synthetic_by_real=np.full((160, 2), 0.5))
+    encoded = features_of(*(rng.normal(size=(160, 6)) for _ in range(3)))
+    figures = fairness(many, encoded, GATE, arms=lambda: arms).figures
+    women = int(figures["sex F: control patients"])
+    right = round(figures["sex F: label agreement, real"] * women)
+    assert figures["sex F: label agreement, real, low"] == pytest.approx(clopper_pearson(right, women, 0.95)[0])
