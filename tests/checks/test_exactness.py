@@ -97,8 +97,10 @@ def test_the_worse_of_two_audits_pays_for_both(monkeypatch: pytest.MonkeyPatch) 
         return SimpleNamespace(p_value=lambda: values[name], lower_bounds=lambda _: bounds, claimed=lambda _: 1.0, guesses=1, correct=1)
 
     monkeypatch.setattr(mechanism_module, "Audit", SimpleNamespace(from_json=audit))
+    monkeypatch.setattr(mechanism_module, "power_at_half_noise", lambda _, level: level)
     found = mechanism(evidence_of(canaries={BEFORE: BEFORE, DURING: DURING}), GATE)
     assert found.p_value == pytest.approx(0.02)
+    assert "with probability 0.01 before" in found.reason  # each is asked at half of its share of the family error: 0.05 / 4 / 2
 
 
 def test_a_finding_that_does_not_say_ok_is_no_finding() -> None:
