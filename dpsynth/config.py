@@ -351,15 +351,21 @@ class GateConfig(_Settings):
     )
     utility_margin: Fraction = Field(0.10, description="Largest loss of AUC of train-on-synthetic against train-on-real.")
     largest_membership_auc: Annotated[float, Field(gt=0.5, lt=1)] = Field(
-        0.70, description="Membership, attributes and white_box are inconclusive when a smaller AUC than this could not have been seen."
+        0.70,
+        description="Membership, groups, attributes and white_box are inconclusive when an AUC of this could not have been seen.",
     )
-    smallest_precision: Fraction = Field(0.10, description="Fidelity fails when precision lies below, as part of real against real.")
+    smallest_precision: Fraction = Field(
+        0.10, description="Fidelity fails when precision lies surely below, as part of real against real; inconclusive when not surely."
+    )
     smallest_spread: Fraction = Field(
-        0.25, description="Fidelity fails when synthetic images differ from each other less than this part of what real ones do."
+        0.25, description="Fidelity fails when synthetic images surely differ from each other less than this part of what real ones do."
     )
-    smallest_coverage: Fraction = Field(0.05, description="Fidelity fails when coverage lies below, as part of real against real.")
+    smallest_coverage: Fraction = Field(
+        0.05, description="Fidelity fails when coverage lies surely below, as part of real against real; inconclusive when not surely."
+    )
     smallest_distance: Fraction = Field(
-        0.35, description="Fidelity fails when synthetic images lie nearer to each other than this part of what real ones do (repetition)."
+        0.35,
+        description="Fidelity fails when synthetic images surely lie nearer to each other than this part of what real ones do.",
     )
     content: ContentConfig = ContentConfig()
     encoder: EncoderConfig | None = Field(None, description="A network of your own to compare images by; none: the bundled one.")

@@ -66,11 +66,15 @@ def verdict(outcome: Outcome) -> Verdict:
 
 
 def view(
-    site: bool = True, outcome: Outcome = Outcome.PASS, required: tuple[str, ...] = ("copying",), **changes: object
+    site: bool = True,
+    outcome: Outcome = Outcome.PASS,
+    required: tuple[str, ...] = ("copying",),
+    found: Verdict | None = None,
+    **changes: object,
 ) -> dict[str, object]:
     return epsilon_report(
         guarantee=guarantee(**changes),  # type: ignore[arg-type]
-        verdicts=[verdict(outcome)],
+        verdicts=[found or verdict(outcome)],
         required=required,
         decision={"allowed": outcome is Outcome.PASS, "reasons": [] if outcome is Outcome.PASS else [INJECTION]},
         budget={"epsilon": 10.0, "delta": 1e-5, "spent": 3.0, "left": 7.0, "gate_attempts": 1, "max_gate_attempts": 3},
@@ -157,6 +161,17 @@ def test_the_sentence_names_unit_and_rates() -> None:
     stated = re.search(r"epsilon ([\d.]+)", patient)
     assert stated is not None
     assert 0 <= float(stated[1]) - guarantee().epsilon < 0.01
+
+
+@pytest.mark.parametrize("site", [True, False])
+def test_a_check_without_anything_to_test_is_shown_without_numbers(site: bool) -> None:
+    untested = replace(verdict(Outcome.PASS), tested=False, reason="nothing was trained by DP-SGD")
+    row = page(view(site, found=untested)).partition("<strong>copying</strong>")[2].partition("</tr>")[0]
+    assert "there was nothing to test" in row
+    assert "no evidence against" not in row
+    assert "interval" not in row
+    assert "%" not in row
+    assert ("nothing was trained by DP-SGD" in row) is site
 
 
 def test_required_checks_are_told_from_others() -> None:
