@@ -1,6 +1,6 @@
 """Every case of the zoo is caught by the check that is named, and no honest twin is accused more often than by chance.
 
-    pytest -m slow tests/attacks/test_zoo.py                 # twenty hospitals a case, about 20 minutes on one core
+    pytest -m slow tests/attacks/test_zoo.py                 # twenty hospitals a case, about 35 minutes on one core
 
 By default one hospital for what no other default test plants through the real encoder, classifier and filters.
 """
@@ -11,7 +11,7 @@ import pytest
 from zoo_cases import FAMILIES, HONEST_TWIN, counts
 
 OFTEN = 0.9  # of the hospitals: a case that is seen less often is no case of the table
-BY_DEFAULT = ("modes", "sampler")
+BY_DEFAULT = ("modes", "sampler", "diffusion")
 
 
 @pytest.mark.parametrize("family", BY_DEFAULT)

@@ -6,37 +6,32 @@ experiments/006-false-alarms-and-power/zoo.py, which writes the table of docs/ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from evidence_cases import evidence_of, features_of
 from PIL import Image, ImageDraw, ImageFont
-from test_copying_generators import FAILED, GATE, HONEST, SHOWN, Site, judged, kernel_density, make_site
+from test_copying_generators import FAILED, GATE, SHOWN
 from test_mechanism_audit import FAULTS
 from test_mechanism_audit import judged as judged_by_canaries
 from test_training_faults import shuffled
+from zoo_findings import HONEST_TWIN, Family, Finding, accused, failed, patients
+from zoo_memory import copies, diffusion, memorisers, subgroup, volumes, weights
 
 from dpsynth.checks.accounting import accounting
 from dpsynth.checks.arms import Arms
 from dpsynth.checks.classifier import train_and_predict
 from dpsynth.checks.content import content
-from dpsynth.checks.encoders import bundled
-from dpsynth.checks.evidence import Evidence, compute_features
+from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.fairness import fairness
-from dpsynth.checks.family import decide_family
 from dpsynth.checks.features import encode
 from dpsynth.checks.fidelity import fidelity
-from dpsynth.checks.membership import membership, pool_scores
 from dpsynth.checks.plausibility import Reference
 from dpsynth.checks.screening import screen
 from dpsynth.checks.utility import utility
-from dpsynth.checks.verdict import Outcome, Verdict
-from dpsynth.config import ContentConfig, DataConfig, PhantomConfig
+from dpsynth.checks.verdict import Outcome
+from dpsynth.config import ContentConfig
 from dpsynth.data.cohort import Float32, ImageSet
-from dpsynth.data.preprocess import prepare
-from dpsynth.data.source import read_cohort
-from dpsynth.data.split import split_patients
 from dpsynth.model.moments import Moments, frequencies, to_frequencies
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.privacy.noise import NoiseStream
@@ -44,88 +39,15 @@ from dpsynth.progress import silent
 from dpsynth.train.dpsgd import ENGINE, Engine
 from dpsynth.train.selfcheck import sampler_finding
 
-HONEST_TWIN = "honest twin"
 _POLICY = ContentConfig()
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Whether the named check caught the case (of the twin: whether it accused), and what it said."""
-
-    caught: bool
-    said: str
-
-
-@dataclass(frozen=True)
-class Family:
-    """cases: name to named check. judge: from a seed to a finding for each case and for each check's honest twin."""
-
-    cases: dict[str, str]
-    judge: Callable[[int], dict[str, Finding]]
-    repetitions: int = 20
-
-    def twins(self) -> dict[str, str]:
-        """The honest twin of each named check."""
-        return {f"{HONEST_TWIN}, {check}": check for check in dict.fromkeys(self.cases.values())}
-
-
-def _failed(verdict: Verdict, *, outcome: Outcome = Outcome.FAIL, word: str = "") -> Finding:
-    return Finding(verdict.outcome is outcome and word in verdict.reason, verdict.reason)
-
-
-def _accused(verdict: Verdict) -> Finding:
-    return Finding(verdict.outcome is not Outcome.PASS, verdict.reason)
-
-
-# -- copies ------------------------------------------------------------------------------------------------------------
-
-_PLANTED = {"one": 1, "seven": 7, "the": 20}
-
-
-def _copies(seed: int) -> dict[str, Finding]:
-    verdicts = judged(make_site(seed), {**FAILED, **SHOWN, **HONEST})
-    found = {name: _failed(verdicts[name], word="training patients are copied") for name in FAILED}
-    for name in SHOWN:  # too few for a count: exactly they must go to a person
-        listed = {image for image, _ in verdicts[name].listed} == set(range(_PLANTED[name.split()[0]]))
-        leak = "10 of them resemble control patients" in verdicts[name].reason or not name.startswith("the pool")
-        found[name] = Finding(verdicts[name].outcome in (Outcome.FLAG, Outcome.FAIL) and listed and leak, verdicts[name].reason)
-    return found | {f"{HONEST_TWIN}, copying": _accused(verdicts["honest"])}
-
-
-def _volumes(seed: int) -> dict[str, Finding]:
-    config = DataConfig(spatial_shape=(16, 16, 16), phantom=PhantomConfig(anatomy="brain", num_patients=90, max_images=1, seed=seed))
-    images = prepare(read_cohort(config), config, progress=silent)
-    site = Site(split_patients(images.subset(np.arange(70)), control_fraction=0.3, key=b"v" * 32), images.subset(np.arange(70, 90)).images)
-    copied = site.others.copy()
-    for number in range(5):
-        copied[number, :, 6:10] = site.split.training.images[number, :, 6:10]
-    found = judged(site, {"copied": lambda _: copied, "honest": lambda site: site.others})
-    listed = {image for image, _ in found["copied"].listed}
-    return {
-        "slices of five volumes copied": Finding(listed == set(range(5)), found["copied"].reason),
-        f"{HONEST_TWIN}, screening of volumes": Finding(bool(found["honest"].listed), found["honest"].reason),
-    }
-
-
-def _memorisers(seed: int) -> dict[str, Finding]:
-    site = make_site(seed, 260)
-    evidence = site.evidence(site.others)
-    honest, drawn = compute_features(evidence, encoder=bundled(), progress=silent), kernel_density(site)
-    bad = replace(honest, synthetic=encode(drawn, task="", progress=silent), synthetic_thumbnails=thumbnails(drawn))
-    verdicts = []
-    for features in (bad, honest):
-        scores = pool_scores(evidence, features)
-        verdict = membership(evidence, GATE, scores=lambda scores=scores: scores, rng=np.random.default_rng(seed))
-        verdicts.append(decide_family([verdict], GATE.family_error)[0])
-    return {"kernel-density memoriser": _failed(verdicts[0]), f"{HONEST_TWIN}, membership": _accused(verdicts[1])}
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
 def _canaries(seed: int) -> dict[str, Finding]:
-    found = {name: _failed(judged_by_canaries(FAULTS[name](), seed), word="canaries") for name in ("noise halved", "clipping off")}
-    return found | {f"{HONEST_TWIN}, mechanism": _accused(judged_by_canaries(ENGINE, seed))}
+    found = {name: failed(judged_by_canaries(FAULTS[name](), seed), word="canaries") for name in ("noise halved", "clipping off")}
+    return found | {f"{HONEST_TWIN}, mechanism": accused(judged_by_canaries(ENGINE, seed))}
 
 
 def _sampler(seed: int) -> dict[str, Finding]:
@@ -135,19 +57,14 @@ def _sampler(seed: int) -> dict[str, Finding]:
         evidence = evidence_of()
         found = {**evidence.selfcheck, "sampler_poisson": {"ok": result.ok, "detail": result.detail}}
         verdicts.append(accounting(replace(evidence, selfcheck=found)))
-    return {"shuffled sampling": _failed(verdicts[0], word="sampler_poisson"), f"{HONEST_TWIN}, accounting": _accused(verdicts[1])}
+    return {"shuffled sampling": failed(verdicts[0], word="sampler_poisson"), f"{HONEST_TWIN}, accounting": accused(verdicts[1])}
 
 
 # -- what the images are like ------------------------------------------------------------------------------------------
 
 
-def _patients(count: int, seed: int, side: int) -> ImageSet:
-    config = DataConfig(spatial_shape=(side, side), phantom=PhantomConfig(num_patients=count, max_images=1, seed=seed))
-    return prepare(read_cohort(config), config, progress=silent)
-
-
 def _modes(seed: int) -> dict[str, Finding]:
-    real, others = _patients(300, seed, 28), _patients(150, seed + 1000, 28).images
+    real, others = patients(300, seed, 28), patients(150, seed + 1000, 28).images
     rng = np.random.default_rng(seed)
     few = others[rng.integers(3, size=len(others))] + rng.normal(0, 0.03, others.shape).astype(np.float32)
     training, control = (encode(images, task="", progress=silent) for images in (real.images[:150], real.images[150:]))
@@ -156,7 +73,7 @@ def _modes(seed: int) -> dict[str, Finding]:
         features = features_of(encode(drawn, task="", progress=silent), training, control)
         small = replace(features, synthetic_thumbnails=thumbnails(drawn), control_thumbnails=thumbnails(real.images[150:]))
         verdicts.append(fidelity(small, GATE, rng=np.random.default_rng(0)))
-    return {"mode collapse": _failed(verdicts[0], word="repeat each other"), f"{HONEST_TWIN}, fidelity": _accused(verdicts[1])}
+    return {"mode collapse": failed(verdicts[0], word="repeat each other"), f"{HONEST_TWIN}, fidelity": accused(verdicts[1])}
 
 
 def _written_on(images: Float32, seed: int) -> Float32:
@@ -171,7 +88,7 @@ def _written_on(images: Float32, seed: int) -> Float32:
 
 
 def _filters(seed: int) -> dict[str, Finding]:
-    known, others = _patients(400, seed + 2000, 64).images, _patients(200, seed, 64).images
+    known, others = patients(400, seed + 2000, 64).images, patients(200, seed, 64).images
     layout = frequencies(known.shape[1:], 10)
     coefficients = to_frequencies(known)
     low, counts = coefficients[:, layout.low], np.array([float(len(known))])
@@ -189,14 +106,14 @@ def _filters(seed: int) -> dict[str, Finding]:
         screening = screen(images, np.zeros(len(images), dtype=np.int64), reference, _POLICY, sample_key=b"z", progress=silent)
         verdicts.append(content(screening, _POLICY, withheld=0))
     return {
-        "burned-in names": _failed(verdicts[0], outcome=Outcome.FLAG, word="text"),
-        "blank images": _failed(verdicts[1], word="contrast"),
-        f"{HONEST_TWIN}, content": _accused(verdicts[2]),
+        "burned-in names": failed(verdicts[0], outcome=Outcome.FLAG, word="text"),
+        "blank images": failed(verdicts[1], word="contrast"),
+        f"{HONEST_TWIN}, content": accused(verdicts[2]),
     }
 
 
 def _learnt(seed: int) -> dict[str, Finding]:
-    real, others = _patients(600, seed, 28), _patients(400, seed + 1000, 28)
+    real, others = patients(600, seed, 28), patients(400, seed + 1000, 28)
     training, control = real.subset(np.arange(300)), real.subset(np.arange(300, 600))
     women = np.array([mapping["sex"] == "F" for mapping in others.attributes])
     swapped, dropped = replace(others, labels=1 - others.labels), others.subset(np.flatnonzero(~women))
@@ -220,17 +137,20 @@ def _learnt(seed: int) -> dict[str, Finding]:
         if check is fairness or name == "honest":
             verdicts[f"{name}, groups"] = fairness(sets, features, GATE, arms=lambda arms=arms: arms)
     return {
-        "labels swapped": _failed(verdicts["swapped"]),
-        "one subgroup dropped": _failed(verdicts["dropped, groups"], outcome=Outcome.FLAG, word="sex F"),
+        "labels swapped": failed(verdicts["swapped"]),
+        "one subgroup dropped": failed(verdicts["dropped, groups"], outcome=Outcome.FLAG, word="sex F"),
         f"{HONEST_TWIN}, utility": Finding(verdicts["honest"].outcome is Outcome.FAIL, verdicts["honest"].reason),
         f"{HONEST_TWIN}, fairness": Finding(verdicts["honest, groups"].outcome is Outcome.FLAG, verdicts["honest, groups"].reason),
     }
 
 
 FAMILIES = {
-    "copies": Family(dict.fromkeys((*FAILED, *SHOWN), "copying"), _copies),
-    "volumes": Family({"slices of five volumes copied": "screening of volumes"}, _volumes),
-    "memorisers": Family({"kernel-density memoriser": "membership"}, _memorisers),
+    "copies": Family(dict.fromkeys((*FAILED, *SHOWN), "copying"), copies),
+    "volumes": Family({"slices of five volumes copied": "screening of volumes"}, volumes),
+    "memorisers": Family({"kernel-density memoriser": "membership"}, memorisers),
+    "diffusion": Family({"diffusion model overfitted without privacy": "membership"}, diffusion),
+    "weights": Family({"net overfitted without noise": "white_box"}, weights),
+    "subgroups": Family({"one subgroup memorised": "groups"}, subgroup),
     "canaries": Family({"noise halved": "mechanism", "clipping off": "mechanism"}, _canaries),
     "sampler": Family({"shuffled sampling": "accounting"}, _sampler),
     "modes": Family({"mode collapse": "fidelity"}, _modes),
