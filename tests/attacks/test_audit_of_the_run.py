@@ -1,8 +1,8 @@
 """Faults of DP-SGD planted in the run itself: what its own canaries see beside a sound audit before training, and from what size on.
 
-With 1,000 canaries clipping that is off is seen where the run's steps are booked at an epsilon up to 4. Half of the noise is not: 100
-guesses, however good, prove too little. It takes ten to twenty times as many canaries, where the steps are booked at about 2. The monitor
-of the same run names both faults at any size.
+With 1,000 canaries clipping that is off is seen where the run's steps are booked at an epsilon up to about 4.5. Half of the noise is
+not: 100 guesses, however good, prove too little. It takes ten to twenty times as many canaries, where the steps are booked at about 2.
+The monitor of the same run names half of the noise at any size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every case of the zoo is caught by the check that is named, and no honest twin is accused more often than by chance.
 
-    pytest -m slow tests/attacks/test_zoo.py                 # twenty hospitals a case, about 35 minutes on one core
+    pytest -m slow tests/attacks/test_zoo.py                 # twenty hospitals a case, about 50 minutes on one core
 
 By default one hospital for what no other default test plants through the real encoder, classifier and filters.
 """
