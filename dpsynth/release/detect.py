@@ -72,10 +72,15 @@ def detect(folder: Path, images: Sequence[Path], *, public_key: Path | None) -> 
                 "resizing wipes out what is looked for."
             )
         rows = traces(pixels)
-        found, known = detector.of_traces(rows), detector.knows(rows)
-        names += [name] if len(found) == 1 else [f"{name}[{index}]" for index in range(len(found))]
-        probabilities += [round(float(p), 6) if own else None for p, own in zip(found, known, strict=True)]
-    return Found(names=tuple(names), probabilities=tuple(probabilities), signed=public_key is not None, evaluation=detector.evaluation)
+        judged, known = detector.of_traces(rows), detector.knows(rows)
+        names += [name] if len(judged) == 1 else [f"{name}[{index}]" for index in range(len(judged))]
+        probabilities += [round(float(p), 6) if own else None for p, own in zip(judged, known, strict=True)]
+    found = Found(names=tuple(names), probabilities=tuple(probabilities), signed=public_key is not None, evaluation=detector.evaluation)
+    try:
+        found.lines()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"The figures in {FILE} cannot be read ({type(error).__name__}). Get the release again.") from error
+    return found
 
 
 def no_detector(folder: Path) -> str:

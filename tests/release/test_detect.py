@@ -238,6 +238,15 @@ def test_another_detector_is_refused_with_the_key_and_found_by_verify(out: Path,
         detect(out, [out / "images"], public_key=tmp_path / "others" / "signing.pub")
 
 
+@pytest.mark.parametrize("figures", [{OWN: {}}, {OWN: [1]}, {LEFT_OUT: {"net": {}}}, {LEFT_OUT: [1]}])
+def test_figures_that_cannot_be_read_are_named(out: Path, figures: dict[str, object]) -> None:
+    changed = read_json(out / FILE)
+    changed["evaluation"] = figures
+    (out / FILE).write_text(json.dumps(changed))
+    with pytest.raises(ArtifactError, match=r"figures in detector\.json cannot be read"):
+        detect(out, [out / "images"], public_key=None)
+
+
 def spoil(folder: Path) -> dict[str, tuple[Path, str]]:
     """Files that cannot be judged, with a word of the reason."""
     Pillow.fromarray(np.zeros((14, 12), dtype=np.uint8)).save(folder / "large.png")
