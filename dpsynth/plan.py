@@ -22,6 +22,7 @@ _REFERENCE_POSITIONS = 14 * 14
 _REFERENCE_CHANNELS = 32 * 32 + 64 * 64
 _REFERENCE_BYTES_PER_PATIENT = 12e6  # activations of all rows and one gradient
 FEWEST_CONTROL = 60  # below about this many the checks of membership, copying and fidelity are inconclusive
+FEWEST_OF_GROUPS = 120  # and below about this many that of groups, whose largest groups are about half of the pool
 _CURVE = (1.0, 3.0, 10.0)  # epsilons that a plan tells about beside its own
 _BASE_BYTES = 6e8  # interpreter, torch, libraries
 
@@ -41,6 +42,7 @@ class Plan:
     trainable: str  # what DP-SGD trains
     expected_batch: float
     expected_control: float
+    fewest_control: int
     attributes: tuple[str, ...]
     cells: int
     patients_per_cell: float  # of training, on average
@@ -82,6 +84,7 @@ def plan(config: Config) -> Plan:
         trainable=config.diffusion.trainable if sgd else "none",
         expected_batch=sgd.expected_batch_size if sgd else 0.0,
         expected_control=config.data.declared_patients * config.data.control_fraction,
+        fewest_control=FEWEST_OF_GROUPS if "groups" in config.gate.required else FEWEST_CONTROL,
         attributes=tuple(config.data.attributes),
         cells=len(config.data.cells),
         patients_per_cell=config.data.declared_patients * (1 - config.data.control_fraction) / len(config.data.cells),
@@ -150,8 +153,8 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
                 f"a test that wrongly accuses {fpr:.1%} of non-participants finds at most {tpr:.1%} of participants",
             )
         )
-    if plan_.expected_control < FEWEST_CONTROL:
-        text = f"about {plan_.expected_control:.0f} control patients; below {FEWEST_CONTROL} the checks cannot tell and nothing is released"
+    if plan_.expected_control < plan_.fewest_control:
+        text = f"about {plan_.expected_control:.0f} control patients; below {plan_.fewest_control} the checks cannot tell and nothing is released"
         rows.append(("warning", text))
     if plan_.missing:
         rows.append(("warning", f"no run can be checked or released here, and `train` will refuse: {plan_.missing}"))
