@@ -154,7 +154,8 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
             )
         )
     if plan_.expected_control < plan_.fewest_control:
-        text = f"about {plan_.expected_control:.0f} control patients; below {plan_.fewest_control} the checks cannot tell and nothing is released"
+        few = f"about {plan_.expected_control:.0f} control patients; below {plan_.fewest_control}"
+        text = f"{few} the checks cannot tell and nothing is released"
         rows.append(("warning", text))
     if plan_.missing:
         rows.append(("warning", f"no run can be checked or released here, and `train` will refuse: {plan_.missing}"))
