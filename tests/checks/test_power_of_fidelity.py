@@ -51,9 +51,10 @@ def test_a_share_at_the_limit_fails_no_more_often_than_stated(repetitions: int) 
 
 
 @pytest.mark.parametrize("repetitions", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
-def test_four_fifths_of_the_limit_fail(repetitions: int) -> None:
-    """Power 0.8 or more: fewer than this happen once in a thousand times."""
-    assert stats.binom.cdf(failed(0.8 * GATE.smallest_precision, repetitions), repetitions, 0.8) > RARELY
+def test_seven_tenths_of_the_limit_fail(repetitions: int) -> None:
+    """Power 0.8 or more where the distance to the limit is a little above the half-width that the reason states (0.13 of 0.5 here): fewer
+    than this happen once in a thousand times."""
+    assert stats.binom.cdf(failed(0.7 * GATE.smallest_precision, repetitions), repetitions, 0.8) > RARELY
 
 
 def smoother(rng: np.random.Generator) -> np.ndarray:
