@@ -37,7 +37,7 @@ release: {formats: [png], title: Phantom chest images}
 """
 # A demonstration that tried until the gate said yes would show how not to do it.
 _BY_CHANCE = (
-    "The privacy checks accuse an honest run by chance in up to 6 of 100 (docs/checks.md); the report says what was found. A hospital "
+    "The privacy checks accuse an honest run by chance in a few of 100 (docs/checks.md); the report says what was found. A hospital "
     "would ask its officer. Here, try again in another folder: a second refusal in a row is hardly chance."
 )
 
