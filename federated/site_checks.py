@@ -13,6 +13,7 @@ from typing import Any
 from dpsynth.artifacts import read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.family import needed
 from dpsynth.checks.review import Answering, review_page
 from dpsynth.checks.run import SEED
 from dpsynth.checks.screening import CONTENT, screen_candidates
@@ -29,7 +30,7 @@ from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.ledger import Charge
 from dpsynth.privacy.mechanism import Mechanism, merged
 from dpsynth.progress import Progress
-from dpsynth.release.gate import ALWAYS_REQUIRED, Allowed, Question, decide
+from dpsynth.release.gate import Allowed, Question, decide
 from dpsynth.report.epsilon import epsilon_report
 from dpsynth.report.html import render
 from dpsynth.train.second_opinion import prv_epsilon
@@ -132,7 +133,7 @@ def check_candidates(guard: Guard, path: Path, *, progress: Progress) -> Checked
     write_json(record, {**facts, "guarantee": guarantee.to_json(), "verdicts": [v.to_json() for v in verdicts]}, private=True)
     write_json(work.folder / CONTENT, screening.log(carried.candidates.seeds), private=True)
     review = work.folder / REVIEW
-    write_bytes(review, review_page(evidence, verdicts, answering=_ANSWERING).encode(), private=True)
+    write_bytes(review, review_page(evidence, verdicts, required=required(guard, work), answering=_ANSWERING).encode(), private=True)
     ledger.record_verdicts(work.run_id, sha256_file(record))
     question = question_of(guard, work, reviews={})
     answer = decide(question)
@@ -164,7 +165,7 @@ def question_of(guard: Guard, work: Joined, *, reviews: Mapping[str, str]) -> Qu
 
 def required(guard: Guard, work: Joined) -> tuple[str, ...]:
     """Checks without which nothing is approved: what the site's policy demands, and what the study does."""
-    return tuple(dict.fromkeys((*ALWAYS_REQUIRED, *guard.policy.gate.required, *work.carried.header.required)))
+    return needed((*guard.policy.gate.required, *work.carried.header.required))
 
 
 def _record(guard: Guard, work: Joined) -> dict[str, Any]:

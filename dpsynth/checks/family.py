@@ -14,8 +14,14 @@ from dpsynth.config import GateConfig
 
 FAMILY = ("mechanism", "membership", "copying", "groups")
 ON_REQUEST = ("attributes", "white_box")
+ALWAYS_REQUIRED = ("accounting", "mechanism", "membership", "copying")  # no policy can do without them
 ALONE = 0.01  # level of a check on request that the policy does not require
 _ACCUSED = {"groups": Outcome.FLAG}  # reported to a person; the others fail
+
+
+def needed(required: Collection[str]) -> tuple[str, ...]:
+    """The checks that must pass under a policy that requires these."""
+    return tuple(dict.fromkeys((*ALWAYS_REQUIRED, *required)))
 
 
 def members(required: Collection[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ answer is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,8 @@ class Answering:
     words: str
 
 
-def review_page(evidence: Evidence, verdicts: Sequence[Verdict], *, answering: Answering) -> str:
-    """The page for verdicts on this evidence. Images are numbered as the candidates are, from 0."""
+def review_page(evidence: Evidence, verdicts: Sequence[Verdict], *, required: Collection[str], answering: Answering) -> str:
+    """The page for verdicts on this evidence; `required`: the checks that must pass. Images are numbered as the candidates are, from 0."""
     by_name = {verdict.check: verdict for verdict in verdicts}
     flagged = [_question(verdict) for verdict in verdicts if verdict.outcome is Outcome.FLAG]
     screening = evidence.screening
@@ -81,7 +81,7 @@ def review_page(evidence: Evidence, verdicts: Sequence[Verdict], *, answering: A
         .render(
             count=len(evidence.synthetic),
             flagged=flagged,
-            stopped=[verdict for verdict in verdicts if verdict.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)],
+            stopped=[v for v in verdicts if v.check in required and v.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)],
             command=" \\\n    ".join([answering.command, *(f"--accept {question['option']}" for question in flagged)]),
             words=answering.words,
             pairs=_pairs(evidence, by_name["copying"]) if "copying" in by_name else _section([], 0),

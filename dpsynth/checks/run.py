@@ -10,6 +10,7 @@ from dpsynth import __version__
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
+from dpsynth.checks.family import needed
 from dpsynth.checks.kept import UnfinishedCheck
 from dpsynth.checks.review import Answering, review_page
 from dpsynth.checks.screening import CONTENT, screen_candidates
@@ -85,7 +86,7 @@ def check(
     record = run.folder("check") / VERDICTS
     write_json(record, {**facts, "verdicts": [verdict.to_json() for verdict in verdicts]}, private=True)
     write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
-    page = review_page(evidence, verdicts, answering=_answering(run_path, ledger_path))
+    page = review_page(evidence, verdicts, required=needed(config.gate.required), answering=_answering(run_path, ledger_path))
     write_bytes(run.folder("check") / REVIEW, page.encode(), private=True)
     trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
     run.complete("check", needs=("train", "generate"), facts=facts)

@@ -10,6 +10,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dpsynth.artifacts import RunFolder, read_json
+from dpsynth.checks.family import needed
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, load_candidates, load_cell_rows
 from dpsynth.data.images_digest import images_digest
@@ -19,7 +20,7 @@ from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.decision import detector_of, no_detector_of
 from dpsynth.release.federated_gate import FederatedRun, SitesQuestion, decide_sites, federated_run
-from dpsynth.release.gate import ALWAYS_REQUIRED, Refused
+from dpsynth.release.gate import Refused
 from dpsynth.release.sites import FederatedSites, read_statements
 from dpsynth.report.epsilon import epsilon_report
 from dpsynth.report.html import render
@@ -37,7 +38,7 @@ def load_federated_run(run: RunFolder) -> FederatedRun:
 
 def required_checks(config: Config) -> tuple[str, ...]:
     """The checks that every site must require before it approves candidates of this study."""
-    return (*ALWAYS_REQUIRED, *(name for name in config.gate.required if name not in ALWAYS_REQUIRED))
+    return needed(config.gate.required)
 
 
 def release_federated(

@@ -14,11 +14,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpsynth.artifacts import json_bytes
+from dpsynth.checks.family import needed
 from dpsynth.errors import ArtifactError, LedgerError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, from_json
-from dpsynth.release.gate import ALWAYS_REQUIRED, Allowed, Refused
+from dpsynth.release.gate import Allowed, Refused
 from dpsynth.release.statement import Digest, Name, SiteStatement
 
 _TOLERANCE = 1e-3  # between two computations of one epsilon
@@ -138,7 +139,7 @@ def _word_problems(question: SitesQuestion, statement: SiteStatement) -> list[st
         found.append("its statement is about another study or plan")
     if statement.images_sha256 != question.images_sha256:
         found.append("it approved other images than these")
-    missing = sorted({*question.required, *ALWAYS_REQUIRED} - set(statement.required))
+    missing = sorted({*needed(question.required)} - set(statement.required))
     found += [f"it did not require the check {name!r}" for name in missing]
     found += [f"{check}: {word}" for check, word in statement.outcomes.items() if word in _REFUSING and check in statement.required]
     if not 1 <= statement.attempt <= statement.max_attempts:

@@ -9,11 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dpsynth.checks.family import needed
 from dpsynth.checks.verdict import REVIEW, Outcome, Verdict
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import Mechanism
-
-ALWAYS_REQUIRED = ("accounting", "mechanism", "membership", "copying")  # no policy can do without them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +75,11 @@ def _claim_reasons(question: Question) -> list[str]:
 
 def _check_reasons(verdicts: Sequence[Verdict], required: Sequence[str], reviews: Mapping[str, str]) -> list[str]:
     reasons = []
-    needed = {*required, *ALWAYS_REQUIRED}
-    missing = sorted(needed - {verdict.check for verdict in verdicts})
+    must_pass = needed(required)
+    missing = sorted({*must_pass} - {verdict.check for verdict in verdicts})
     reasons += [f"the required check {name!r} has not run" for name in missing]
     for verdict in verdicts:
-        if verdict.check in needed and verdict.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE):
+        if verdict.check in must_pass and verdict.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE):
             reasons.append(f"{verdict.check}: {verdict.outcome.value}")
         if verdict.outcome is Outcome.FLAG and not reviews.get(verdict.check, "").strip():
             reasons.append(f"{verdict.check}: flagged, and nobody has accepted it (look at check/{REVIEW} first)")

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpsynth.artifacts import write_bytes, write_json
+from dpsynth.checks.family import needed
 from dpsynth.checks.verdict import Outcome
 from dpsynth.errors import GateRefused, UsageError
 from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.decision import Case, load_case
-from dpsynth.release.gate import ALWAYS_REQUIRED, Allowed, Refused, decide
+from dpsynth.release.gate import Allowed, Refused, decide
 from dpsynth.report.epsilon import epsilon_report
 from dpsynth.report.html import render
 from dpsynth.signing import load_private
@@ -54,7 +55,7 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         classes=case.config.data.classes,
         guarantee=case.question.guarantee,
         verdicts=case.question.verdicts,
-        required=(*ALWAYS_REQUIRED, *(name for name in case.question.required if name not in ALWAYS_REQUIRED)),
+        required=needed(case.question.required),
         reviews=dict(reviews),
         method=case.config.method,
         report_html=_page(case, _view(case, answer, site=False)),
@@ -74,7 +75,7 @@ def _view(case: Case, answer: Allowed | Refused, *, site: bool) -> dict[str, obj
     return epsilon_report(
         guarantee=case.question.guarantee,
         verdicts=case.question.verdicts,
-        required=(*ALWAYS_REQUIRED, *(name for name in case.question.required if name not in ALWAYS_REQUIRED)),
+        required=needed(case.question.required),
         decision={"allowed": isinstance(answer, Allowed), "reasons": reasons},
         budget={**budget, "gate_attempts": case.question.attempt},
         method=case.config.method,

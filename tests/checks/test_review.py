@@ -21,6 +21,7 @@ from dpsynth.checks.screening import Screening
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.data.candidates import to_unit_range
 
+REQUIRED = ("copying", "fidelity", "content")
 ANSWERING = Answering(command="dpsynth release run OUT --key KEY", words="Your words go somewhere.")
 INJECTION = '<script>alert("x")</script><img src=http://evil onerror=alert(1)>'
 SHAPES = [(1, 12, 9), (3, 12, 9), (1, 12, 9, 7)]
@@ -74,7 +75,7 @@ def copying(listed: tuple[tuple[int, str], ...], outcome: Outcome = Outcome.FLAG
 
 
 def page_of(evidence: Evidence, *verdicts: Verdict) -> str:
-    return review_page(evidence, verdicts, answering=ANSWERING)
+    return review_page(evidence, verdicts, required=REQUIRED, answering=ANSWERING)
 
 
 def only(page: str, begin: str, end: str = "<h2>") -> str:
@@ -168,10 +169,12 @@ def test_no_more_are_shown_than_a_person_looks_at_and_the_rest_is_counted() -> N
 def test_every_check_that_can_be_flagged_says_what_is_asked_and_gives_the_command(check: str) -> None:
     evidence = replace(evidence_of(), screening=grounds(1))
     asked, accept, refuse = _ASKED[check]
-    page = page_of(evidence, verdict("accounting"), verdict(check, Outcome.FLAG), verdict("fidelity", Outcome.FAIL))
+    others = (verdict("fidelity", Outcome.FAIL), verdict("white_box", Outcome.INCONCLUSIVE))
+    page = page_of(evidence, verdict("accounting"), verdict(check, Outcome.FLAG), *others)
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     for words in (asked, accept, refuse, "because", "Your words go somewhere.", "fidelity (fail)"):
         assert words in text
+    assert "white_box" not in text, "what no policy requires stops nothing"
     assert f"dpsynth release run OUT --key KEY \\\n    --accept &#39;{check}=NAME: WHY&#39;" in page
 
 
