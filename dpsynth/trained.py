@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def _record(run: RunFolder) -> Mapping[str, Any]:
 
 def booked_digest(run: RunFolder, conditions: str) -> str:
     """What the ledger notes of a run before it is trained: its configuration, and the digest of what each image is trained as."""
-    return hashlib.sha256((run.config_text + conditions).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([run.config_text, conditions]).encode()).hexdigest()  # a list: no text can move from one to the other
 
 
 def write_booking(run: RunFolder, reservation: str, *, conditions: str) -> None:

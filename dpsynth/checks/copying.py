@@ -33,7 +33,9 @@ _CHANCE = 0.01  # share of people who come so near to others, by any way of comp
 _TRUSTED = 0.1  # quantile of their ratios below which people may be the same person
 _PARTS = (0.4, 0.6, 0.8, 1.0)  # of that quantile, at which approached patients are counted
 SCREENED = 0.6  # of that quantile, below which a person must look
-_LEAST_SEEN = 0.5  # share of pool patients of whom an exact copy would be counted, below which the check sees nothing
+_PLAIN = 0.3  # of that quantile: an exact copy that comes so near would still be shown when it is altered, and twice as far
+_LEAST_SEEN = 0.5  # share of pool patients of whom an exact copy is plain, below which the check cannot tell
+_WAYS = ("whole images", "slices along the first axis", "slices along the second axis", "slices along the third axis")
 SCREENED_BELOW = "part of the usual ratio below which a person must look"  # among the figures
 _LEAST_SIDES = 4  # times the patients that are needed, on each side of the pool
 
@@ -52,13 +54,14 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
     approached = closest[None] < np.array(_PARTS)[:, None]
     p, telling = coin_flip_count_p(approached, inside, rng=rng)
     a, b = int((approached[telling] & inside).sum()), int((approached[telling] & ~inside).sum())
-    seen = visible(features.real_approaches.relative_to(usual))
+    real = features.real_approaches.relative_to(usual)
+    seen = visible(real)
     needed = int(np.ceil(copies_needed(strictest(gate)) / max(seen, _LEAST_SEEN)))
     listed = screened(evidence, features)
     counts = f"{a} pool patients in training and {b} outside approached more closely than chance"
     could = (
         f"about {needed} copied pool patients, {_all_copied(evidence, needed)} among all of training, would have been seen by the test, "
-        f"and any image nearer than {SCREENED:g} of the usual by the screening{_unseen(seen)}"
+        f"and any image nearer than {SCREENED:g} of the usual by the screening{_unseen(real, seen)}"
     )
     outcome, reason = Outcome.PASS, f"no evidence ({counts}, p {p:.2g}); {could}"
     if listed:
@@ -69,8 +72,12 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
             Outcome.INCONCLUSIVE,
             f"with {least} pool patients a side copying could not be seen; at least {_LEAST_SIDES * needed} are needed",
         )
-    if seen < _LEAST_SEEN and not listed:
-        outcome, reason = Outcome.INCONCLUSIVE, f"nothing could be seen{_unseen(seen)}: look for doubles with `dpsynth audit`"
+    if seen < _LEAST_SEEN:
+        shown = f"; {len(listed)} images are listed all the same" if listed else ""
+        outcome, reason = (
+            Outcome.INCONCLUSIVE,
+            f"too little could be seen{_unseen(real, seen)}{shown}: look for doubles with `dpsynth audit`",
+        )
     low, high = clopper_pearson(a, max(a + b, 1), 0.95)
     return Verdict(
         check="copying",
@@ -125,14 +132,17 @@ def usual_ratios(real: Approaches) -> Array:
 
 
 def visible(relative: Approaches) -> float:
-    """Share of pool patients of whom an exact copy would be counted, from how near they come to each other, relative to the usual."""
+    """Share of pool patients of whom an exact copy would be plain, from how near they come to each other, relative to the usual."""
     smallest = np.full(int(relative.item.max()) + 1, np.inf)
     np.minimum.at(smallest, relative.item, relative.copy)
-    return float((smallest < max(_PARTS)).mean())
+    return float((smallest < _PLAIN).mean())
 
 
-def _unseen(seen: float) -> str:
-    return "" if seen == 1 else f"; of {1 - seen:.0%} of the pool patients no copy could be told, since others are as alike"
+def _unseen(real: Approaches, seen: float) -> str:
+    """What could not be told, by patients and by ways of comparing."""
+    patients = f"; of {1 - seen:.0%} of the pool patients no copy could be told, since others are as alike" if seen < 1 else ""
+    ways = [name for kind, name in enumerate(_WAYS) if kind <= real.kind.max() and visible(real.where(real.kind == kind)) < _LEAST_SEEN]
+    return patients + (f"; nothing could be told by {', '.join(ways)}, which are too alike" if ways and seen >= _LEAST_SEEN else "")
 
 
 def _all_copied(evidence: Evidence, needed: int) -> int:

@@ -188,6 +188,20 @@ def test_where_everybody_has_a_double_nothing_can_be_told_and_that_is_said() -> 
     assert "of 100% of the pool patients no copy could be told" in verdict.reason
 
 
+@pytest.mark.parametrize(("alone", "outcome"), [(300, Outcome.FLAG), (130, Outcome.INCONCLUSIVE)])
+def test_one_listed_image_makes_no_check_that_sees_less_than_half_conclusive(alone: int, outcome: Outcome) -> None:
+    """Fifty people under four ids each, and so many single ones, of whom one is copied."""
+    rng = np.random.default_rng(0)
+    fourfold = np.repeat(points(50, rng), 4, axis=0) + 1e-3 * points(200, rng)
+    people = np.concatenate([fourfold, points(alone, rng)])
+    inside = rng.random(len(people)) < 0.5
+    inside[-1] = True
+    hospital = Hospital(people[inside], people[~inside], np.ones(int(inside.sum()), dtype=bool))
+    verdict = hospital.judge(np.concatenate([people[-1:] + 1e-3, points(300, rng)]))["copying"]
+    assert 0 in {image for image, _ in verdict.listed}
+    assert verdict.outcome is outcome, verdict.reason
+
+
 def test_one_patient_copied_a_hundred_times_counts_once_and_goes_to_a_person() -> None:
     rng = np.random.default_rng(0)
     hospital = Hospital.drawn(rng)

@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 from cases import verdict
 from evidence_cases import evidence_of, features_of, image_set
+from scipy import stats
 from test_decisions import GATE, Hospital, points
 
+import dpsynth.checks.fidelity as fidelity_module
 import dpsynth.checks.groups as groups_module
 import dpsynth.checks.mechanism as mechanism_module
 from dpsynth.checks import suite
 from dpsynth.checks.accounting import accounting
-from dpsynth.checks.copying import SCREENED, copying
+from dpsynth.checks.copying import SCREENED, copying, usual_ratios, visible
 from dpsynth.checks.encoders import bundled
 from dpsynth.checks.evidence import Evidence, compute_features
 from dpsynth.checks.groups import groups
 from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.membership import Attack, attack
 from dpsynth.checks.search import Approaches, approaches
-from dpsynth.checks.statistics import coin_flip_count_p, coin_flip_p
+from dpsynth.checks.statistics import coin_flip_count_p, coin_flip_p, share_interval
 from dpsynth.checks.verdict import Outcome
 from dpsynth.privacy.audit import BEFORE, DURING
 from dpsynth.progress import silent
@@ -139,6 +141,48 @@ def test_the_screening_begins_where_it_is_said_to() -> None:
     evidence, features = with_ratios([0.8 * 0.59, 0.8 * 0.61, 0.8 * 0.3, 0.9])
     listed = copying(evidence, features, GATE, rng=np.random.default_rng(0)).listed
     assert listed == ((2, "p2"), (0, "p0"))
+
+
+def test_the_interval_of_a_share_is_that_of_a_jackknife_of_four_figures() -> None:
+    """Draws of four fifths without replacement vary by half of what the images do, and each of four figures errs in a quarter."""
+    draws = 0.3 + 0.02 * np.random.default_rng(0).normal(size=100)
+    part = fidelity_module._part(draws, np.ones(100), 200, 0.1, share=True)
+    confidence = 1 - 2 * 0.025 / 4
+    expected = share_interval(float(draws.mean()), 2 * float(draws.std(ddof=1)), 200, confidence)
+    assert (part.low, part.high) == pytest.approx(expected)
+
+
+def test_each_way_of_comparing_has_its_own_usual_ratio() -> None:
+    """Whole images of 0.8 and slices of 0.1 that are usual: an image at 0.4 whole is listed, one whose slices lie at 0.09 is not."""
+    rng = np.random.default_rng(0)
+
+    def both(whole: np.ndarray, slices: np.ndarray, copy: float = 0.02) -> Approaches:
+        number = np.arange(len(whole))
+        return Approaches(
+            item=np.concatenate([number, number]), patient=np.concatenate([number, number]), ratio=np.concatenate([whole, slices]),
+            copy=np.full(2 * len(whole), copy), kind=np.repeat([0, 1], len(whole)),
+        )  # fmt: skip
+
+    evidence, features = with_ratios([0.9, 0.9, 0.9])
+    real = both(0.8 * np.exp(0.02 * rng.normal(size=80)), 0.1 * np.exp(0.02 * rng.normal(size=80)))
+    usual = usual_ratios(real)
+    spread = np.array([0.8, 0.1]) * np.exp(0.02 * stats.norm.ppf(0.01 / 2))  # a hundredth over both ways
+    np.testing.assert_allclose(usual, spread, rtol=0.02)
+    drawn = both(np.array([0.4, 0.9, 0.9]), np.array([0.12, 0.09, 0.04]))
+    verdict = copying(evidence, replace(features, synthetic_approaches=drawn, real_approaches=real), GATE, rng=rng)
+    assert {image for image, _ in verdict.listed} == {0, 2}
+    blind = both(0.8 * np.ones(80), np.full(80, 0.03))
+    verdict = copying(evidence, replace(features, synthetic_approaches=drawn, real_approaches=blind), GATE, rng=rng)
+    assert "nothing could be told by slices along the first axis" in verdict.reason
+    assert "whole images" not in verdict.reason
+
+
+@pytest.mark.parametrize(("copy", "share"), [(0.29, 1.0), (0.31, 0.0)])
+def test_a_copy_is_plain_where_it_is_half_as_far_as_what_is_shown(copy: float, share: float) -> None:
+    assert (
+        visible(Approaches(item=np.arange(9), patient=np.arange(9), ratio=np.ones(9), copy=np.full(9, copy), kind=np.zeros(9, int)))
+        == share
+    )
 
 
 def test_how_near_people_come_is_measured_on_patients_of_the_pool_among_all_others() -> None:

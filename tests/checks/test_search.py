@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from dpsynth.checks import search
 from dpsynth.checks.search import Approaches, approaches, nearest_patients
@@ -89,6 +91,33 @@ def test_mirrored_volumes_and_slices_are_found_whichever_axis_is_left_to_right(a
         ratios, patients = found.where(found.kind == kind).per_item(2)
         assert patients.tolist() == [3, 4]
         assert float(ratios.max()) < 0.1
+
+
+@pytest.mark.parametrize("change", ["shifted", "turned", "enlarged"])
+def test_volumes_that_were_moved_a_little_are_found_whole(change: str) -> None:
+    """By the variants that are laid down, nearer than without them."""
+    rng = np.random.default_rng(3)
+    smooth = F.interpolate(torch.from_numpy(rng.uniform(-1, 1, (12, 1, 5, 5, 5)).astype(np.float32)), size=20, mode="trilinear")
+    settings = {"shifted": {"shift": (0.14, 0.0, 0.0)}, "turned": {"turn": 0.07}, "enlarged": {"zoom": 0.92}}
+    matrix = search._affine(3, **settings[change])  # type: ignore[arg-type]
+    moved, real = search._resampled(smooth, matrix).numpy(), smooth.numpy()
+    near = search.nearest_patients(search._whole(moved, False)[0], [(search._whole(real, False)[0], np.arange(12))]).distances[:, 0]
+    found = approaches(moved, real, np.arange(12), progress=silent)
+    whole = found.where(found.kind == 0)
+    assert np.array_equal(whole.patient, np.arange(12))
+    assert float(whole.ratio.max()) < 0.1
+    assert float(near.min()) > 0.1, "without variants they lie apart"
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_images_on_their_side_are_found_whichever_side_and_mirrored(turns: int, mirrored: bool) -> None:
+    rng = np.random.default_rng(4)
+    real = rng.uniform(-1, 1, (12, 1, 12, 12)).astype(np.float32)
+    copies = np.rot90(real[:3, :, :, ::-1] if mirrored else real[:3], turns, axes=(2, 3))
+    found = approaches(np.ascontiguousarray(copies), real, np.arange(12), progress=silent)
+    assert found.patient.tolist() == [0, 1, 2]
+    assert float(found.ratio.max()) < 0.1
 
 
 def test_the_ratio_of_an_exact_copy_is_known_beforehand() -> None:

@@ -350,9 +350,22 @@ def a_milder_policy(clinic: Path) -> None:
     assert "family_error: 0.001" in RunFolder.open(clinic / "run").config_text
 
 
+def a_policy_cut_short(clinic: Path) -> None:
+    """What is cut off from the configuration is put before the conditions, so that one after the other they read as before."""
+    path, booking = clinic / "run" / "config.yaml", clinic / "run" / "train" / "site" / "reservation.json"
+    text = path.read_text()
+    kept = text[: text.index("  - accounting\n") + len("  - accounting\n")]
+    path.write_text(kept)
+    edit_json(clinic / "run" / "run.json", lambda value: value.update(config_sha256=hashlib.sha256(kept.encode()).hexdigest()))
+    edit_json(booking, lambda value: value.update(conditions=text[len(kept) :] + value["conditions"]))
+    seal(clinic, "train")
+    assert "fidelity" not in RunFolder.open(clinic / "run").config_text
+
+
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
+        (a_policy_cut_short, "configuration of this run is not the one that the ledger noted"),
         (a_milder_policy, "configuration of this run is not the one that the ledger noted"),
         (lower_epsilon, "booked other mechanisms"),
         (other_images, "not those that were checked"),
