@@ -1,10 +1,10 @@
 """Which patient each image lies nearest to, and how much nearer than to other patients, whatever was done to the copy.
 
-Images are compared by normalised thumbnails, which forget brightness and contrast; every real image is also laid down mirrored, shifted,
-turned, enlarged and shrunk a little, upside down, on its side and as its negative. Volumes are compared whole and slice by slice along
-each axis. "Other patients" are the third nearest: a person whose images are there under two ids would hide behind the second. The search
-works in blocks of float32 products: no matrix of all images against all images is ever held, so that 100,000 against 100,000 fits into
-memory.
+Images are compared by normalised thumbnails, which forget brightness and contrast, and by what these have beyond the mean of all real
+ones; every real image is also laid down mirrored, shifted, turned, enlarged and shrunk a little, upside down, on its side and as its
+negative. Volumes are compared whole and slice by slice along each axis. "Other patients" are the third nearest: a person whose images are
+there under two ids would hide behind the second. The search works in blocks of float32 products: no matrix of all images against all
+images is ever held, so that 100,000 against 100,000 fits into memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]
 _ROWS_PER_BLOCK, _QUERIES_PER_BLOCK = 16_384, 512
+_ROWS_PER_MEAN = 1024
 _IMAGES_PER_PART = 8192  # real images, after whose search what was found is kept
 _SHIFT, _TURN, _ZOOMS = 0.07, math.radians(4), (0.85, 0.92, 1.08, 1.16)
 _MOST_SLICES = 32
+_LEAST_CONTENT = 0.75  # of the standard deviation of the volume's fullest slice: emptier ones are alike without being copies
 _NEAREST = 3
 _SOFTENING = 0.02  # of distances (at most 2) before they are divided: two nearly empty slices are not a copy
 
-_Kind = Callable[[Float32, bool], tuple[Float32, Int64]]  # rows (m, d) of images, with their variants or without, and whose they are
+Kind = Callable[[Float32, bool], tuple[Float32, Int64]]  # rows (m, d) of images, with their variants or without, and whose they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,8 @@ def approaches(
     """
     parts = []
     kinds = [_whole] if images.ndim == 4 else [_whole, *(_along(axis) for axis in (2, 3, 4))]
-    for number, kind in enumerate(kinds):
+    for number, way in enumerate(kinds):
+        kind = apart_from_common(way, real)
         queries, item = kind(images, False)
         excluded = None if own is None else own[item]
         nearest, done = Nearest.nobody(len(queries)), number * len(real)
@@ -102,6 +105,20 @@ def approaches(
             nearest, done = nearest.or_of(Nearest(**keep(f"search {number}-{part}", search))), done + len(rows)
         parts.append(Approaches.among(nearest, item, kind=number))
     return Approaches(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].__dict__})
+
+
+def apart_from_common(kind: Kind, real: Float32) -> Kind:
+    """The same way of comparing, by what an image has beyond the mean of all `real` ones: frames, scale bars and a common outline would
+    make everybody alike. The mean is of both sides of the pool, so it does not depend on the coins."""
+    parts = [kind(real[start : start + _ROWS_PER_MEAN], False)[0] for start in range(0, len(real), _ROWS_PER_MEAN)]
+    common = np.sum([part.sum(axis=0, dtype=np.float64) for part in parts], axis=0) / sum(len(part) for part in parts)
+
+    def rows(images: Float32, variants: bool) -> tuple[Float32, Int64]:
+        laid, item = kind(images, variants)
+        laid = laid - common.astype(np.float32)
+        return laid / np.maximum(np.linalg.norm(laid, axis=1, keepdims=True), np.float32(1e-6)), item
+
+    return rows
 
 
 def _note(progress: Progress, before: int, total: int, done: int) -> None:
@@ -171,7 +188,7 @@ def _in_parts(patients: Int64, size: int) -> Iterator[Int64]:
         start = stop
 
 
-def _blocks(real: Float32, patients: Int64, rows: Int64, kind: _Kind, note: Callable[[int], None]) -> Iterator[tuple[Float32, Int64]]:
+def _blocks(real: Float32, patients: Int64, rows: Int64, kind: Kind, note: Callable[[int], None]) -> Iterator[tuple[Float32, Int64]]:
     """What lies next to each other of all variants of these rows of real images, patient after patient."""
     rows_per_image, done = len(kind(real[:1], True)[0]), 0
     for part in _in_parts(patients[rows], max(1, _ROWS_PER_BLOCK // rows_per_image)):
@@ -197,14 +214,17 @@ def _whole(images: Float32, variants: bool) -> tuple[Float32, Int64]:
     return rows, np.tile(np.arange(len(images), dtype=np.int64), len(laid))
 
 
-def _along(axis: int) -> _Kind:
-    """The slices of volumes along one axis, at most 32 evenly spread, each as an image; as variants mirrored either way."""
+def _along(axis: int) -> Kind:
+    """The slices of volumes along one axis, at most 32 evenly spread, each as an image; as variants mirrored either way. Those with little
+    in them are left blank."""
 
     def slices(images: Float32, variants: bool) -> tuple[Float32, Int64]:
         extent = images.shape[axis]
         chosen = np.unique(np.linspace(0, extent - 1, min(extent, _MOST_SLICES)).round().astype(np.int64))
         pictures = np.moveaxis(np.take(images, chosen, axis=axis), axis, 1).reshape(-1, *np.delete(images.shape[1:], axis - 1))
         item = np.repeat(np.arange(len(images), dtype=np.int64), len(chosen))
+        content = pictures.reshape(len(images), len(chosen), -1).std(axis=2)
+        pictures = np.where((content < _LEAST_CONTENT * content.max(axis=1, keepdims=True)).reshape(-1, 1, 1, 1), np.float32(0), pictures)
         mirrored = [pictures[..., ::-1], pictures[..., ::-1, :]] if variants else []
         laid = [pictures, *(np.ascontiguousarray(part) for part in mirrored)]
         return np.concatenate([thumbnails(part).astype(np.float32) for part in laid]), np.tile(item, len(laid))

@@ -29,7 +29,7 @@ from dpsynth.checks.features import encode
 from dpsynth.checks.fidelity import fidelity
 from dpsynth.checks.groups import groups
 from dpsynth.checks.membership import membership, pool_scores
-from dpsynth.checks.search import Approaches, Nearest, _whole  # what `approaches` does, kept for many hospitals
+from dpsynth.checks.search import Approaches, Nearest, _whole, apart_from_common  # what `approaches` does, kept for many hospitals
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import Config, DataConfig, GateConfig, PhantomConfig
 from dpsynth.data.cohort import Float32, ImageSet, Int64
@@ -135,9 +135,10 @@ def moment_images(patients: ImageSet) -> Float32:
 
 def distances(queries: Float32, real: Float32) -> Float32:
     """Of each query to the nearest variant of each real image, (n, m)."""
-    left, away = _whole(queries, False)[0], []
+    whole = apart_from_common(_whole, real)
+    left, away = whole(queries, False)[0], []
     for start in range(0, len(real), 100):
-        rows, item = _whole(real[start : start + 100], True)
+        rows, item = whole(real[start : start + 100], True)
         similar = (left @ rows.T).reshape(len(left), -1, int(item.max()) + 1).max(axis=1)
         away.append(np.sqrt(np.maximum(2 - 2 * similar, 0)))
     return np.concatenate(away, axis=1)

@@ -109,6 +109,35 @@ def test_volumes_that_were_moved_a_little_are_found_whole(change: str) -> None:
     assert float(near.min()) > 0.1, "without variants they lie apart"
 
 
+@pytest.mark.parametrize("frame", [0.0, 1.0])
+def test_a_frame_that_all_images_share_hides_no_copy(frame: float) -> None:
+    """Thumbnails of faint images in a bright frame are nearly equal; beyond their mean they are as far apart as without it."""
+    rng = np.random.default_rng(6)
+    real = 0.05 * rng.uniform(-1, 1, (60, 1, 14, 14)).astype(np.float32)
+    for side in (real[:, :, :2], real[:, :, -2:], real[:, :, :, :2], real[:, :, :, -2:]):
+        side += np.float32(frame)
+    found = approaches(real[:5], real, np.arange(60), progress=silent)
+    assert found.patient.tolist() == list(range(5))
+    assert float(found.ratio.max()) < 0.05
+    among = approaches(real, real, np.arange(60), own=np.arange(60), progress=silent)
+    assert float(among.ratio.min()) > 0.5
+    assert float(among.copy.max()) < 0.05
+
+
+def test_slices_with_little_in_them_are_not_compared() -> None:
+    """The ends of organs are alike by chance: a volume whose end slice is another's is not near to it, one with its middle slice is."""
+    rng = np.random.default_rng(7)
+    real = rng.uniform(-1, 1, (12, 1, 10, 10, 10)).astype(np.float32)
+    real[:, :, 0] *= 0.1
+    honest = rng.uniform(-1, 1, (2, 1, 10, 10, 10)).astype(np.float32)
+    honest[:, 0, 0] = real[3, 0, 0]
+    honest[1, 0, 5] = real[4, 0, 6]
+    ratios, patients = approaches(honest, real, np.arange(12), progress=silent).per_item(2)
+    assert ratios[0] > 0.5
+    assert ratios[1] < 0.1
+    assert patients[1] == 4
+
+
 @pytest.mark.parametrize("turns", [1, 2, 3])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_images_on_their_side_are_found_whichever_side_and_mirrored(turns: int, mirrored: bool) -> None:
