@@ -12,6 +12,7 @@ from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.family import needed
 from dpsynth.checks.kept import UnfinishedCheck
+from dpsynth.checks.noted import looked_at
 from dpsynth.checks.review import Answering, review_page
 from dpsynth.checks.screening import CONTENT, screen_candidates
 from dpsynth.checks.suite import run_checks
@@ -84,10 +85,11 @@ def check(
     run.reset("check")
     facts = {"attempt": attempt, "candidates_sha256": candidates_digest(run)}
     record = run.folder("check") / VERDICTS
-    write_json(record, {**facts, "verdicts": [verdict.to_json() for verdict in verdicts]}, private=True)
     write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
     page = review_page(evidence, verdicts, required=needed(config.gate.required), answering=_answering(run_path, ledger_path))
     write_bytes(run.folder("check") / REVIEW, page.encode(), private=True)
+    noted = {**facts, "files": looked_at(run), "verdicts": [verdict.to_json() for verdict in verdicts]}
+    write_json(record, noted, private=True)
     trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
     run.complete("check", needs=("train", "generate"), facts=facts)
     unfinished.forget()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsynth.artifacts import RunFolder, read_json, sha256_file
+from dpsynth.checks.noted import looked_at
 from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, CellRow, candidates_digest, load_candidates, load_cell_rows
@@ -51,6 +52,8 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         checked = str(result["candidates_sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"The verdicts of this run cannot be read ({error}). Run `dpsynth check` again.") from error
+    if result.get("files") != looked_at(run):
+        raise ArtifactError("The review page, its list, the detector or the counts of cells are not those of the check. Run it again.")
     question = Question(
         # What the ledger says of the data set stands above the run folder; other runs may have been charged since.
         guarantee=replace(

@@ -350,6 +350,17 @@ def a_milder_policy(clinic: Path) -> None:
     assert "family_error: 0.001" in RunFolder.open(clinic / "run").config_text
 
 
+def another_review_page(clinic: Path) -> None:
+    path = clinic / "run" / "check" / "review.html"
+    path.write_text(path.read_text().replace("Review of", "Nothing to see in"))
+    seal(clinic, "check")
+
+
+def a_detector_that_nobody_checked(clinic: Path) -> None:
+    (clinic / "run" / "generate" / "detector.json").write_text("{}")
+    seal(clinic, "generate")
+
+
 def a_policy_cut_short(clinic: Path) -> None:
     """What is cut off from the configuration is put before the conditions, so that one after the other they read as before."""
     path, booking = clinic / "run" / "config.yaml", clinic / "run" / "train" / "site" / "reservation.json"
@@ -365,6 +376,8 @@ def a_policy_cut_short(clinic: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
+        (another_review_page, "not those of the check"),
+        (a_detector_that_nobody_checked, "not those of the check"),
         (a_policy_cut_short, "configuration of this run is not the one that the ledger noted"),
         (a_milder_policy, "configuration of this run is not the one that the ledger noted"),
         (lower_epsilon, "booked other mechanisms"),
