@@ -65,8 +65,7 @@ class Cells:
 
     def marginal(self, weights: Array, axis: int) -> Array:
         """Sums of the cells' weights (cells,) over all axes but one."""
-        others = tuple(other for other in range(len(self.shape)) if other != axis)
-        return np.asarray(weights.reshape(self.shape).sum(axis=others))
+        return _marginal(weights.reshape(self.shape), (axis,))
 
 
 def target_problem(cells: Cells, target: Mapping[str, Mapping[str, float]]) -> str:
@@ -117,6 +116,7 @@ def fit_shares(cells: Cells, prior: Array, target: Mapping[str, Mapping[str, flo
 
 
 def _marginal(shares: Array, kept: tuple[int, ...]) -> Array:
+    """Sums over all axes but the kept ones."""
     return np.asarray(shares.sum(axis=tuple(axis for axis in range(shares.ndim) if axis not in kept)))
 
 

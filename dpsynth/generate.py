@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from dpsynth import __version__
 from dpsynth.artifacts import RunFolder, json_bytes, read_json, write_json
 from dpsynth.cells import FEWEST_PATIENTS, LABEL, Cells, fit_shares, independent_problem, target_problem
-from dpsynth.checks.screening import CONTENT, Decision, screen_candidates
+from dpsynth.checks.screening import Decision, screen_candidates
+from dpsynth.checks.verdict import CONTENT
 from dpsynth.config import Config, GenerateConfig, parse_config
 from dpsynth.data.candidates import WITHHELD, Candidates, CellRow, load_cell_rows, save_candidates, save_cell_rows, to_8_bit
 from dpsynth.detector.evaluation import doubts, unfit
@@ -26,7 +28,7 @@ from dpsynth.detector.model import FILE as DETECTOR
 from dpsynth.detector.model import NO_DETECTOR, Detector
 from dpsynth.errors import ArtifactError, GateRefused, UsageError
 from dpsynth.model.generator import Generator
-from dpsynth.progress import Progress
+from dpsynth.progress import Progress, say_nothing
 from dpsynth.train.detector import train_detector
 
 Target = Mapping[str, Mapping[str, float]]
@@ -44,10 +46,6 @@ class Drawn:
     count: int
     warnings: tuple[str, ...]
     already: bool = False
-
-
-def say_nothing(_: str) -> None:
-    """For callers who want no warning."""
 
 
 def generate(
@@ -69,8 +67,9 @@ def generate(
     settings = _with_mix(config.generate, target or {}, independent, config.data.cells)
     mix = {name: value for name in _MIX if (value := getattr(settings, name))}
     made_by = {"dpsynth": __version__, **json.loads(json_bytes(mix))}
-    if _is_drawn(run, made_by):
-        return _as_stored(run, already=True)
+    stored = _stored(run)
+    if stored and all(stored.get(name) == made_by.get(name) for name in ("dpsynth", *_MIX)):
+        return _drawn(run, stored, already=True)
     if run.is_complete("check"):
         warn(_CHECK_GOES)
     generator = Generator.load(run.folder("train"))
@@ -88,21 +87,21 @@ def generate(
     if generator.attributes:
         save_cell_rows(run, cell_rows(generator, candidates))
     without = {NO_DETECTOR: lacking} if lacking else {}
-    run.complete("generate", needs=("train",), facts={"count": len(candidates.images), WITHHELD: int(rejected.sum()), **without, **made_by})
-    return _as_stored(run, already=False)
+    facts = {"count": len(candidates.images), WITHHELD: int(rejected.sum()), **without, **made_by}
+    run.complete("generate", needs=("train",), facts=facts)
+    return _drawn(run, facts, already=False)
 
 
-def _is_drawn(run: RunFolder, made_by: Mapping[str, object]) -> bool:
-    """Whether the stage is complete, unchanged, and of this generator, version and mix; the configuration of a run never changes."""
+def _stored(run: RunFolder) -> Mapping[str, Any]:
+    """The facts of a stage that is complete, unchanged and of this generator; the configuration of a run never changes."""
     try:
-        facts = run.require("generate").facts
+        return run.require("generate").facts
     except ArtifactError:  # none, one that was cut off, or one that was spoilt: drawing again mends it
-        return False
-    return all(facts.get(name) == made_by.get(name) for name in ("dpsynth", *_MIX))
+        return {}
 
 
-def _as_stored(run: RunFolder, *, already: bool) -> Drawn:
-    facts = run.require("generate").facts
+def _drawn(run: RunFolder, facts: Mapping[str, Any], *, already: bool) -> Drawn:
+    """What is to be said of the stage with these facts."""
     count, left_out = int(facts["count"]), int(facts[WITHHELD])
     warnings = small_cells(load_cell_rows(run))
     if left_out:

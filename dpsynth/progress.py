@@ -18,6 +18,10 @@ def silent(task: str, done: int, total: int, note: str = "") -> None:
     """The progress of tests and programs that want none."""
 
 
+def say_nothing(_: str) -> None:
+    """For callers who want no lines either."""
+
+
 @contextmanager
 def terminal_progress() -> Iterator[Progress]:
     """Bars on standard error; plain lines at a tenth each when it is no terminal."""

@@ -16,9 +16,9 @@ from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.family import needed
 from dpsynth.checks.review import Answering, review_page
 from dpsynth.checks.run import SEED
-from dpsynth.checks.screening import CONTENT, screen_candidates
+from dpsynth.checks.screening import screen_candidates
 from dpsynth.checks.suite import run_checks
-from dpsynth.checks.verdict import REVIEW, VERDICTS, Verdict
+from dpsynth.checks.verdict import CONTENT, REVIEW, VERDICTS, Verdict
 from dpsynth.data.candidates import to_unit_range
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare

@@ -33,7 +33,7 @@ _CHANCE = 0.01  # share of people who come so near to others, by any way of comp
 _TRUSTED = 0.1  # quantile of their ratios below which people may be the same person
 _PARTS = (0.4, 0.6, 0.8, 1.0)  # of that quantile, at which approached patients are counted
 SCREENED = 0.6  # of that quantile, below which a person must look
-_PLAIN = 0.3  # of that quantile: an exact copy that comes so near would still be shown when it is altered, and twice as far
+_PLAIN = SCREENED / 2  # of that quantile: an exact copy that comes so near would still be shown when it is altered, and twice as far
 _LEAST_SEEN = 0.5  # share of pool patients of whom an exact copy is plain, below which the check cannot tell
 _WAYS = ("whole images", "slices along the first axis", "slices along the second axis", "slices along the third axis")
 SCREENED_BELOW = "part of the usual ratio below which a person must look"  # among the figures
@@ -57,7 +57,10 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
     real = features.real_approaches.relative_to(usual)
     seen = visible(real)
     needed = int(np.ceil(copies_needed(strictest(gate)) / max(seen, _LEAST_SEEN)))
-    listed = screened(evidence, features)
+    ratios, nearest = found.per_item(len(evidence.synthetic))
+    shown = [int(row) for row in np.argsort(ratios, kind="stable") if ratios[row] < SCREENED]
+    ids = (*evidence.training.patient_ids, *evidence.control.patient_ids)
+    listed = tuple((row, ids[nearest[row]]) for row in shown)
     counts = f"{a} pool patients in training and {b} outside approached more closely than chance"
     could = (
         f"about {needed} copied pool patients, {_all_copied(evidence, needed)} among all of training, would have been seen by the test, "
@@ -73,10 +76,10 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
             f"with {least} pool patients a side copying could not be seen; at least {_LEAST_SIDES * needed} are needed",
         )
     if seen < _LEAST_SEEN:
-        shown = f"; {len(listed)} images are listed all the same" if listed else ""
+        too = f"; {len(listed)} images are listed all the same" if listed else ""
         outcome, reason = (
             Outcome.INCONCLUSIVE,
-            f"too little could be seen{_unseen(real, seen)}{shown}: look for doubles with `dpsynth audit`",
+            f"too little could be seen{_unseen(real, seen)}{too}: look for doubles with `dpsynth audit`",
         )
     low, high = clopper_pearson(a, max(a + b, 1), 0.95)
     return Verdict(
@@ -104,16 +107,8 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
         p_value=p,
         accusation=f"training patients are copied: {counts}; {could}",
         listed=listed,
-        ratios=tuple(float(ratio) for ratio in found.per_item(len(evidence.synthetic))[0][[image for image, _ in listed]]),
+        ratios=tuple(ratios[shown].tolist()),
     )
-
-
-def screened(evidence: Evidence, features: Features) -> tuple[tuple[int, str], ...]:
-    """Synthetic images (by number) that come much nearer to a patient than people come to each other, with that patient; closest first."""
-    usual = usual_ratios(features.real_approaches)
-    ratios, patients = features.synthetic_approaches.relative_to(usual).per_item(len(evidence.synthetic))
-    ids = (*evidence.training.patient_ids, *evidence.control.patient_ids)
-    return tuple((int(row), ids[patients[row]]) for row in np.argsort(ratios, kind="stable") if ratios[row] < SCREENED)
 
 
 def usual_ratios(real: Approaches) -> Array:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dpsynth.artifacts import RunFolder, sha256_file
-from dpsynth.checks.verdict import REVIEW
+from dpsynth.checks.verdict import CONTENT, REVIEW
 from dpsynth.data.candidates import CELLS
 from dpsynth.detector.model import FILE as DETECTOR
 
-_CONTENT = "content.json"  # one line for each image, as in `screening`
-_NAMES = (f"check/{REVIEW}", f"check/{_CONTENT}", f"generate/{DETECTOR}", f"generate/{CELLS}")
+_NAMES = (f"check/{REVIEW}", f"check/{CONTENT}", f"generate/{DETECTOR}", f"generate/{CELLS}")
 
 
 def looked_at(run: RunFolder) -> dict[str, str]:

@@ -14,9 +14,9 @@ from dpsynth.checks.family import needed
 from dpsynth.checks.kept import UnfinishedCheck
 from dpsynth.checks.noted import looked_at
 from dpsynth.checks.review import Answering, review_page
-from dpsynth.checks.screening import CONTENT, screen_candidates
+from dpsynth.checks.screening import screen_candidates
 from dpsynth.checks.suite import run_checks
-from dpsynth.checks.verdict import REVIEW, VERDICTS, Verdict
+from dpsynth.checks.verdict import CONTENT, REVIEW, VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range, withheld
 from dpsynth.data.fingerprint import require_data
@@ -28,19 +28,15 @@ from dpsynth.model.generator import Generator
 from dpsynth.privacy.audit import CANARIES
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
-from dpsynth.progress import Progress
+from dpsynth.progress import Progress, say_nothing
 from dpsynth.trained import load_trained
 
 _UNFINISHED = "unfinished_check"  # in the run's folder, while a check is going on
 SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
 
 
-def _say_nothing(_: str) -> None:
-    """Nobody asked."""
-
-
 def check(
-    run_path: Path, *, ledger_path: Path | None, progress: Progress, note: Callable[[str], object] = _say_nothing
+    run_path: Path, *, ledger_path: Path | None, progress: Progress, note: Callable[[str], object] = say_nothing
 ) -> tuple[Verdict, ...]:
     """Run all checks of a run, write their verdicts and the page for a person. Raises BudgetExceeded when the generator was checked too
     often.

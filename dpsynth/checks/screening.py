@@ -28,7 +28,6 @@ from dpsynth.model.thumbnails import thumbnails
 from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]
-CONTENT = "content.json"  # in a run's folder, every decision
 _ENDS = 2 / 127.5  # of [-1, 1]: two of 256 grey levels
 _BLOCK = 512
 

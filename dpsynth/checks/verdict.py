@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 VERDICTS = "verdicts.json"  # in the run's folder of checks; its digest is in the ledger
+CONTENT = "content.json"  # every decision of the filters, a line an image; withheld ones beside the candidates, the others here
 REVIEW = "review.html"  # beside it: what a person is asked to look at
 
 

@@ -109,6 +109,18 @@ def test_volumes_that_were_moved_a_little_are_found_whole(change: str) -> None:
     assert float(near.min()) > 0.1, "without variants they lie apart"
 
 
+def test_who_is_listed_first_changes_nothing() -> None:
+    """Training patients are listed before control patients: what depended on the order would depend on the coins."""
+    rng = np.random.default_rng(5)
+    real = rng.uniform(-1, 1, (30, 1, 12, 12)).astype(np.float32)
+    real[:15, :, :4] += 0.5  # the two halves differ
+    order = rng.permutation(30)
+    queries = rng.uniform(-1, 1, (6, 1, 12, 12)).astype(np.float32)
+    one, other = approaches(queries, real, np.arange(30), progress=silent), approaches(queries, real[order], np.arange(30), progress=silent)
+    np.testing.assert_array_equal(order[other.patient], one.patient)
+    np.testing.assert_allclose(other.ratio, one.ratio, atol=1e-5)
+
+
 @pytest.mark.parametrize("frame", [0.0, 1.0])
 def test_a_frame_that_all_images_share_hides_no_copy(frame: float) -> None:
     """Thumbnails of faint images in a bright frame are nearly equal; beyond their mean they are as far apart as without it."""

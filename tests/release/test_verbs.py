@@ -361,6 +361,16 @@ def a_detector_that_nobody_checked(clinic: Path) -> None:
     seal(clinic, "generate")
 
 
+def another_list_of_decisions(clinic: Path) -> None:
+    (clinic / "run" / "check" / "content.json").write_text("[]")
+    seal(clinic, "check")
+
+
+def other_counts_of_cells(clinic: Path) -> None:
+    (clinic / "run" / "generate" / "cells.json").write_text("[]")
+    seal(clinic, "generate")
+
+
 def a_policy_cut_short(clinic: Path) -> None:
     """What is cut off from the configuration is put before the conditions, so that one after the other they read as before."""
     path, booking = clinic / "run" / "config.yaml", clinic / "run" / "train" / "site" / "reservation.json"
@@ -378,6 +388,8 @@ def a_policy_cut_short(clinic: Path) -> None:
     [
         (another_review_page, "not those of the check"),
         (a_detector_that_nobody_checked, "not those of the check"),
+        (another_list_of_decisions, "not those of the check"),
+        (other_counts_of_cells, "not those of the check"),
         (a_policy_cut_short, "configuration of this run is not the one that the ledger noted"),
         (a_milder_policy, "configuration of this run is not the one that the ledger noted"),
         (lower_epsilon, "booked other mechanisms"),

@@ -113,7 +113,8 @@ def test_the_mix_is_the_target_and_another_can_be_asked_for_when_drawing(run: Pa
     assert abs(np.mean(other.labels == 1) - 0.75) <= 4 / 240
     assert RunFolder.open(run).require("generate").facts["target"]["sex"] == {"F": 0.9, "M": 0.1}
     assert generate(run, progress=silent, target={"label": {"normal": 0.25, "lesion": 0.75}, "sex": {"M": 0.1, "F": 0.9}}).already
-    generate(run, progress=silent, independent=["age"])
+    generate(run, progress=silent)
+    assert not generate(run, progress=silent, independent=["age"]).already, "what else the label depends on is another mix"
     assert generate(run, progress=silent, independent=["age"]).already
     apart = load_candidates(RunFolder.open(run))
     old = apart.attributes["age"] == "60-120"
