@@ -367,6 +367,13 @@ def test_coins_that_were_not_noted_before_training_are_refused(joint: Joint) -> 
         check_candidates(joint.guard("north"), joint.candidates, progress=silent)
 
 
+def test_one_round_with_other_coins_is_enough_to_refuse(joint: Joint) -> None:
+    ledger = joint.guard("north").ledger
+    ledger.reserve(ledger.charges()[0].mechanisms[:0], purpose="x", run_id="joint/3/train-3-1", coins_sha256="0" * 64)
+    with pytest.raises(LedgerError, match="coins are not those that the ledger noted"):
+        check_candidates(joint.guard("north"), joint.candidates, progress=silent)
+
+
 def test_a_round_of_which_no_proof_was_kept_cannot_pass(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard of another make, or a folder that was tidied up: the checks say so, and the gate does not allow it."""
     monkeypatch.setattr(site_checks, "run_checks", played)
