@@ -215,16 +215,18 @@ def _whole(images: Float32, variants: bool) -> tuple[Float32, Int64]:
 
 
 def _along(axis: int) -> Kind:
-    """The slices of volumes along one axis, at most 32 evenly spread, each as an image; as variants mirrored either way. Those with little
-    in them are left blank."""
+    """The slices of volumes along one axis, at most 32 evenly spread, each as an image; as variants mirrored either way, and those with
+    little in them blank. Queries keep theirs: a copied slice may have come into a volume with fuller ones."""
 
     def slices(images: Float32, variants: bool) -> tuple[Float32, Int64]:
         extent = images.shape[axis]
         chosen = np.unique(np.linspace(0, extent - 1, min(extent, _MOST_SLICES)).round().astype(np.int64))
         pictures = np.moveaxis(np.take(images, chosen, axis=axis), axis, 1).reshape(-1, *np.delete(images.shape[1:], axis - 1))
         item = np.repeat(np.arange(len(images), dtype=np.int64), len(chosen))
-        content = pictures.reshape(len(images), len(chosen), -1).std(axis=2)
-        pictures = np.where((content < _LEAST_CONTENT * content.max(axis=1, keepdims=True)).reshape(-1, 1, 1, 1), np.float32(0), pictures)
+        if variants:
+            content = pictures.reshape(len(images), len(chosen), -1).std(axis=2)
+            empty = content < _LEAST_CONTENT * content.max(axis=1, keepdims=True)
+            pictures = np.where(empty.reshape(-1, 1, 1, 1), np.float32(0), pictures)
         mirrored = [pictures[..., ::-1], pictures[..., ::-1, :]] if variants else []
         laid = [pictures, *(np.ascontiguousarray(part) for part in mirrored)]
         return np.concatenate([thumbnails(part).astype(np.float32) for part in laid]), np.tile(item, len(laid))

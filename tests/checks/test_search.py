@@ -150,6 +150,16 @@ def test_slices_with_little_in_them_are_not_compared() -> None:
     assert patients[1] == 4
 
 
+def test_a_slice_that_was_copied_into_a_fuller_volume_is_found() -> None:
+    """What is full in the patient's volume is little in the other, which has more contrast everywhere else."""
+    rng = np.random.default_rng(8)
+    real = rng.uniform(-0.2, 0.2, (12, 1, 10, 10, 10)).astype(np.float32)
+    fuller = rng.uniform(-1, 1, (1, 1, 10, 10, 10)).astype(np.float32)
+    fuller[0, 0, 5] = real[4, 0, 6]
+    ratios, patients = approaches(fuller, real, np.arange(12), progress=silent).per_item(1)
+    assert (float(ratios[0]) < 0.1, int(patients[0])) == (True, 4)
+
+
 @pytest.mark.parametrize("turns", [1, 2, 3])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_images_on_their_side_are_found_whichever_side_and_mirrored(turns: int, mirrored: bool) -> None:
