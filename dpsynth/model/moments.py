@@ -41,6 +41,7 @@ BANDS = 14  # rings of frequency above the low block, per channel
 LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
 _COUNT_WEIGHT = 0.3
 _SHARES = {"means": 0.25, "scales": 0.03, "energies": 0.12, "second_moments": 0.6}
+_ABOVE_NOISE = 16.0  # noise standard deviations of the expected second moment along an axis, for it to be released
 _CLIPPED = 0.25  # quantile of public residuals that is their clip norm
 _SMALLEST_VARIANCE = 1e-6
 _SMALLEST_ENERGY = 1e-3  # of a typical one: what is added before the logarithm
@@ -97,7 +98,8 @@ def from_frequencies(coefficients: Array, shape: tuple[int, ...]) -> Float32:
 class PublicReference:
     """Public constants. centre: (low,); principal: the axes of the low frequencies; spectrum: (channel * pixels,), mean square of each
     coefficient; typical: (bands + 1,), mean energies of the rings and, last, of the shaped residual; log_energies: (bands + 1,), mean
-    logarithm of an image's energies in these units; descriptors: those of the labels.
+    logarithm of an image's energies in these units; descriptors: those of the labels; clip_residuals: (low,), of residuals along the one,
+    two, ... strongest axes.
     """
 
     shape: tuple[int, ...]
@@ -109,7 +111,7 @@ class PublicReference:
     log_energies: Array
     descriptors: PublicDescriptors
     clip_low: float
-    clip_residual: float
+    clip_residuals: Array
     clip_scales: float
     clip_energies: float
 
@@ -176,7 +178,7 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
         descriptors=public_descriptors(images),
         # Another hospital's images may be brighter than all of these: means get room for it, residuals are taken around the means.
         clip_low=1.5 * float(np.quantile(norms, 0.95)),
-        clip_residual=float(np.quantile(norms, _CLIPPED)),
+        clip_residuals=np.quantile(np.sqrt(np.cumsum(shaped[:, ::-1] ** 2, axis=1)), _CLIPPED, axis=0),
         # Few numbers: wide bounds cost little.
         clip_scales=float(np.quantile(np.linalg.norm(logarithms - log_energies, axis=1), 0.95) + _ROOM * np.sqrt(len(typical))),
         clip_energies=float(np.quantile(np.linalg.norm(energies / typical, axis=1), 0.95)),
@@ -200,7 +202,7 @@ def moment_queries(reference: PublicReference, *, num_labels: int) -> tuple[Gaus
         "means": float(np.hypot(weight, reference.clip_low)),
         "scales": reference.clip_scales,
         "energies": reference.clip_energies,
-        "second_moments": reference.clip_residual**2,
+        "second_moments": float(reference.clip_residuals[-1] ** 2),
     }
     return (*(GaussianQuery(name=name, share=left * share, clip_norm=norms[name]) for name, share in _SHARES.items()), *of_labels)
 
@@ -289,28 +291,37 @@ def _release_second_moments(
 ) -> Array:
     """Covariance of the low block, (classes, low, low), positive definite. energies: (classes,), of the residuals beside public ones.
 
-    Most images are cut down to the clip norm, which tells their directions at half the noise; how strong they are the energies tell.
+    Of the axes that `_axes_above` chooses; along the others, and between them, it is the public one. Most images are cut down to the clip
+    norm, which tells their directions at half the noise; how strong they are the energies tell.
     """
-    width = shaped.shape[1]
-    rows, columns = np.triu_indices(width)
+    noise, public = release.noise_stddev("second_moments"), reference.principal.shaped_variances
+    booked = reference.clip_residuals[-1] ** 2
+    axes = _axes_above(noise / booked, public, patients=float(counts.sum()))
+    strongest, clip = slice(len(public) - axes, None), reference.clip_residuals[axes - 1]
+    unit = booked / clip**2  # the same clip norm for fewer numbers is less noise on each
+    rows, columns = np.triu_indices(axes)
     weight = np.where(rows == columns, 1.0, np.sqrt(2.0))  # the norm of the weighted half is the norm of the matrix
     size = float(counts @ energies / counts.sum())
-    kept = clipped(shaped / np.sqrt(size), reference.clip_residual)
+    kept = clipped(shaped[:, strongest] / np.sqrt(size), clip)
     halves = kept[:, rows] * kept[:, columns] * weight
-    total = release.noised_sum("second_moments", halves, reference.clip_residual**2)
-    matrices = np.zeros((len(counts), width, width))
+    total = release.noised_sum("second_moments", halves * unit, booked) / unit
+    matrices = np.zeros((len(counts), axes, axes))
     matrices[:, rows, columns] = total / weight
     matrices[:, columns, rows] = matrices[:, rows, columns]
-    covariances = pooled_covariances(
-        matrices,
-        counts,
-        groups,
-        stddev=release.noise_stddev("second_moments"),
-        prior=np.diag(reference.principal.shaped_variances),
-    )
-    wanted = energies * reference.typical[-1]
-    covariances *= (wanted / np.trace(covariances, axis1=1, axis2=2))[:, None, None]
+    found = pooled_covariances(matrices, counts, groups, stddev=noise / unit, prior=np.diag(public[strongest]))
+    covariances = np.tile(np.diag(public), (len(counts), 1, 1))
+    covariances[:, strongest, strongest] = found * (public[strongest].sum() / np.trace(found, axis1=1, axis2=2))[:, None, None]
+    covariances *= (energies * reference.typical[-1] / public.sum())[:, None, None]
     return np.stack([reference.principal.unshaped(reference.principal.unshaped(covariance).T) for covariance in covariances])
+
+
+def _axes_above(noise_multiplier: float, variances: Array, *, patients: float) -> int:
+    """How many axes, strongest first, have expected second moments that stand `_ABOVE_NOISE` times above the noise. It follows from public
+    numbers and the released number of patients. variances: (axes,) public ones, rising.
+    """
+    falling = variances[::-1]
+    expected = patients * falling / np.cumsum(falling)  # of vectors as long as the clip norm, in units of its square
+    return max(1, int(np.count_nonzero(expected >= _ABOVE_NOISE * noise_multiplier)))
 
 
 def _summaries(images: Float32, layout: Frequencies) -> tuple[Array, Array, Array]:

@@ -62,7 +62,7 @@ def test_no_band_mixes_low_and_other_coefficients(shape: tuple[int, ...]) -> Non
 
 def test_without_noise_the_moments_are_the_moments() -> None:
     images, labels = smooth_images(300, (1, 8, 8), 2), np.arange(300) % 2
-    inside = REFERENCE.__class__(**{**REFERENCE.__dict__, "clip_low": 1e3, "clip_residual": 1e3, "clip_scales": 1e3, "clip_energies": 1e6})
+    inside = replace(REFERENCE, clip_low=1e3, clip_residuals=np.full(LOW**2, 1e3), clip_scales=1e3, clip_energies=1e6)
     found = release_moments(images, labels, np.arange(300), num_classes=2, mechanism=None, reference=inside, stream=None)
     low = to_frequencies(images)[:, frequencies((1, 8, 8), LOW).low]
     assert np.allclose(found.counts, [150, 150])
@@ -280,20 +280,48 @@ def excess(found: Moments, images: np.ndarray, labels: np.ndarray, sigma: float 
     )
 
 
-def test_noise_costs_little_because_public_images_fill_what_it_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alone", ["mean", "covariance"])
+def test_noise_costs_little_because_public_images_fill_what_it_hides(alone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means and covariances each by themselves, the other as it is: around a wrong mean a better covariance may denoise worse."""
     images, labels = smooth_images(1000, (1, 8, 8), 7), np.arange(1000) % 2
+    low = to_frequencies(images)[:, frequencies((1, 8, 8), LOW).low]
+    true = {"mean": np.stack([low[labels == label].mean(0) for label in range(2)])}
+    true["covariance"] = np.stack([np.cov(low[labels == label].T, bias=True) for label in range(2)])
+    other = {name: array for name, array in true.items() if name != alone}
 
     def released(noise_multiplier: float) -> float:
-        found = release_moments(
-            images, labels, np.arange(1000), num_classes=2, mechanism=booked(noise_multiplier), reference=REFERENCE,
-            stream=NoiseStream(key=b"n" * 32),
-        )  # fmt: skip
-        return excess(found, images, labels)
+        found = [
+            release_moments(
+                images, labels, np.arange(1000), num_classes=2, mechanism=booked(noise_multiplier), reference=REFERENCE,
+                stream=NoiseStream(key=bytes([key]) * 32),
+            )
+            for key in range(6)
+        ]  # fmt: skip
+        return float(np.mean([excess(replace(one, **other), images, labels) for one in found]))
 
-    assert released(1.0) < 1.02
-    assert released(30.0) < 1.15
-    monkeypatch.setattr(module, "pooled_covariances", lambda totals, counts, *_, **__: totals / counts[:, None, None])  # no prior
-    assert released(30.0) > 1.3
+    least, most = {"mean": (1.01, 1.3), "covariance": (1.02, 1.03)}[alone]
+    assert released(1.0) < least
+    assert released(30.0) < most
+    monkeypatch.setattr(module, "_axes_above", lambda _, variances, **__: len(variances))
+    monkeypatch.setattr(module, "pooled_means", lambda totals, counts, *_, **__: totals / np.maximum(counts, 1)[:, None])
+    monkeypatch.setattr(module, "pooled_covariances", lambda totals, counts, *_, **__: totals / np.maximum(counts, 1)[:, None, None])
+    assert released(30.0) > most + 0.1
+
+
+def test_axes_are_released_that_stand_above_the_noise() -> None:
+    """More of them with more patients or less noise, whatever the unit of the images; without noise all, and never none."""
+    variances = REFERENCE.principal.shaped_variances
+    counted = {
+        (noise, patients): module._axes_above(noise, variances, patients=patients) for noise in (0.0, 1.0, 10.0, 1e6) for patients in (100, 1000)
+    }
+    assert counted[0.0, 100] == LOW**2
+    assert counted[1e6, 1000] == 1
+    assert 1 < counted[1.0, 100] == counted[10.0, 1000] < counted[1.0, 1000] < LOW**2
+    assert module._axes_above(1.0, 7 * variances, patients=1000) == counted[1.0, 1000]
+    kept = variances[-counted[1.0, 1000] :]
+    assert 1000 * kept[0] / kept.sum() >= module._ABOVE_NOISE
+    one_more = variances[-counted[1.0, 1000] - 1 :]
+    assert 1000 * one_more[0] / one_more.sum() < module._ABOVE_NOISE
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0, 4.0])
