@@ -312,7 +312,9 @@ def test_axes_are_released_that_stand_above_the_noise() -> None:
     """More of them with more patients or less noise, whatever the unit of the images; without noise all, and never none."""
     variances = REFERENCE.principal.shaped_variances
     counted = {
-        (noise, patients): module._axes_above(noise, variances, patients=patients) for noise in (0.0, 1.0, 10.0, 1e6) for patients in (100, 1000)
+        (noise, patients): module._axes_above(noise, variances, patients=patients)
+        for noise in (0.0, 1.0, 10.0, 1e6)
+        for patients in (100, 1000)
     }
     assert counted[0.0, 100] == LOW**2
     assert counted[1e6, 1000] == 1
