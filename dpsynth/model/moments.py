@@ -9,8 +9,9 @@ All constants (centre, axes, clip norms, typical log-energies) are computed on p
 images may be several times as strong, so energies are released as logarithms, which no factor drives out of the clip norm, and residuals
 are divided by the released size before their second moments are taken. Public images serve twice.
 The low frequencies are released along their principal axes, each divided by the fourth root of its public variance: noise is equal on all
-axes, so this puts less of it on the many weak ones. And what the noise hides is taken from them (`pooling`). With attributes the classes
-are cells, and small ones lean on their label; the bound does not depend on what a class is.
+axes, so this puts less of it on the many weak ones. Second moments are released along the axes that stand above the noise, and what the
+noise hides is taken from the public ones (`pooling`). With attributes the classes are cells, and small ones lean on their label; the
+bound does not depend on what a class is.
 Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al. 2022 for one-shot moments as generators.
 """
 
