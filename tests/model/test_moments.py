@@ -308,6 +308,27 @@ def test_noise_costs_little_because_public_images_fill_what_it_hides(alone: str,
     assert released(30.0) > most + 0.1
 
 
+def test_how_many_axes_are_released_follows_from_released_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never from the number of patients itself, which is private: the width of the answer would tell it without noise."""
+    asked, chosen = [], module._axes_above
+
+    def recorded(noise_multiplier: float, variances: np.ndarray, *, patients: float) -> int:
+        asked.append((noise_multiplier, patients))
+        return chosen(noise_multiplier, variances, patients=patients)
+
+    monkeypatch.setattr(module, "_axes_above", recorded)
+    images, mechanism = smooth_images(60, (1, 8, 8), 9), booked(3.0)
+    widths: dict[str, int] = {}
+    found = release_moments(
+        images, np.arange(60) % 2, np.arange(60), num_classes=2, mechanism=mechanism, reference=REFERENCE,
+        stream=NoiseStream(key=b"w" * 32), record=lambda name, _, noised: widths.update({name: noised.shape[1]}),
+    )  # fmt: skip
+    assert asked == [(pytest.approx(mechanism.query_noise_multiplier("second_moments")), pytest.approx(found.counts.sum()))]
+    assert abs(found.counts.sum() - 60) > 1  # so that the true number would not pass
+    axes = chosen(asked[0][0], REFERENCE.principal.shaped_variances, patients=float(found.counts.sum()))
+    assert widths["second_moments"] == axes * (axes + 1) // 2
+
+
 def test_axes_are_released_that_stand_above_the_noise() -> None:
     """More of them with more patients or less noise, whatever the unit of the images; without noise all, and never none."""
     variances = REFERENCE.principal.shaped_variances
