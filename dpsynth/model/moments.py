@@ -43,6 +43,7 @@ LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
 _COUNT_WEIGHT = 0.3
 _SHARES = {"means": 0.25, "scales": 0.03, "energies": 0.12, "second_moments": 0.6}
 _ABOVE_NOISE = 16.0  # noise standard deviations of the expected second moment along an axis, for it to be released
+_FEWEST_AXES = 12  # released whatever the noise: with less than 78 numbers of a class nobody could tell whether the booked noise was added
 _CLIPPED = 0.25  # quantile of public residuals that is their clip norm
 _SMALLEST_VARIANCE = 1e-6
 _SMALLEST_ENERGY = 1e-3  # of a typical one: what is added before the logarithm
@@ -322,7 +323,7 @@ def _axes_above(noise_multiplier: float, variances: Array, *, patients: float) -
     """
     falling = variances[::-1]
     expected = patients * falling / np.cumsum(falling)  # of vectors as long as the clip norm, in units of its square
-    return max(1, int(np.count_nonzero(expected >= _ABOVE_NOISE * noise_multiplier)))
+    return max(min(_FEWEST_AXES, len(variances)), int(np.count_nonzero(expected >= _ABOVE_NOISE * noise_multiplier)))
 
 
 def _summaries(images: Float32, layout: Frequencies) -> tuple[Array, Array, Array]:

@@ -330,21 +330,22 @@ def test_how_many_axes_are_released_follows_from_released_counts(monkeypatch: py
 
 
 def test_axes_are_released_that_stand_above_the_noise() -> None:
-    """More of them with more patients or less noise, whatever the unit of the images; without noise all, and never none."""
-    variances = REFERENCE.principal.shaped_variances
+    """More of them with more patients or less noise, whatever the unit of the images; without noise all, and never too few to test."""
+    variances = 0.97 ** np.arange(99, -1, -1)
     counted = {
         (noise, patients): module._axes_above(noise, variances, patients=patients)
         for noise in (0.0, 1.0, 10.0, 1e6)
-        for patients in (100, 1000)
+        for patients in (1000, 10_000)
     }
-    assert counted[0.0, 100] == LOW**2
-    assert counted[1e6, 1000] == 1
-    assert 1 < counted[1.0, 100] == counted[10.0, 1000] < counted[1.0, 1000] < LOW**2
+    assert counted[0.0, 1000] == 100
+    assert counted[1e6, 1000] == module._FEWEST_AXES
+    assert module._FEWEST_AXES < counted[1.0, 1000] == counted[10.0, 10_000] < counted[1.0, 10_000] < 100
     assert module._axes_above(1.0, 7 * variances, patients=1000) == counted[1.0, 1000]
     kept = variances[-counted[1.0, 1000] :]
     assert 1000 * kept[0] / kept.sum() >= module._ABOVE_NOISE
     one_more = variances[-counted[1.0, 1000] - 1 :]
     assert 1000 * one_more[0] / one_more.sum() < module._ABOVE_NOISE
+    assert module._axes_above(1e6, np.ones(4), patients=1000) == 4
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0, 4.0])
