@@ -225,8 +225,9 @@ def table(results: dict[str, Any]) -> str:
         whole = split if split == "hospitals" else split.split("-")[0]
         for hospital in runs[0]["figures"]:
             own, pooled = _by_seed(results, group, hospital), _by_seed(results, f"{whole}/{side}/{epsilon}/pooled", hospital)
-            alone = [_by_seed(results, name, hospital) for name in groups if name.startswith(f"{split}/{side}/{epsilon}/alone-")]
-            best = {seed: max(site[seed] for site in alone) for seed in own if alone and all(seed in site for site in alone)}
+            names = [f"{split}/{side}/{epsilon}/{arm}" for arm in arms_of(split) if arm.startswith("alone")]
+            alone = [_by_seed(results, name, hospital) for name in names]
+            best = {seed: max(site[seed] for site in alone) for seed in own if all(seed in site for site in alone)}
             cells = [mean_and_spread(list(values.values()), 3) for values in (pooled, own, best)]
             cells += [interval([own[seed] - other[seed] for seed in own if seed in other]) for other in (pooled, best)]
             lines.append(f"| {split} | {side}, {epsilon} | {hospital} | " + " | ".join(cells) + " |")
