@@ -73,7 +73,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(folder / "config.yaml")
     open_ledger(config, path=folder / "ledger", epsilon=10.0, delta=None, max_gate_attempts=2, progress=silent)
     with pytest.MonkeyPatch.context() as patch:  # a fixed key: one honest run in fifty is stopped by a false alarm
-        patch.setattr("dpsynth.train.run.fresh_key", lambda: b"v" * 32)
+        patch.setattr("dpsynth.train.run.fresh_key", lambda: b"u" * 32)
         train(config, run_path=folder / "run", ledger_path=folder / "ledger", progress=silent)
     generate(folder / "run", progress=silent)
     notes: list[str] = []
