@@ -115,7 +115,8 @@ def apart_from_common(kind: Kind, real: Float32) -> Kind:
 
     def rows(images: Float32, variants: bool) -> tuple[Float32, Int64]:
         laid, item = kind(images, variants)
-        laid = laid - common.astype(np.float32)
+        blank = np.linalg.norm(laid, axis=1, keepdims=True) < 0.5  # thumbnails have norm 1, or 0: then there is nothing to compare
+        laid = np.where(blank, np.float32(0), laid - common.astype(np.float32))
         return laid / np.maximum(np.linalg.norm(laid, axis=1, keepdims=True), np.float32(1e-6)), item
 
     return rows

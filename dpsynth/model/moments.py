@@ -117,6 +117,11 @@ class PublicReference:
     clip_scales: float
     clip_energies: float
 
+    @property
+    def clip_second_moments(self) -> float:
+        """What is booked for them, whichever axes are released."""
+        return float(self.clip_residuals[-1] ** 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
@@ -204,7 +209,7 @@ def moment_queries(reference: PublicReference, *, num_labels: int) -> tuple[Gaus
         "means": float(np.hypot(weight, reference.clip_low)),
         "scales": reference.clip_scales,
         "energies": reference.clip_energies,
-        "second_moments": float(reference.clip_residuals[-1] ** 2),
+        "second_moments": reference.clip_second_moments,
     }
     return (*(GaussianQuery(name=name, share=left * share, clip_norm=norms[name]) for name, share in _SHARES.items()), *of_labels)
 
@@ -297,7 +302,7 @@ def _release_second_moments(
     norm, which tells their directions at half the noise; how strong they are the energies tell.
     """
     noise, public = release.noise_stddev("second_moments"), reference.principal.shaped_variances
-    booked = reference.clip_residuals[-1] ** 2
+    booked = reference.clip_second_moments
     axes = _axes_above(noise / booked, public, patients=float(counts.sum()))
     strongest, clip = slice(len(public) - axes, None), reference.clip_residuals[axes - 1]
     unit = booked / clip**2  # the same clip norm for fewer numbers is less noise on each

@@ -150,6 +150,19 @@ def test_slices_with_little_in_them_are_not_compared() -> None:
     assert patients[1] == 4
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_nothing_is_near_to_what_is_blank(dimensions: int) -> None:
+    """Nor is what has nothing in it near to the one patient of whom that is so, too: neither is compared by the mean of the others."""
+    rng = np.random.default_rng(1)
+    shape = (1, *(10,) * dimensions)
+    real, honest = (rng.uniform(-1, 1, (count, *shape)).astype(np.float32) for count in (30, 2))
+    place = () if dimensions == 2 else (0, 0)  # an image, or one slice of a volume
+    real[(7, *place)] *= 0.0 if dimensions == 2 else 0.1
+    honest[(0, *place)] = -1
+    found = approaches(honest, real, np.arange(30), progress=silent)
+    assert float(found.ratio.min()) > 0.5
+
+
 def test_a_slice_that_was_copied_into_a_fuller_volume_is_found() -> None:
     """What is full in the patient's volume is little in the other, which has more contrast everywhere else."""
     rng = np.random.default_rng(8)
