@@ -314,6 +314,7 @@ def test_how_many_axes_are_released_follows_from_released_counts(monkeypatch: py
 
     def recorded(noise_multiplier: float, variances: np.ndarray, *, patients: float) -> int:
         asked.append((noise_multiplier, patients))
+        assert np.array_equal(variances, REFERENCE.principal.shaped_variances)  # public ones: which axes are strong is private, too
         return chosen(noise_multiplier, variances, patients=patients)
 
     monkeypatch.setattr(module, "_axes_above", recorded)
@@ -327,6 +328,18 @@ def test_how_many_axes_are_released_follows_from_released_counts(monkeypatch: py
     assert abs(found.counts.sum() - 60) > 1  # so that the true number would not pass
     axes = chosen(asked[0][0], REFERENCE.principal.shaped_variances, patients=float(found.counts.sum()))
     assert widths["second_moments"] == axes * (axes + 1) // 2
+
+
+def test_few_axes_are_released_at_the_clip_norm_that_all_would_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the noise on them stays what it was, and leaving the others out gains nothing."""
+    monkeypatch.setattr(module, "_axes_above", lambda *_, **__: 3)
+    sums: dict[str, np.ndarray] = {}
+    release_moments(
+        smooth_images(1000, (1, 8, 8), 9), np.arange(1000) % 2, np.arange(1000), num_classes=2, mechanism=booked(0.1), reference=REFERENCE,
+        stream=NoiseStream(key=b"c" * 32), record=lambda name, exact, _: sums.update({name: exact}),
+    )  # fmt: skip
+    diagonal = sums["second_moments"].sum(axis=0)[[0, 3, 5]].sum()  # of a row that is cut down, the clip norm
+    assert 0.8 < diagonal / 1000 / booked().query("second_moments").clip_norm <= 1
 
 
 def test_axes_are_released_that_stand_above_the_noise() -> None:
