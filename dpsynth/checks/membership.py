@@ -35,7 +35,7 @@ def pool_scores(evidence: Evidence, features: Features) -> Array:
         (np.concatenate([features.training, features.control]), features.synthetic),
         (np.concatenate([features.training_thumbnails, features.control_thumbnails]), features.synthetic_thumbnails),
     )
-    return np.asarray(np.max([_standardised(density_ratio(real, synthetic, evidence.pool)) for real, synthetic in spaces], axis=0))
+    return np.asarray(np.max([standardised(density_ratio(real, synthetic, evidence.pool)) for real, synthetic in spaces], axis=0))
 
 
 def density_ratio(real: Array, synthetic: Array, pool: NDArray[np.int64]) -> Array:
@@ -44,7 +44,8 @@ def density_ratio(real: Array, synthetic: Array, pool: NDArray[np.int64]) -> Arr
     return np.asarray(np.log(to_real + 1e-9) - np.log(to_synthetic + 1e-9))
 
 
-def _standardised(scores: Array) -> Array:
+def standardised(scores: Array) -> Array:
+    """Scores (n,) around their median, in standard deviations, so that those of several spaces can be compared."""
     return (scores - np.median(scores)) / max(float(scores.std()), 1e-12)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from dpsynth.checks.classifier import auc
 from dpsynth.checks.encoders import bundled
 from dpsynth.checks.features import encode
-from dpsynth.checks.membership import density_ratio
+from dpsynth.checks.membership import density_ratio, standardised
 from dpsynth.data.cohort import Float32
 from dpsynth.data.split import split_patients
 from dpsynth.model.thumbnails import thumbnails
@@ -34,8 +33,7 @@ from dpsynth.progress import silent
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "baselines"), str(HERE.parent / "011-real-runs")]
 
-from edm import EdmDenoiser, balanced  # noqa: E402 (an experiment is a script; what several share lies one folder up)
-from private import ema_for  # noqa: E402
+from edm import EdmDenoiser, balanced, fit_public  # noqa: E402 (an experiment is a script; what several share lies one folder up)
 from real_runs import CLASSES, DRAWN, first_images  # noqa: E402
 from results import by_group, known, mean_and_spread, once  # noqa: E402
 
@@ -87,24 +85,11 @@ def own_encoder(images: Float32, *, steps: int, seed: int) -> nn.Module:
     return encoder.eval()
 
 
-def drawn_after(split: Any, steps: list[int], seed: int) -> dict[int, Float32]:
-    """Images of a diffusion model without privacy after each number of steps of 96 training images."""
+def drawn_after(split: Any, steps: int, seed: int) -> Float32:
+    """Images of a diffusion model that was trained for so many steps without privacy."""
     denoiser = EdmDenoiser(split.training.images.shape[1:], len(CLASSES), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer, ema = torch.optim.Adam(denoiser.net.parameters(), 1e-3), ema_for(denoiser.net, max(steps))
-    clean, labels = torch.from_numpy(split.training.images), torch.from_numpy(split.training.labels)
-    drawn = {}
-    for step in range(1, max(steps) + 1):
-        rows = torch.randint(len(clean), (96,), generator=generator)
-        optimizer.zero_grad()
-        denoiser.row_losses(clean[rows], labels[rows], generator).mean().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        ema.update(denoiser.net)
-        if step in steps:
-            averaged = deepcopy(denoiser)
-            ema.copy_to(averaged.net)
-            drawn[step] = averaged.draw(balanced(len(CLASSES), DRAWN), seed)
-    return drawn
+    fit_public(denoiser, split.training.images, split.training.labels, steps=steps, seed=seed, augment=False)
+    return denoiser.draw(balanced(len(CLASSES), DRAWN), seed)
 
 
 def one_run(seed: int, steps: list[int], encoder_steps: int) -> dict[str, Any]:
@@ -125,12 +110,12 @@ def one_run(seed: int, steps: list[int], encoder_steps: int) -> dict[str, Any]:
     }
     laid = {name: space(real) for name, space in spaces.items()}
     found: dict[str, Any] = {}
-    for count, images in drawn_after(split, steps, seed).items():
-        scores = {name: density_ratio(laid[name], space(images), np.arange(len(real))) for name, space in spaces.items()}
-        scores = {name: (own - np.median(own)) / own.std() for name, own in scores.items()}
+    for count in steps:
+        images = drawn_after(split, count, seed)
+        scores = {name: standardised(density_ratio(laid[name], space(images), np.arange(len(real)))) for name, space in spaces.items()}
         scores["the check: larger of the first two"] = np.maximum(scores["bundled encoder"], scores["thumbnails"])
         scores["largest of all three"] = np.max([scores[name] for name in spaces], axis=0)
-        found[str(count)] = {name: auc(np.stack([-own, own], axis=1), inside) for name, own in scores.items()}
+        found[str(count)] = {name: auc(np.stack([-score, score], axis=1), inside) for name, score in scores.items()}
     return found
 
 
