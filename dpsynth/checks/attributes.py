@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Bool, Evidence, Features
 from dpsynth.checks.family import false_alarms, relied_on
-from dpsynth.checks.statistics import auc_interval, coin_flip_ranks_p, difference_of_rates, nearest, smallest_detectable_auc
+from dpsynth.checks.statistics import auc_interval, coin_flip_ranks_p, difference_of_rates, nearest, smallest_detectable_auc, standardised
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 
@@ -82,7 +82,7 @@ def guesses(evidence: Evidence, features: Features, wanted: list[Secret]) -> Gue
         for column, secret in enumerate(wanted):
             true = secret.real[pool]
             for_synthetic, for_real = (_evidence(d, joint.values[:, column], true) for d in (to_synthetic, to_real))
-            scores[secret.name] += _standardised(for_synthetic - np.where(np.isfinite(for_real), for_real, 0.0))
+            scores[secret.name] += standardised(for_synthetic - np.where(np.isfinite(for_real), for_real, 0.0))
             right.setdefault(secret.name, joint.values[to_synthetic.argmin(axis=1), column] == true)
     return Guesses(scores=scores, right=right)
 
@@ -122,10 +122,6 @@ def _evidence(distances: Array, values: Int64, true: Int64) -> Array:
     own, other = (np.where(mask, distances, np.inf).min(axis=1) for mask in (same, ~same))
     known = np.isfinite(own) & np.isfinite(other)
     return np.where(known, np.log(np.where(known, other, 1) + 1e-9) - np.log(np.where(known, own, 1) + 1e-9), np.nan)
-
-
-def _standardised(scores: Array) -> Array:
-    return np.asarray((scores - np.nanmedian(scores)) / max(float(np.nanstd(scores)), 1e-12))
 
 
 def attributes(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:

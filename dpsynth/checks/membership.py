@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Bool, Evidence, Features
 from dpsynth.checks.family import strictest
-from dpsynth.checks.statistics import auc_interval, coin_flip_p, nearest, smallest_detectable_auc
+from dpsynth.checks.statistics import auc_interval, coin_flip_p, nearest, smallest_detectable_auc, standardised
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 from dpsynth.privacy.lower_bounds import one_run_epsilon
@@ -42,11 +42,6 @@ def density_ratio(real: Array, synthetic: Array, pool: NDArray[np.int64]) -> Arr
     """Log distance to the nearest other real row minus log distance to the nearest synthetic one, of the `pool` rows of `real`."""
     to_real, to_synthetic = nearest(real[pool], real, own=pool)[0], nearest(real[pool], synthetic)[0]
     return np.asarray(np.log(to_real + 1e-9) - np.log(to_synthetic + 1e-9))
-
-
-def standardised(scores: Array) -> Array:
-    """Scores (n,) around their median, in standard deviations, so that those of several spaces can be compared."""
-    return (scores - np.median(scores)) / max(float(scores.std()), 1e-12)
 
 
 @dataclass(frozen=True, kw_only=True)

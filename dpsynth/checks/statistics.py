@@ -169,6 +169,11 @@ def _parts(total: int, patients: int) -> list[int]:
     return [size] * (total // size) + ([total % size] if total % size else [])
 
 
+def standardised(scores: Array) -> Array:
+    """Scores (n,) around their median in standard deviations, so that those of several spaces compare; what is not a number stays so."""
+    return np.asarray((scores - np.nanmedian(scores)) / max(float(np.nanstd(scores)), 1e-12))
+
+
 def smallest_detectable_auc(num_training: int, num_control: int, *, false_alarm_rate: float, power: float = 0.8) -> float:
     """AUC that a one-sided rank test finds with the given power, by the normal approximation under the null variance."""
     stddev = np.sqrt((num_training + num_control + 1) / (12 * num_training * num_control))

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from dpsynth.checks.classifier import auc
 from dpsynth.checks.encoders import bundled
 from dpsynth.checks.features import encode
-from dpsynth.checks.membership import density_ratio, standardised
+from dpsynth.checks.membership import density_ratio
+from dpsynth.checks.statistics import standardised
 from dpsynth.data.cohort import Float32
 from dpsynth.data.split import split_patients
 from dpsynth.model.thumbnails import thumbnails
