@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 _ADAM_FACTOR = 2.4  # no Adam step with betas (0.9, 0.99) is longer than this times the learning rate, in any weight: see `largest_update`
 _ODD = 3.0  # times the median: an update that much longer or shorter than the others' is left out
-_FAR = 3.0  # times the clip norm: means of clipped descriptors lie within it, and noise moves those that lean on public ones little
+_FAR = 1 + 1e-6  # times the clip norm, within which a site puts its noised means: the rest is rounding on the way
 _MOST_PATIENTS = 3.0  # times the declared number: noised counts of an honest site do not sum to more
 
 

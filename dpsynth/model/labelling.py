@@ -155,6 +155,7 @@ def release_labelling(images: Float32, sums: NoisedSums, *, counts: Array, group
     total, _ = joined_sum(sums.noised_sum("descriptor_location", shaped, public.clip_location), counts)
     noise = sums.noise_stddev("descriptor_location") / size
     location = variances / (variances + noise**2) * total / size  # the nearer to the public centre the less is known
+    (location,) = clipped(location[None], public.clip_location)  # where the truth lies, so noise alone leads out of it
     rows = clipped(shaped - location, public.clip_norm)
     stddev = sums.noise_stddev("descriptors")
     known = Variances(noise=np.full(len(variances), stddev**2), scatter=variances if stddev else 0 * variances, shape=variances)
@@ -163,6 +164,6 @@ def release_labelling(images: Float32, sums: NoisedSums, *, counts: Array, group
     return Labelling.under(
         public,
         location=public.principal.shaped(public.centre) + location,
-        means=means,
+        means=clipped(means, public.clip_norm),
         variances=(stddev**2 + patients * variances) / patients**2,
     )

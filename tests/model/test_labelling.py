@@ -59,6 +59,15 @@ def test_class_means_without_noise_are_the_clipped_ones_around_the_private_mean(
     assert np.allclose(released().means, expected, atol=1e-8)
 
 
+@pytest.mark.parametrize("noise", [1.0, 30.0, 1e4])
+def test_means_lie_where_those_of_clipped_descriptors_can_however_loud_the_noise(noise: float) -> None:
+    """Else a coordinator that leaves out impossible answers leaves out honest hospitals with few patients, by chance."""
+    found = released(PRIVATE[:30], LABELS[:30], noise=noise)
+    away = np.linalg.norm(found.location - PUBLIC.principal.shaped(PUBLIC.centre))
+    assert away <= PUBLIC.clip_location * (1 + 1e-9)
+    assert np.linalg.norm(found.means, axis=1).max() <= PUBLIC.clip_norm * (1 + 1e-9)
+
+
 def wrong_half(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images of a generator that knows nothing of detail and takes brightness for the sign of its label: images, labels, true detail."""
     detail, given = np.random.default_rng(seed).integers(0, 2, (2, 700))
