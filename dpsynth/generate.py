@@ -141,8 +141,6 @@ def draw(generator: Generator, settings: GenerateConfig, *, progress: Progress) 
     cells = mixed_cells(settings, generator.cell_probabilities, layout)
     seeds = image_seeds(settings.seed, len(cells))
     images = generator.sample(cells, seeds, settings, progress=progress)
-    if generator.labelling is not None:
-        cells = generator.labelling.labelled(images, cells, layout, seed=settings.seed)
     return Candidates(images=to_8_bit(images), labels=layout.labels(cells), seeds=seeds, attributes=layout.values(cells))
 
 

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.model.descriptors import PublicDescriptors
-from dpsynth.model.labelling import Labelling
 from dpsynth.model.moments import Moments
 from federated.messages import Arrays
 
@@ -21,7 +18,6 @@ Array = NDArray[np.float64]
 
 _ADAM_FACTOR = 2.4  # no Adam step with betas (0.9, 0.99) is longer than this times the learning rate, in any weight: see `largest_update`
 _ODD = 3.0  # times the median: an update that much longer or shorter than the others' is left out
-_FAR = 1 + 1e-6  # times the clip norm, within which a site puts its noised means: the rest is rounding on the way
 _MOST_PATIENTS = 3.0  # times the declared number: noised counts of an honest site do not sum to more
 
 
@@ -54,37 +50,6 @@ def _shares(sites: Sequence[Moments]) -> Array:
     counts = np.stack([site.counts for site in sites])
     total = counts.sum(axis=0)
     return np.where(total > 0, counts / np.maximum(total, 1e-12), 1 / len(sites))
-
-
-def combined_labelling(sites: Sequence[Labelling], moments: Sequence[Moments]) -> Labelling:
-    """Class means of the descriptors of the mixture of the sites' patients, weighted as in `combined_moments`, around one location.
-
-    Each site clips around a location of its own, so the mean of sites that differ much is that of patients drawn a little towards their
-    own site. moments: of the same sites in the same order.
-    """
-    shares, patients = _shares(moments), np.array([own.counts.sum() for own in moments])
-    weights = patients / patients.sum() if patients.sum() > 0 else np.full(len(sites), 1 / len(sites))
-    location = np.einsum("s,sd->d", weights, np.stack([site.location for site in sites]))
-    means = np.einsum("sc,scd->cd", shares, np.stack([site.location + site.means for site in sites])) - location
-    return replace(
-        sites[0],
-        location=location,
-        means=means,
-        variances=np.einsum("sc,scd->cd", shares**2, np.stack([site.variances for site in sites])),
-    )
-
-
-def labelling_problem(labelling: Labelling | None, public: PublicDescriptors) -> str:
-    """Why a site's labelling cannot be used; empty when it can, or when there is none."""
-    if labelling is None:
-        return ""
-    if (labelling.variances < 0).any():
-        return "a variance of the descriptors is negative"
-    away = float(np.linalg.norm(labelling.location - public.principal.shaped(public.centre)))
-    apart = float(np.linalg.norm(labelling.means, axis=1).max())
-    if away > _FAR * public.clip_location or apart > _FAR * public.clip_norm:
-        return "its descriptors lie further away than clipped ones can"
-    return ""
 
 
 def moments_problem(moments: Moments, *, declared_patients: int) -> str:

@@ -22,10 +22,8 @@ from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
 from dpsynth.errors import ArtifactError, DpsynthError
 from federated.combine import (
     averaged,
-    combined_labelling,
     combined_moments,
     combined_weights,
-    labelling_problem,
     largest_update,
     moments_problem,
     odd_sites,
@@ -47,7 +45,7 @@ from federated.messages import (
     require_arrays,
     signed_digest,
 )
-from federated.rounds import LABELLING, Model, labelling_arrays, moments_arrays
+from federated.rounds import Model, moments_arrays
 
 EMA = "ema."
 _LARGEST_REPLY_BYTES = 1 << 30
@@ -86,7 +84,7 @@ Problem = Callable[[Reply, Arrays], str]  # why an answer cannot be used; empty 
 
 @dataclass(kw_only=True)
 class State:
-    """What the coordinator knows after a round. arrays, by prefixed name: moments, labelling, weights and their running average."""
+    """What the coordinator knows after a round. arrays, by prefixed name: moments, weights and their running average."""
 
     round: int
     arrays: dict[str, NDArray[Any]]
@@ -123,21 +121,18 @@ class Coordinator:
 
     def _moments(self, initial: Arrays) -> dict[str, NDArray[Any]]:
         def problem(reply: Reply, arrays: Arrays) -> str:
-            require_arrays(arrays, self.model.expected_moments() | self.model.expected_labelling())
+            require_arrays(arrays, self.model.expected_moments())
             declared = reply.facts.declared_patients if reply.facts else 0
-            found = moments_problem(self.model.moments(arrays), declared_patients=declared)
-            return found or labelling_problem(self.model.labelling(arrays), self.model.reference.descriptors)
+            return moments_problem(self.model.moments(arrays), declared_patients=declared)
 
         usable = self._ask(0, "moments", {}, problem)
         moments = [self.model.moments(arrays) for arrays in usable.values()]
-        labellings = [found for arrays in usable.values() if (found := self.model.labelling(arrays)) is not None]
-        labelling = combined_labelling(labellings, moments) if labellings else None
         trained = self.model.expected_weights(trainable=True)
         averages = {EMA + name: initial[name] for name in trained}
-        return {**moments_arrays(combined_moments(moments)), **labelling_arrays(labelling, self.model.reference), **initial, **averages}
+        return {**moments_arrays(combined_moments(moments)), **initial, **averages}
 
     def _train(self, state: State) -> State:
-        before = {name: array for name, array in state.arrays.items() if not name.startswith((EMA, LABELLING))}
+        before = {name: array for name, array in state.arrays.items() if not name.startswith(EMA)}
         expected = self.model.expected_weights(trainable=True)
         size = sum(int(np.prod(shape)) for _, shape in expected.values())
         limit = largest_update(learning_rate=self.plan.learning_rate, steps=self.plan.steps_per_round, num_weights=size)

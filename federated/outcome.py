@@ -113,8 +113,7 @@ def _generator(coordinator: Coordinator, state: State) -> Generator:
     release = model.release(coordinator.plan)
     answered = sum(0 in rounds for rounds in coordinator.asked.values())
     stddev = count_stddev(release, model.reference) * answered**0.5
-    labelling = model.labelling(state.arrays)
-    return Generator.of(coordinator.federation.config, moments=moments, denoiser=denoiser, count_stddev=stddev, labelling=labelling)
+    return Generator.of(coordinator.federation.config, moments=moments, denoiser=denoiser, count_stddev=stddev)
 
 
 def _claim(coordinator: Coordinator, mechanisms: tuple[Mechanism, ...], spent: Spending) -> Guarantee:

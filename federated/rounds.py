@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from dpsynth.config import Config, DataConfig, PretrainConfig
 from dpsynth.data.split import Split
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.labelling import Labelling
 from dpsynth.model.moments import Moments, PublicReference, frequencies, moment_queries, public_reference
 from dpsynth.privacy.audit import BEFORE, DURING, Audit
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
@@ -26,10 +25,10 @@ from dpsynth.train.canaries import require_audit, start_up_audit
 from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor
 from dpsynth.train.public import public_images
-from dpsynth.train.run import noised_labelling, noised_moments, prove_bound, standard_moments
+from dpsynth.train.run import noised_moments, prove_bound, standard_moments
 from federated.messages import Arrays, Plan, require_arrays
 
-MOMENTS, LABELLING, NET = "moments.", "labelling.", "net."
+MOMENTS, NET = "moments.", "net."
 Expected = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -55,9 +54,8 @@ class Model:
         return denoiser
 
     def release(self, plan: Plan) -> MomentRelease:
-        """What a site books for moments and descriptors: the plan's noise, clip norms of public constants."""
-        queries = moment_queries(self.reference, num_labels=len(self.config.data.classes))
-        return MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=queries)
+        """What a site books for moments: the plan's noise, clip norms of public constants."""
+        return MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(self.reference))
 
     def expected_moments(self) -> Expected:
         """Names, types and shapes of moments."""
@@ -65,14 +63,6 @@ class Model:
         low = len(frequencies(self.reference.shape, self.reference.low_frequencies).low)
         shapes = {"counts": (cells,), "mean": (cells, low), "covariance": (cells, low, low), "variance": (cells, pixels)}
         return {MOMENTS + name: ("<f8", shape) for name, shape in shapes.items()}
-
-    def expected_labelling(self) -> Expected:
-        """Names, types and shapes of what a site releases of its descriptors: nothing where there is one label to give."""
-        if len(self.config.data.classes) < 2:
-            return {}
-        cells, size = len(self.config.data.cells), len(self.reference.descriptors.centre)
-        shapes = {"location": (size,), "means": (cells, size), "variances": (cells, size)}
-        return {LABELLING + name: ("<f8", shape) for name, shape in shapes.items()}
 
     def expected_weights(self, *, trainable: bool) -> Expected:
         """Names, types and shapes of the net's weights: all that go to a site, or the trained ones that come back."""
@@ -83,11 +73,6 @@ class Model:
         """Moments from a message."""
         own = {name.removeprefix(MOMENTS): np.array(array) for name, array in arrays.items() if name.startswith(MOMENTS)}
         return Moments.from_arrays(own, shape=self.reference.shape, low_frequencies=self.reference.low_frequencies)
-
-    def labelling(self, arrays: Arrays) -> Labelling | None:
-        """The labelling from a message, with its public part; none where there is one label."""
-        own = {name.removeprefix(LABELLING): np.array(array) for name, array in arrays.items() if name.startswith(LABELLING)}
-        return Labelling.from_arrays(own, self.reference.descriptors) if own else None
 
     def with_weights(self, arrays: Arrays) -> Denoiser:
         """The denoiser with moments and weights of a message. Raises Refused(ARRAYS) when they do not fit."""
@@ -163,24 +148,18 @@ def _audited() -> Audit:
 
 
 def moments_round(model: Model, split: Split, *, mechanism: MomentRelease, stream: NoiseStream, record: Record) -> dict[str, NDArray[Any]]:
-    """The site's noised moments and labelling. Raises SelfCheckFailed when the noise was not what was booked."""
+    """The site's noised moments. Raises SelfCheckFailed when the noise was not what was booked."""
     monitor = MomentMonitor(mechanism=mechanism)
     moments = noised_moments(model.config, split, model.reference, monitor, stream)
-    labelling = noised_labelling(model.config, split, model.reference, moments, monitor, stream)
     findings = monitor.findings()
     record(Proof(findings=findings, audits={}))
     selfcheck.require(findings, consequence="the charge stays")
-    return {**moments_arrays(moments), **labelling_arrays(labelling, model.reference)}
+    return moments_arrays(moments)
 
 
 def moments_arrays(moments: Moments) -> dict[str, NDArray[Any]]:
     """Moments for a message."""
     return {MOMENTS + name: array for name, array in moments.to_arrays().items()}
-
-
-def labelling_arrays(labelling: Labelling | None, reference: PublicReference) -> dict[str, NDArray[Any]]:
-    """What is not public of a labelling, for a message."""
-    return {} if labelling is None else {LABELLING + name: array for name, array in labelling.to_arrays(reference.descriptors).items()}
 
 
 def train_round(

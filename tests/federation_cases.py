@@ -19,7 +19,7 @@ from federated.coordinator import Coordinator
 from federated.federation import Federation, plan_of
 from federated.messages import Facts, Plan, Reply, decode_reply, decode_request, encode_reply, encode_request
 from federated.policy import SitePolicy, load_policy, open_site_ledger
-from federated.rounds import LABELLING, MOMENTS, NET, Model
+from federated.rounds import MOMENTS, NET, Model
 from federated.simulate import InProcess
 from federated.site import Guard
 
@@ -146,14 +146,6 @@ def train_body(model: Model) -> dict[str, np.ndarray]:
     return {**{MOMENTS + name: array for name, array in moments.items()}, **weights}
 
 
-def public_labelling(model: Model) -> dict[str, np.ndarray]:
-    """What a hospital whose patients are like the public images would release of its descriptors."""
-    public, expected = model.reference.descriptors, model.expected_labelling()
-    arrays = {name: np.ones(shape) for name, (_, shape) in expected.items()}
-    centre = np.broadcast_to(public.centre, expected[LABELLING + "means"][1])
-    return {**arrays, LABELLING + "location": public.centre, LABELLING + "means": 1e-3 * centre}
-
-
 @pytest.fixture
 def world(new_world: Callable[..., World]) -> World:
     """One site, a."""
@@ -176,7 +168,7 @@ class Hospital:
         body = self.world.bodies["train"]
         arrays = {}
         if signed.request.kind == "moments":
-            arrays = {name: array for name, array in body.items() if name.startswith(MOMENTS)} | public_labelling(self.world.model)
+            arrays = {name: array for name, array in body.items() if name.startswith(MOMENTS)}
         if signed.request.kind == "train":
             arrays = {
                 name: (array + 1e-4 * self.rng.normal(size=array.shape)).astype(np.float32)

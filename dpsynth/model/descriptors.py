@@ -8,15 +8,11 @@ a little under the noise that a sampler leaves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.fft import dctn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
-
-from dpsynth.model.principal_axes import PrincipalAxes
 
 Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -25,7 +21,6 @@ _BLOCK = 512  # images at once
 NUM_RINGS = 12
 _PLACES = {2: (4, 7), 3: (3, 5)}  # by dimensions: blocks an axis, pixels of the thumbnail an axis
 _FLOOR = 4e-4  # energy of a coefficient at noise of 0.02, below what 8 bits and JPEG leave: no band is better known than this
-_SMALLEST_VARIANCE = 1e-4  # of the largest: axes that public images hardly use are not blown up
 
 
 def descriptors(images: Float32) -> Array:
@@ -72,33 +67,3 @@ def _haar(images: Array) -> tuple[Array, Array]:
 def _pooled(images: Array, side: int) -> Array:
     pool = adaptive_avg_pool2d if images.ndim == 3 else adaptive_avg_pool3d
     return np.asarray(pool(torch.from_numpy(np.ascontiguousarray(images))[:, None], side).flatten(1).numpy())
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublicDescriptors:
-    """Public constants. centre: (features,); principal: the axes around it;
-    clip_location: length of a shaped descriptor that most public images keep to, with room; clip_norm: that half of them keep to.
-    """
-
-    centre: Array
-    principal: PrincipalAxes
-    clip_location: float
-    clip_norm: float
-
-    def shaped(self, rows: Array) -> Array:
-        """Descriptors (n, features) around the centre and along the principal axes, weak ones made larger."""
-        return self.principal.shaped(rows - self.centre)
-
-
-def public_descriptors(images: Float32) -> PublicDescriptors:
-    """Constants from public images (n, channel, *space) in [-1, 1]."""
-    rows = descriptors(images)
-    centre = rows.mean(axis=0)
-    principal = PrincipalAxes.of(rows - centre, floor=lambda variances: max(float(variances.max()) * _SMALLEST_VARIANCE, 1e-12))
-    norms = np.linalg.norm(principal.shaped(rows - centre), axis=1)
-    return PublicDescriptors(
-        centre=centre,
-        principal=principal,
-        clip_location=1.5 * float(np.quantile(norms, 0.95)),
-        clip_norm=float(np.median(norms)),
-    )

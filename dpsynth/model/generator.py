@@ -17,7 +17,6 @@ from dpsynth.cells import Cells
 from dpsynth.config import LARGEST_SIGMA, Config, GenerateConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.labelling import Labelling
 from dpsynth.model.moments import Moments, sample_moment_images
 from dpsynth.model.sampler import sample, schedule, starting_noise
 from dpsynth.model.votes import Parents
@@ -32,7 +31,7 @@ class Generator:
     """Draws images. `denoiser` is None for the method of moments; `net_channels` are its U-Net's channels.
 
     With `attributes` the moments' classes are cells; `count_stddev` is that of the noise on their counts, in patients.
-    With `parents` images are drawn around these; with `labelling` labels are given to finished images.
+    With `parents` images are drawn around these.
     """
 
     classes: tuple[str, ...]
@@ -43,12 +42,9 @@ class Generator:
     attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()
     count_stddev: float = 0.0
     parents: Parents | None = None
-    labelling: Labelling | None = None
 
     @classmethod
-    def of(
-        cls, config: Config, *, moments: Moments, denoiser: Denoiser | None, count_stddev: float, labelling: Labelling | None = None
-    ) -> Generator:
+    def of(cls, config: Config, *, moments: Moments, denoiser: Denoiser | None, count_stddev: float) -> Generator:
         """What a run of `config` released, with the settings that drawing needs."""
         return cls(
             classes=config.data.classes,
@@ -58,7 +54,6 @@ class Generator:
             texture=config.moments.texture,
             attributes=config.data.cells.attributes,
             count_stddev=count_stddev,
-            labelling=labelling,
         )
 
     @property
@@ -101,8 +96,6 @@ class Generator:
             tensors |= {f"net.{name}": tensor.contiguous() for name, tensor in self.denoiser.net.state_dict().items()}
         if self.parents is not None:
             tensors |= {f"parents.{name}": torch.from_numpy(array) for name, array in self.parents.__dict__.items()}
-        if self.labelling is not None:
-            tensors |= {f"labelling.{name}": torch.from_numpy(array.copy()) for name, array in self.labelling.__dict__.items()}
         write_bytes(folder / WEIGHTS, save(tensors))
         settings: dict[str, Any] = {
             "schema": SCHEMA,
@@ -132,7 +125,6 @@ class Generator:
                 denoiser = Denoiser(moments, channels=tuple(channels))
                 denoiser.net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
             parents = {name.removeprefix("parents."): t.numpy() for name, t in tensors.items() if name.startswith("parents.")}
-            labelling = {name.removeprefix("labelling."): t.numpy() for name, t in tensors.items() if name.startswith("labelling.")}
             return cls(
                 classes=tuple(settings["classes"]),
                 moments=moments,
@@ -142,7 +134,6 @@ class Generator:
                 attributes=tuple((name, tuple(values)) for name, values in settings.get("attributes", ())),
                 count_stddev=float(settings.get("count_stddev", 0.0)),
                 parents=Parents(**parents) if parents else None,
-                labelling=Labelling(**labelling) if labelling else None,
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise ArtifactError(f"The generator in {folder.name} cannot be read ({type(error).__name__}). Train again.") from error

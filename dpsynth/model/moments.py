@@ -25,8 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
 
-from dpsynth.model.descriptors import PublicDescriptors, public_descriptors
-from dpsynth.model.labelling import label_queries
 from dpsynth.model.noised_sums import NoisedSums, Record, clipped
 from dpsynth.model.pooling import Variances, consistent_counts, joined_sum, pooled_covariances, pooled_means, towards_one
 from dpsynth.model.principal_axes import PrincipalAxes
@@ -100,7 +98,7 @@ def from_frequencies(coefficients: Array, shape: tuple[int, ...]) -> Float32:
 class PublicReference:
     """Public constants. centre: (low,); principal: the axes of the low frequencies; spectrum: (channel * pixels,), mean square of each
     coefficient; typical: (bands + 1,), mean energies of the rings and, last, of the shaped residual; log_energies: (bands + 1,), mean
-    logarithm of an image's energies in these units; descriptors: those of the labels; clip_residuals: (low,), of residuals along the one,
+    logarithm of an image's energies in these units; clip_residuals: (low,), of residuals along the one,
     two, ... strongest axes.
     """
 
@@ -111,7 +109,6 @@ class PublicReference:
     spectrum: Array
     typical: Array
     log_energies: Array
-    descriptors: PublicDescriptors
     clip_low: float
     clip_residuals: Array
     clip_scales: float
@@ -168,7 +165,7 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     low, bands, spectrum = _summaries(images, layout)
     centre = low.mean(axis=0)
     residual = low - centre
-    principal = PrincipalAxes.of(residual, floor=lambda variances: max(float(variances.mean()) * 1e-4, _SMALLEST_VARIANCE))
+    principal = PrincipalAxes.of(residual, smallest=_SMALLEST_VARIANCE)
     shaped = principal.shaped(residual)
     norms, energies = np.linalg.norm(shaped, axis=1), _with_residuals(bands, shaped)
     typical = energies.mean(axis=0) + _SMALLEST_VARIANCE
@@ -182,7 +179,6 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
         spectrum=np.maximum(spectrum, _SMALLEST_VARIANCE),
         typical=typical,
         log_energies=log_energies,
-        descriptors=public_descriptors(images),
         # Another hospital's images may be brighter than all of these: means get room for it, residuals are taken around the means.
         clip_low=1.5 * float(np.quantile(norms, 0.95)),
         clip_residuals=np.quantile(np.sqrt(np.cumsum(shaped[:, ::-1] ** 2, axis=1)), _CLIPPED, axis=0),
@@ -200,10 +196,8 @@ def _logarithms(energies: Array, typical: Array) -> Array:
     return np.asarray(np.log(energies / typical + _SMALLEST_ENERGY))
 
 
-def moment_queries(reference: PublicReference, *, num_labels: int) -> tuple[GaussianQuery, ...]:
-    """The queries of the release with their clip norms, those for the labels included where there are several."""
-    of_labels = label_queries(reference.descriptors) if num_labels > 1 else ()
-    left = 1 - sum(query.share for query in of_labels)
+def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
+    """The queries of the release with their clip norms."""
     weight = _COUNT_WEIGHT * reference.clip_low
     norms = {
         "means": float(np.hypot(weight, reference.clip_low)),
@@ -211,7 +205,7 @@ def moment_queries(reference: PublicReference, *, num_labels: int) -> tuple[Gaus
         "energies": reference.clip_energies,
         "second_moments": reference.clip_second_moments,
     }
-    return (*(GaussianQuery(name=name, share=left * share, clip_norm=norms[name]) for name, share in _SHARES.items()), *of_labels)
+    return tuple(GaussianQuery(name=name, share=share, clip_norm=norms[name]) for name, share in _SHARES.items())
 
 
 def release_moments(

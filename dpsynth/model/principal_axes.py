@@ -6,7 +6,6 @@ compromise between that and relative noise that is equal everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _SHAPING = 0.25  # power of the public variance that an axis is divided by: 0 is none, 0.5 makes all axes equal
+_SMALLEST_PART = 1e-4  # of the mean variance: axes that public images hardly use are not blown up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,10 @@ class PrincipalAxes:
     variances: Array
 
     @classmethod
-    def of(cls, residuals: Array, *, floor: Callable[[Array], float]) -> PrincipalAxes:
-        """Of vectors (n, d) around their mean; no variance is below what `floor` makes of them all (d,)."""
+    def of(cls, residuals: Array, *, smallest: float) -> PrincipalAxes:
+        """Of vectors (n, d) around their mean; no variance is below `smallest`, nor below a small part of their mean."""
         values, axes = np.linalg.eigh(residuals.T @ residuals / len(residuals))
-        return cls(axes=axes, variances=np.maximum(values, floor(values)))
+        return cls(axes=axes, variances=np.maximum(values, max(float(values.mean()) * _SMALLEST_PART, smallest)))
 
     def shaped(self, residuals: Array) -> Array:
         """Vectors (n, d) along the axes."""

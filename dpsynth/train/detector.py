@@ -55,7 +55,7 @@ def _drawn(config: Config, generator: Generator, public: Float32, *, progress: P
     moments = _public_moments(config, generator, public)
     cells = np.arange(len(public), dtype=np.int64) % moments.num_classes
     settings = config.generate
-    plain = replace(generator, moments=moments, denoiser=None, parents=None, labelling=None)
+    plain = replace(generator, moments=moments, denoiser=None, parents=None)
     asked: dict[str, tuple[Generator, GenerateConfig]] = {
         "moments, with texture": (replace(plain, texture=True), settings),
         "moments, without texture": (replace(plain, texture=False), settings),

@@ -28,9 +28,7 @@ from dpsynth.data.split import Split, split_patients
 from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
-from dpsynth.model.labelling import Labelling, release_labelling
 from dpsynth.model.moments import Moments, PublicReference, count_stddev, moment_queries, public_reference, release_moments
-from dpsynth.model.noised_sums import NoisedSums
 from dpsynth.model.votes import num_candidates, release_votes
 from dpsynth.plan import VOTES, planned_mechanisms
 from dpsynth.privacy.accountant import FINE, account, epsilon_pld
@@ -68,9 +66,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     images = private_images(config, ledger, progress)
     delta = usable_delta(config, images, ledger)
     public_set, reference = _public_constants(config, images, progress)
-    mechanisms = planned_mechanisms(
-        config, delta=delta, queries=moment_queries(reference, num_labels=len(config.data.classes)), interval=FINE
-    )
+    mechanisms = planned_mechanisms(config, delta=delta, queries=moment_queries(reference), interval=FINE)
     require_claimable(mechanisms, delta)
     if run is None:
         ledger.require_affordable(mechanisms)  # before minutes of pre-training; the reservation asks again
@@ -85,12 +81,11 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
         monitor = None if release is None else MomentMonitor(mechanism=release)
         moments = noised_moments(config, split, reference, monitor, stream)
-        labelling = noised_labelling(config, split, reference, moments, monitor, stream)
         found, audited = _fit(config, denoiser, moments, split, mechanisms, stream, site, charge.reservation, progress)
         findings |= found
         audits |= audited
         stddev = 0.0 if release is None else count_stddev(release, reference)
-        generator = Generator.of(config, moments=moments, denoiser=denoiser, count_stddev=stddev, labelling=labelling)
+        generator = Generator.of(config, moments=moments, denoiser=denoiser, count_stddev=stddev)
         if monitor is not None:
             generator = _voted(config, generator, split, monitor, stream, progress)
             findings |= monitor.findings()
@@ -287,25 +282,6 @@ def noised_moments(config: Config, split: Split, reference: PublicReference, mon
         record=None if monitor is None else monitor.record,
         labels_of_cells=cells.labels(np.arange(len(cells))) if cells.attributes else None,
     )
-
-
-def noised_labelling(
-    config: Config, split: Split, reference: PublicReference, moments: Moments, monitor: MomentMonitor | None, stream: NoiseStream
-) -> Labelling | None:
-    """What images of each label look like; none with one label. The monitor sees the noise."""
-    training, cells = split.training, config.data.cells
-    if len(config.data.classes) < 2:
-        return None
-    sums = NoisedSums(
-        labels=training.labels,
-        patients=training.patients,
-        num_classes=len(cells),
-        mechanism=None if monitor is None else monitor.mechanism,
-        stream=None if monitor is None else stream,
-        record=None if monitor is None else monitor.record,
-    )
-    groups = cells.labels(np.arange(len(cells)))
-    return release_labelling(training.images, sums, counts=moments.counts, groups=groups, public=reference.descriptors)
 
 
 def _voted(

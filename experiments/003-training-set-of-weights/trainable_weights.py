@@ -105,9 +105,7 @@ def trained(config: Config, variant: str, training: ImageSet, seed: int) -> tupl
     """The generator of a variant, and the seconds of DP-SGD."""
     public = public_images(config, progress=silent)
     reference = public_reference(public, low_frequencies=config.moments.low_frequencies)
-    mechanisms = planned_mechanisms(
-        config, delta=1e-5, queries=moment_queries(reference, num_labels=len(config.data.classes)), interval=FINE
-    )
+    mechanisms = planned_mechanisms(config, delta=1e-5, queries=moment_queries(reference), interval=FINE)
     release = next(m for m in mechanisms if isinstance(m, MomentRelease))
     sgd = next(m for m in mechanisms if isinstance(m, PoissonDpSgd))
     stream = NoiseStream(key=hashlib.sha256(f"public experiment {seed}".encode()).digest())

@@ -48,7 +48,7 @@ from dpsynth.train.run import train
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from hospitals import CLASSES, DELTA, private_and_test, settings  # noqa: E402 (an experiment is a script; what several share lies one folder up)
+from hospitals import DELTA, private_and_test, settings  # noqa: E402 (an experiment is a script; what several share lies one folder up)
 from measure import measured  # noqa: E402
 from results import by_group, known, mean_and_spread, once  # noqa: E402
 
@@ -138,7 +138,7 @@ def filter_excess(epsilon: float, work: Path, *, shaping: float, prior: bool, ke
     floor = errors(private, own, None, None)
     with patch("dpsynth.model.principal_axes._SHAPING", shaping), nullcontext() if prior else as_released():
         reference = public_reference(public, low_frequencies=config.moments.low_frequencies)
-        (release,) = planned_mechanisms(config, delta=DELTA, queries=moment_queries(reference, num_labels=len(CLASSES)))
+        (release,) = planned_mechanisms(config, delta=DELTA, queries=moment_queries(reference))
         assert isinstance(release, MomentRelease)
         found = [errors(private, reference, release, NoiseStream(key=bytes([key]) * 32)) for key in range(keys)]
     return [float(value) for value in np.mean(found, axis=0) / floor]

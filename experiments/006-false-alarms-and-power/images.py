@@ -50,7 +50,7 @@ from results import by_group, known, once  # noqa: E402
 
 Array = NDArray[np.float64]
 GATE = GateConfig()
-SIDE, ALWAYS, POOL, DRAWN, FITTED, EPSILON, DELTA = 64, 200, 400, 800, 1000, 10.0, 1e-5
+SIDE, ALWAYS, POOL, DRAWN, FITTED, GENERATED, EPSILON, DELTA = 64, 200, 400, 800, 1000, 3000, 10.0, 1e-5
 POPULATIONS = ("procedural", "real")
 GENERATORS = ("other patients", "moments at epsilon 10")
 COLUMNS = ("membership", "copying", "groups", "family", "screening", "fidelity")
@@ -88,11 +88,11 @@ class World:
     fitted: Int64
 
     @classmethod
-    def of(cls, patients: ImageSet) -> World:
-        """Fit and draw the moments, compute features and distances."""
+    def of(cls, patients: ImageSet, planted: Float32 | None = None) -> World:
+        """Fit and draw the moments, compute features and distances. planted: further images, the last of the queries."""
         fitted = np.random.default_rng(0).permutation(patients.num_patients)[:FITTED]
         generated = moment_images(patients.subset(np.sort(fitted)))
-        queries = np.concatenate([patients.images, generated])
+        queries = np.concatenate([patients.images, generated, *([] if planted is None else [planted])])
         return cls(
             patients=patients,
             encoded=encode(queries, task="", progress=silent),
@@ -108,18 +108,18 @@ class World:
             order = rng.permutation(count)
             return order[: ALWAYS + POOL], order[ALWAYS + POOL :][:DRAWN]
         order = rng.permutation(np.setdiff1d(np.arange(count), self.fitted))
-        return order[: ALWAYS + POOL], count + rng.permutation(len(self.encoded) - count)[:DRAWN]
+        return order[: ALWAYS + POOL], count + rng.permutation(GENERATED)[:DRAWN]
 
 
 def moment_images(patients: ImageSet) -> Float32:
-    """3,000 images of moments of these patients under noise; the public reference is procedural."""
+    """GENERATED images of moments of these patients under noise; the public reference is procedural."""
     public = prepare(
         read_cohort(data := DataConfig(phantom=PhantomConfig(num_patients=500, max_images=1, seed=12), spatial_shape=(SIDE, SIDE))),
         Config(data=data).data,
         progress=silent,
     )
     reference = public_reference(public.images, low_frequencies=12)
-    queries = moment_queries(reference, num_labels=len(patients.classes))
+    queries = moment_queries(reference)
     moments = release_moments(
         patients.images,
         patients.labels,
@@ -129,8 +129,8 @@ def moment_images(patients: ImageSet) -> Float32:
         reference=reference,
         stream=NoiseStream(key=b"false alarms on images".ljust(32)),
     )
-    labels = np.arange(3000) % len(patients.classes)
-    return sample_moment_images(moments, labels, np.arange(3000).astype(np.uint64), texture=True).astype(np.float32)
+    labels = np.arange(GENERATED) % len(patients.classes)
+    return sample_moment_images(moments, labels, np.arange(GENERATED).astype(np.uint64), texture=True).astype(np.float32)
 
 
 def distances(queries: Float32, real: Float32) -> Float32:
@@ -150,12 +150,14 @@ def approached(away: Float32) -> Approaches:
     return Approaches.among(Nearest(patient=away.argmin(axis=1), distances=three), np.arange(len(away)))
 
 
-def judged(world: World, generator: str, rng: np.random.Generator) -> dict[str, Verdict]:
-    """The checks of one hospital, Holm over the whole family."""
-    hospital, synthetic = world.drawn(generator, rng)
+def split(hospital: Int64, rng: np.random.Generator) -> tuple[Int64, Int64]:
+    """Training, those without coins first, and control patients of a hospital."""
     coins = rng.random(POOL) < 0.5
-    training = np.concatenate([hospital[:ALWAYS], hospital[ALWAYS:][coins]])
-    control = hospital[ALWAYS:][~coins]
+    return np.concatenate([hospital[:ALWAYS], hospital[ALWAYS:][coins]]), hospital[ALWAYS:][~coins]
+
+
+def judged(world: World, training: Int64, control: Int64, synthetic: Int64, rng: np.random.Generator) -> dict[str, Verdict]:
+    """The checks of one hospital, Holm over the whole family. synthetic: rows of its images among the queries."""
     evidence = Evidence(
         synthetic=np.zeros((DRAWN, 1, 1, 1), dtype=np.float32),
         synthetic_labels=np.zeros(DRAWN, dtype=np.int64),
@@ -202,7 +204,11 @@ def named(patients: ImageSet, rows: Int64, prefix: str) -> ImageSet:
 
 def counts(world: World, generator: str, repetitions: range, seed: int) -> dict[str, Any]:
     """In how many repetitions a check accuses after Holm, or has p below 0.05 alone, and the screening shows somebody."""
-    found = [judged(world, generator, np.random.default_rng([seed, repetition])) for repetition in repetitions]
+    found = []
+    for repetition in repetitions:
+        rng = np.random.default_rng([seed, repetition])
+        hospital, synthetic = world.drawn(generator, rng)
+        found.append(judged(world, *split(hospital, rng), synthetic, rng))
     family = ("membership", "copying", "groups")
     accused = [{name: one[name].figures["p after Holm"] <= GATE.family_error for name in family} for one in found]
     return {

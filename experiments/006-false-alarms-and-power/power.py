@@ -93,9 +93,8 @@ def checked(hospital: Hospital, synthetic: People, rng: np.random.Generator) -> 
     return {verdict.check: verdict for verdict in decide_family(found, GATE.family_error)}
 
 
-def usual(hospital: Hospital, drawn: People) -> dict[str, bool]:
-    """What people use instead, each with its customary rule; True: it accuses."""
-    real, control, synthetic = hospital.training.points, hospital.control.points, drawn.points
+def usual(real: Array, control: Array, synthetic: Array) -> dict[str, bool]:
+    """What people use instead, each with its customary rule, on features of training, control and synthetic images; True: it accuses."""
     to_training = nearest(synthetic, real)[0]
     size = min(len(real), len(control))
     nearer = nearest(synthetic, real[:size])[0] < nearest(synthetic, control[:size])[0]
@@ -149,7 +148,7 @@ def rates(pool: int, generate: Callable[..., People], repetitions: int, seed: in
         after.append({name: verdicts[name].figures["p after Holm"] <= GATE.family_error for name in FAMILY})
         screened.append({"screening": bool(verdicts["copying"].listed), "family": any(after[-1].values())})
         after[-1]["attributes"] = verdicts["attributes"].outcome is Outcome.FLAG
-        others.append(usual(hospital, synthetic))
+        others.append(usual(hospital.training.points, hospital.control.points, synthetic.points))
     stopped = [any(accused.values()) or shown["screening"] for accused, shown in zip(after, screened, strict=True)]
     mean = {name: float(np.mean([row[name] for row in rows])) for rows in (screened, others) for name in rows[0]}
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,12 @@ import pytest
 import torch
 from federation_cases import Handler, Hospital, World, initial, study
 
-from dpsynth.cells import Cells
 from dpsynth.errors import ConfigError
-from dpsynth.model.descriptors import descriptors, public_descriptors
-from dpsynth.model.labelling import Labelling, release_labelling
 from dpsynth.model.moments import Moments
-from dpsynth.model.noised_sums import NoisedSums
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd, merged
 from federated.combine import (
     averaged,
-    combined_labelling,
     combined_moments,
     combined_weights,
     largest_update,
@@ -59,44 +53,6 @@ def test_a_site_without_a_class_has_no_say_in_it_and_one_site_keeps_its_moments(
     both = combined_moments([one, absent])
     np.testing.assert_allclose(both.mean[1], one.mean[1])
     assert not np.allclose(both.mean[0], one.mean[0])
-
-
-def test_descriptors_of_a_mixture_are_those_of_all_its_patients() -> None:
-    """Without noise, and with clip norms that nobody reaches. Around which location they are given is free."""
-    rng = np.random.default_rng(0)
-    public = public_descriptors(rng.uniform(-1, 1, (60, 1, 12, 12)).astype(np.float32))
-    wide = replace(public, clip_location=1e6, clip_norm=1e6)
-    sites, moments, everyone, labels = [], [], [], []
-    for count, dark in ((40, 0.0), (90, 0.3), (10, -0.4)):
-        images = np.clip(rng.uniform(-1, 1, (count, 1, 12, 12)) + dark, -1, 1).astype(np.float32)
-        label = np.arange(count) % 3 // 2
-        sums = NoisedSums(labels=label, patients=np.arange(count), num_classes=2, mechanism=None, stream=None, record=None)
-        counts = np.bincount(label).astype(np.float64)
-        sites.append(release_labelling(images, sums, counts=counts, groups=np.arange(2), public=wide))
-        moments.append(Moments(shape=(1, 2, 2), low_frequencies=1, counts=counts, mean=np.zeros((2, 1)), covariance=np.ones((2, 1, 1)), variance=np.ones((2, 4))))  # fmt: skip  # noqa: E501
-        everyone.append(images)
-        labels.append(label)
-    found, rows = combined_labelling(sites, moments), public.principal.shaped(descriptors(np.concatenate(everyone)))
-    for label in (0, 1):
-        np.testing.assert_allclose(found.location + found.means[label], rows[np.concatenate(labels) == label].mean(axis=0), atol=1e-6)
-    alone = combined_labelling(sites[:1], moments[:1])
-    for name, array in alone.__dict__.items():
-        np.testing.assert_allclose(array, getattr(sites[0], name), atol=1e-9)
-    assert (found.variances < np.min([site.variances for site in sites], axis=0)).all()
-
-
-def test_descriptors_travel_though_axes_have_other_signs_elsewhere() -> None:
-    rng = np.random.default_rng(1)
-    public = public_descriptors(rng.uniform(-1, 1, (60, 1, 12, 12)).astype(np.float32))
-    signs = rng.choice([-1.0, 1.0], len(public.centre))
-    elsewhere = replace(public, principal=replace(public.principal, axes=public.principal.axes * signs))
-    size = (2, len(public.centre))
-    one = Labelling.under(public, location=rng.normal(size=size[1]), means=rng.normal(size=size), variances=rng.uniform(size=size))
-    there = Labelling.from_arrays(one.to_arrays(public), elsewhere)
-    images, cells = rng.uniform(-1, 1, (40, 1, 12, 12)).astype(np.float32), np.arange(40) % 2
-    layout = Cells(classes=("a", "b"))
-    np.testing.assert_allclose(there.means, one.means * signs)
-    np.testing.assert_array_equal(there.labelled(images, cells, layout, seed=0), one.labelled(images, cells, layout, seed=0))
 
 
 @pytest.mark.parametrize("growth", [0.5, 1.0, 1.05, 1.3, 3.0, 30.0])
@@ -237,7 +193,7 @@ def test_both_bounds_over_sites_are_those_of_their_mechanisms(empty: World, tmp_
 def _queries(world: World) -> tuple[object, ...]:
     from dpsynth.model.moments import moment_queries
 
-    return moment_queries(world.model.reference, num_labels=1)
+    return moment_queries(world.model.reference)
 
 
 @pytest.mark.parametrize(

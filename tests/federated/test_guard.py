@@ -23,12 +23,12 @@ from dpsynth.privacy.noise import NoiseStream
 from dpsynth.signing import load_private
 from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor, Monitor
-from dpsynth.train.run import noised_labelling, noised_moments, standard_moments
+from dpsynth.train.run import noised_moments, standard_moments
 from dpsynth.train.selfcheck import Finding
 from federated import rounds
 from federated.messages import Code, decode_reply
 from federated.policy import config_of
-from federated.rounds import LABELLING, MOMENTS, NET
+from federated.rounds import MOMENTS, NET
 
 
 def booked(site: Site) -> list[tuple[str, bool]]:
@@ -79,10 +79,6 @@ def test_training_is_that_of_one_site_with_what_the_ledger_holds(world: World, m
     alone = noised_moments(settings, split, world.model.reference, monitor, NoiseStream(key=b"k" * 32))
     for name, array in alone.to_arrays().items():
         np.testing.assert_array_equal(moments[MOMENTS + name], array)
-    labelling = noised_labelling(settings, split, world.model.reference, alone, monitor, NoiseStream(key=b"k" * 32))
-    assert labelling is not None
-    for name, array in labelling.to_arrays(world.model.reference.descriptors).items():
-        np.testing.assert_array_equal(moments[LABELLING + name], array)
 
     denoiser = world.model.denoiser()
     denoiser.transplant(standard_moments(settings, world.model.reference))

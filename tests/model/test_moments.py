@@ -12,7 +12,6 @@ from scipy import stats
 
 from dpsynth.model import moments as module
 from dpsynth.model import noised_sums
-from dpsynth.model.labelling import release_labelling
 from dpsynth.model.moments import (
     Moments,
     frequencies,
@@ -42,7 +41,7 @@ REFERENCE = public_reference(PUBLIC, low_frequencies=LOW)
 
 
 def booked(noise_multiplier: float = 2.0) -> MomentRelease:
-    return MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(REFERENCE, num_labels=2))
+    return MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(REFERENCE))
 
 
 def test_frequencies_and_back() -> None:
@@ -118,10 +117,7 @@ def sums(
             images, labels, owners, num_classes=2 if labels_of_cells is None else len(labels_of_cells), mechanism=None,
             reference=REFERENCE, stream=None, labels_of_cells=labels_of_cells,
         )  # fmt: skip
-        groups = np.arange(2) if labels_of_cells is None else labels_of_cells
-        asked = NoisedSums(labels=labels, patients=owners, num_classes=len(groups), mechanism=None, stream=None)
-        labelling = release_labelling(images, asked, counts=made.counts, groups=groups, public=REFERENCE.descriptors)
-    return recorder.seen, {**made.to_arrays(), **labelling.__dict__}
+    return recorder.seen, made.to_arrays()
 
 
 def require_bound(one: list[tuple[int, str]], classes: int, labels_of_cells: np.ndarray | None = None) -> None:
@@ -136,7 +132,7 @@ def require_bound(one: list[tuple[int, str]], classes: int, labels_of_cells: np.
         without, second = sums(others, labels[:30], owners[:30], answers, labels_of_cells)
     # What comes out depends on the patients through the noised sums alone.
     assert all(np.array_equal(first[name], array) for name, array in second.items())
-    for query in moment_queries(REFERENCE, num_labels=2):
+    for query in moment_queries(REFERENCE):
         change = np.linalg.norm(with_patient[query.name] - without[query.name])
         assert change <= query.clip_norm * (1 + 1e-9), query.name
 
@@ -179,10 +175,10 @@ def noise_p(noise_multiplier: float, claimed: MomentRelease) -> float:
     for key in range(60):
         stream = NoiseStream(key=bytes([key]) * 32)
         release = NoisedSums(labels=labels, patients=np.arange(50), num_classes=classes, mechanism=booked(noise_multiplier), stream=stream)
-        for query in moment_queries(REFERENCE, num_labels=2):
+        for query in moment_queries(REFERENCE):
             exact = patient_sum(rows, labels, np.arange(50), classes, query.clip_norm)
             draws.append((release.noised_sum(query.name, rows, query.clip_norm) - exact) / claimed.noise_stddev(query.name))
-    groups = len(moment_queries(REFERENCE, num_labels=2)) * classes
+    groups = len(moment_queries(REFERENCE)) * classes
     blocks = np.array(draws).reshape(60, groups, 40).transpose(1, 0, 2).reshape(groups, -1)
     correlation = np.corrcoef(blocks) - np.eye(len(blocks))
     assert np.abs(correlation).max() < 6 / np.sqrt(blocks.shape[1]), "classes or queries share noise"
@@ -196,21 +192,13 @@ def test_the_noise_has_the_booked_scale_and_other_scales_are_rejected() -> None:
         assert noise_p(wrong, booked(2.0)) < 1e-4
 
 
-@pytest.mark.parametrize("name", [query.name for query in moment_queries(REFERENCE, num_labels=2)])
+@pytest.mark.parametrize("name", [query.name for query in moment_queries(REFERENCE)])
 def test_another_clip_norm_than_the_booked_one_is_refused_for_each_query(name: str) -> None:
-    queries = tuple(
-        replace(query, clip_norm=(1 + (query.name == name)) * query.clip_norm) for query in moment_queries(REFERENCE, num_labels=2)
-    )
+    queries = tuple(replace(query, clip_norm=(1 + (query.name == name)) * query.clip_norm) for query in moment_queries(REFERENCE))
     mechanism = MomentRelease(noise_multiplier=1.0, queries=queries)
     labels, owners, stream = np.zeros(200, dtype=np.int64), np.arange(200), NoiseStream(key=b"k" * 32)
-    asked = NoisedSums(labels=labels, patients=owners, num_classes=1, mechanism=mechanism, stream=stream)
-
-    def release() -> None:
-        release_moments(PUBLIC, labels, owners, num_classes=1, mechanism=mechanism, reference=REFERENCE, stream=stream)
-        release_labelling(PUBLIC, asked, counts=np.ones(1), groups=labels[:1], public=REFERENCE.descriptors)
-
     with pytest.raises(ValueError, match=f"{name!r} is not the booked one"):
-        release()
+        release_moments(PUBLIC, labels, owners, num_classes=1, mechanism=mechanism, reference=REFERENCE, stream=stream)
 
 
 def test_a_mechanism_without_a_stream_is_refused() -> None:

@@ -124,7 +124,7 @@ def test_small_cells_of_a_cohort_are_nearer_to_the_truth(
 ) -> None:
     config, reference, truth = phantoms
     labels = config.cells.labels(np.arange(24))
-    mechanism = MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(reference, num_labels=1))
+    mechanism = MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(reference))
     errors = {}
     for name in ("pooled", "own"):
         found = moments(config, reference, mechanism, labels, 7)
@@ -147,7 +147,7 @@ def test_whatever_the_noise_pooled_moments_are_usable(
 ) -> None:
     config, reference, _ = phantoms
     config = attributes_config(60)
-    mechanism = MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(reference, num_labels=1))
+    mechanism = MomentRelease(noise_multiplier=noise_multiplier, queries=moment_queries(reference))
     found = moments(config, reference, mechanism, config.cells.labels(np.arange(24)), 1)
     assert all(np.isfinite(array).all() for array in found.to_arrays().values())
     assert np.linalg.eigvalsh(found.covariance).min() > -1e-6

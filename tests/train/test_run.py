@@ -19,7 +19,6 @@ from dpsynth.config import Config, DiffusionConfig, parse_config
 from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError, SelfCheckFailed
 from dpsynth.model.moments import _COUNT_WEIGHT
-from dpsynth.model.noised_sums import NoisedSums
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent
@@ -128,35 +127,6 @@ def killed_before_training(train: Callable[..., object], monkeypatch: pytest.Mon
             train()
 
 
-def test_labels_are_learnt_from_the_training_patients_and_the_released_counts_alone(
-    train: Callable[..., object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the class means see is what the moments saw: control patients, single images or exact counts would leave unbooked."""
-    seen: dict[str, tuple[object, ...]] = {}
-
-    def moments(images: np.ndarray, labels: np.ndarray, patients: np.ndarray, **rest: object) -> object:
-        made = release(images, labels, patients, **rest)
-        seen["moments"] = (images, labels, patients, rest["mechanism"], rest["stream"], made.counts)
-        return made
-
-    def labelling(images: np.ndarray, sums: NoisedSums, *, counts: np.ndarray, **rest: object) -> object:
-        seen["labels"] = (images, sums.labels, sums.patients, sums.mechanism, sums.stream, counts)
-        return learn(images, sums, counts=counts, **rest)
-
-    release, learn = module.release_moments, module.release_labelling
-    split, splits = module.split_patients, []
-    monkeypatch.setattr(module, "release_moments", moments)
-    monkeypatch.setattr(module, "release_labelling", labelling)
-    monkeypatch.setattr(module, "split_patients", lambda *a, **k: splits.append(split(*a, **k)) or splits[-1])
-    train()
-    assert all(mine is theirs for mine, theirs in zip(seen["labels"], seen["moments"], strict=True))
-    training = splits[-1].training
-    assert seen["labels"][0] is training.images
-    assert seen["labels"][2] is training.patients
-    assert len(training.images) > training.num_patients, "some patients must have several images for this to be a test"
-    assert not np.array_equal(seen["labels"][5], np.bincount(training.labels, minlength=2))
-
-
 def test_no_random_number_of_a_run_is_used_twice(train: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     used, real = [], NoiseStream._bytes
 
@@ -173,8 +143,6 @@ def test_no_random_number_of_a_run_is_used_twice(train: Callable[..., object], m
         "moments/second_moments",
         "moments/scales",
         "moments/energies",
-        "moments/descriptor_location",
-        "moments/descriptors",
         "batch",
         "rows",
         "gradient",
