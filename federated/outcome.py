@@ -16,6 +16,7 @@ from dpsynth.privacy.accountant import account, epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee, claim
 from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, to_json
 from dpsynth.privacy.unit import PrivacyUnit
+from dpsynth.progress import silent
 from dpsynth.train.second_opinion import prv_epsilon
 from dpsynth.trained import CLAIM, FEDERATION
 from federated.coordinator import EMA, Coordinator, State
@@ -113,7 +114,8 @@ def _generator(coordinator: Coordinator, state: State) -> Generator:
     release = model.release(coordinator.plan)
     answered = sum(0 in rounds for rounds in coordinator.asked.values())
     stddev = count_stddev(release, model.reference) * answered**0.5
-    return Generator.of(coordinator.federation.config, moments=moments, denoiser=denoiser, count_stddev=stddev)
+    generator = Generator.of(coordinator.federation.config, moments=moments, denoiser=denoiser, count_stddev=stddev)
+    return generator.with_released_detail(coordinator.federation.config.generate, progress=silent)
 
 
 def _claim(coordinator: Coordinator, mechanisms: tuple[Mechanism, ...], spent: Spending) -> Guarantee:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from dpsynth.cells import Cells
 from dpsynth.config import LARGEST_SIGMA, Config, GenerateConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.moments import Moments, sample_moment_images
+from dpsynth.model.moments import Frequencies, Moments, frequencies, sample_moment_images
 from dpsynth.model.sampler import sample, schedule, starting_noise
+from dpsynth.model.spectrum import ring_gains, with_gains
 from dpsynth.model.votes import Parents
 from dpsynth.progress import Progress
 
 SCHEMA = 1
 SETTINGS, WEIGHTS = "generator.json", "weights.safetensors"
+_COUNTED, _FEWEST_COUNTED, _COUNTED_PIXELS = 200, 40, 200 * 28**2  # images in which the strength of detail is counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class Generator:
     """Draws images. `denoiser` is None for the method of moments; `net_channels` are its U-Net's channels.
 
     With `attributes` the moments' classes are cells; `count_stddev` is that of the noise on their counts, in patients.
-    With `parents` images are drawn around these.
+    With `parents` images are drawn around these; `gains` (labels, bands) make
+    detail as strong as was released (`spectrum`).
     """
 
     classes: tuple[str, ...]
@@ -42,6 +45,7 @@ class Generator:
     attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()
     count_stddev: float = 0.0
     parents: Parents | None = None
+    gains: NDArray[np.float64] | None = None
 
     @classmethod
     def of(cls, config: Config, *, moments: Moments, denoiser: Denoiser | None, count_stddev: float) -> Generator:
@@ -87,7 +91,30 @@ class Generator:
             own = chosen >= 0
             start[own] = torch.from_numpy(self.parents.images[chosen[own]]) + LARGEST_SIGMA * noise[own]
         levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=LARGEST_SIGMA)
-        return sample(self.denoiser, start, labels, levels=levels, progress=progress)
+        images = sample(self.denoiser, start, labels, levels=levels, progress=progress)
+        return images if self.gains is None else with_gains(images, self.gains[self.cells.labels(cells)], self._layout)
+
+    def with_released_detail(self, settings: GenerateConfig, *, progress: Progress) -> Generator:
+        """The same, whose images have detail more nearly as strong as was released: counted in some images of its own, so it is
+        post-processing. The method of moments draws it as strong as that already.
+        """
+        if self.denoiser is None:
+            return self
+        count = int(np.clip(_COUNTED_PIXELS / np.prod(self.moments.shape), _FEWEST_COUNTED, _COUNTED))
+        labels = np.arange(max(count, len(self.classes)), dtype=np.int64) % len(self.classes)
+        rng, of_cells = np.random.default_rng(0), self.cells.labels(np.arange(len(self.cells)))
+        cells = np.empty_like(labels)
+        for label in range(len(self.classes)):
+            own, rows = np.flatnonzero(of_cells == label), labels == label
+            shares = self.cell_probabilities[own]
+            cells[rows] = rng.choice(own, size=int(rows.sum()), p=shares / shares.sum())
+        plain = replace(self, gains=None)
+        images = plain.sample(cells, np.arange(len(cells), dtype=np.uint64), settings, progress=progress)
+        return replace(self, gains=ring_gains(images, labels, self.moments.variance[cells], self._layout))
+
+    @property
+    def _layout(self) -> Frequencies:
+        return frequencies(self.moments.shape, self.moments.low_frequencies)
 
     def save(self, folder: Path) -> None:
         """Write generator.json and weights.safetensors."""
@@ -96,6 +123,8 @@ class Generator:
             tensors |= {f"net.{name}": tensor.contiguous() for name, tensor in self.denoiser.net.state_dict().items()}
         if self.parents is not None:
             tensors |= {f"parents.{name}": torch.from_numpy(array) for name, array in self.parents.__dict__.items()}
+        if self.gains is not None:
+            tensors["gains"] = torch.from_numpy(self.gains.copy())
         write_bytes(folder / WEIGHTS, save(tensors))
         settings: dict[str, Any] = {
             "schema": SCHEMA,
@@ -134,6 +163,7 @@ class Generator:
                 attributes=tuple((name, tuple(values)) for name, values in settings.get("attributes", ())),
                 count_stddev=float(settings.get("count_stddev", 0.0)),
                 parents=Parents(**parents) if parents else None,
+                gains=tensors["gains"].numpy() if "gains" in tensors else None,
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise ArtifactError(f"The generator in {folder.name} cannot be read ({type(error).__name__}). Train again.") from error

@@ -16,7 +16,7 @@ from dpsynth.errors import ArtifactError
 from dpsynth.generate import draw, image_seeds, mixed_cells
 from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.generator import SETTINGS, WEIGHTS, Generator
-from dpsynth.model.moments import Moments, frequencies, from_frequencies
+from dpsynth.model.moments import Moments, frequencies, from_frequencies, to_frequencies
 from dpsynth.model.packing import depth_to_space, space_to_depth
 from dpsynth.model.sampler import heun, schedule, starting_noise
 from dpsynth.model.votes import Parents
@@ -246,8 +246,32 @@ def generator(shape: tuple[int, ...] = (1, 8, 8), known: Moments | None = None) 
 DRAW = GenerateConfig(count=5, steps=4)
 
 
+def test_detail_comes_nearer_to_the_released_strength() -> None:
+    known = moments((1, 12, 12))
+    weak = replace(
+        known, covariance=known.covariance / 50, mean=known.mean / 10, variance=known.variance / 50
+    )  # so that nothing is clipped
+    attributes = (("sex", ("F", "M")),)
+    weak = replace(weak, **{name: np.repeat(getattr(weak, name), 2, axis=0) for name in ("counts", "mean", "covariance", "variance")})
+    made = replace(generator(known=weak), attributes=attributes)
+    loud = made.with_released_detail(DRAW, progress=silent)
+    assert loud.gains is not None
+    assert np.ptp(loud.gains) > 0.03, "the random net must draw some ring too weak or too strong for this to be a test"
+    cells, seeds, layout = np.arange(400) % 4, image_seeds(7, 400), frequencies((1, 12, 12), 3)
+    for value in (0, 1):
+        away = []
+        for one in (made, loud):
+            energy = to_frequencies(one.sample(cells, seeds, DRAW, progress=silent)[cells // 2 == value]) ** 2
+            rings = [np.log(energy[:, layout.band == b].mean() / weak.variance[2 * value, layout.band == b].mean()) for b in range(3)]
+            away.append(np.array(rings))
+        np.testing.assert_allclose(away[1], away[0] * 2 / 3, atol=0.1)
+    again = loud.with_released_detail(DRAW, progress=silent).gains
+    np.testing.assert_array_equal(again, loud.gains)
+    assert replace(made, denoiser=None).with_released_detail(DRAW, progress=silent).gains is None
+
+
 def test_an_image_depends_on_its_seed_and_label_and_on_no_other_image() -> None:
-    made, seeds = generator(), image_seeds(0, 5)
+    made, seeds = generator().with_released_detail(DRAW, progress=silent), image_seeds(0, 5)
     labels = np.array([0, 1, 0, 1, 1])
     whole = made.sample(labels, seeds, DRAW, progress=silent)
     alone = made.sample(labels[3:4], seeds[3:4], DRAW, progress=silent)
@@ -281,7 +305,7 @@ def test_images_are_drawn_around_the_parent_of_their_own_cell() -> None:
 
 @pytest.mark.parametrize("diffusion", [True, False])
 def test_a_saved_generator_draws_the_same_images(tmp_path: Path, diffusion: bool) -> None:
-    made = replace(generator(), parents=PARENTS)
+    made = replace(generator(), parents=PARENTS).with_released_detail(DRAW, progress=silent)
     if not diffusion:
         made = Generator(classes=made.classes, moments=made.moments, denoiser=None, net_channels=(), texture=True)
     made.save(tmp_path)
