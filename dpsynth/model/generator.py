@@ -19,7 +19,7 @@ from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.moments import Frequencies, Moments, frequencies, sample_moment_images
 from dpsynth.model.sampler import sample, schedule, starting_noise
-from dpsynth.model.spectrum import ring_gains, with_gains
+from dpsynth.model.spectrum import ring_gains, ring_means, with_gains
 from dpsynth.model.votes import Parents
 from dpsynth.progress import Progress
 
@@ -110,7 +110,8 @@ class Generator:
             cells[rows] = rng.choice(own, size=int(rows.sum()), p=shares / shares.sum())
         plain = replace(self, gains=None)
         images = plain.sample(cells, np.arange(len(cells), dtype=np.uint64), settings, progress=progress)
-        return replace(self, gains=ring_gains(images, labels, self.moments.variance[cells], self._layout))
+        wanted = ring_means(self.moments.variance, self._layout)[cells]
+        return replace(self, gains=ring_gains(images, labels, wanted, self._layout))
 
     @property
     def _layout(self) -> Frequencies:

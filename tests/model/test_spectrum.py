@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpsynth.model.moments import frequencies, from_frequencies, to_frequencies
-from dpsynth.model.spectrum import ring_gains, with_gains
+from dpsynth.model.spectrum import ring_gains, ring_means, with_gains
 
 LAYOUT = frequencies((1, 12, 12), 3)
 LABELS = np.arange(4000) % 2
@@ -28,7 +28,7 @@ def test_a_third_of_the_way_in_one_ring_of_one_label(weaker: float) -> None:
     drawn = released.copy()
     drawn[1, LAYOUT.band == 2] /= weaker
     before = images(drawn)
-    gains = ring_gains(before, LABELS, released[LABELS], LAYOUT)
+    gains = ring_gains(before, LABELS, ring_means(released, LAYOUT)[LABELS], LAYOUT)
     after = with_gains(before, gains[LABELS], LAYOUT)
     for label in (0, 1):
         for band in range(LAYOUT.num_bands):
@@ -40,7 +40,7 @@ def test_a_third_of_the_way_in_one_ring_of_one_label(weaker: float) -> None:
 
 def test_an_empty_ring_is_not_blown_up_and_images_stay_images() -> None:
     released = np.full((2, LAYOUT.band.size), 0.5)
-    gains = ring_gains(images(1e-9 * released), LABELS, released[LABELS], LAYOUT)
+    gains = ring_gains(images(1e-9 * released), LABELS, ring_means(released, LAYOUT)[LABELS], LAYOUT)
     assert gains.max() == pytest.approx(9 ** (1 / 6))
     assert np.abs(with_gains(images(released), gains[LABELS], LAYOUT)).max() <= 1
 
@@ -49,6 +49,16 @@ def test_images_without_fine_detail_at_all() -> None:
     tiny = frequencies((1, 3, 3), 3)
     assert not (tiny.band >= 0).any()
     pictures = np.zeros((4, 1, 3, 3), dtype=np.float32)
-    gains = ring_gains(pictures, np.array([0, 1, 0, 1]), np.zeros((4, 9)), tiny)
+    gains = ring_gains(pictures, np.array([0, 1, 0, 1]), np.zeros((4, tiny.num_bands)), tiny)
     np.testing.assert_array_equal(gains, 1)
     np.testing.assert_array_equal(with_gains(pictures, gains[[0, 1, 0, 1]], tiny), pictures)
+
+
+def test_images_are_taken_a_few_at_a_time_and_nothing_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = np.random.default_rng(2).uniform(1e-3, 2e-3, (2, LAYOUT.band.size))
+    pictures, labels = images(released / 2)[:7], LABELS[:7]
+    whole = ring_gains(pictures, labels, ring_means(released, LAYOUT)[labels], LAYOUT)
+    loud = with_gains(pictures, whole[labels], LAYOUT)
+    monkeypatch.setattr("dpsynth.model.spectrum._AT_ONCE", 3 * 144)
+    np.testing.assert_allclose(ring_gains(pictures, labels, ring_means(released, LAYOUT)[labels], LAYOUT), whole)
+    np.testing.assert_allclose(with_gains(pictures, whole[labels], LAYOUT), loud, atol=1e-6)
