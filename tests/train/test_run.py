@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dpsynth.artifacts import RunFolder
 from dpsynth.config import Config, DiffusionConfig, parse_config
 from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError, SelfCheckFailed
+from dpsynth.model.generator import Generator
 from dpsynth.model.moments import _COUNT_WEIGHT
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.noise import NoiseStream
@@ -175,6 +177,15 @@ def test_private_images_reach_training_only_from_the_training_side_and_the_const
     for name in ("release_moments", "release_votes"):
         assert np.array_equal(seen[name], seen["fit"].images), name  # type: ignore[attr-defined]
     assert set(split["training"]).isdisjoint(split["control"])
+
+
+def test_how_strong_detail_is_drawn_follows_from_the_generator_alone(train: Callable[..., object], config: Config, tmp_path: Path) -> None:
+    """Whoever holds what was released counts the same gains, so nothing of a patient is in them."""
+    train()
+    generator = Generator.load(tmp_path / "run" / "train")
+    counted = replace(generator, gains=None).with_released_detail(config.generate, progress=silent)
+    assert generator.gains is not None
+    np.testing.assert_array_equal(generator.gains, counted.gains)
 
 
 def test_the_key_stays_the_same_over_a_crash_and_is_nowhere_afterwards(
