@@ -179,6 +179,24 @@ def test_private_images_reach_training_only_from_the_training_side_and_the_const
     assert set(split["training"]).isdisjoint(split["control"])
 
 
+def test_all_images_of_a_patient_are_released_as_that_patient_s(train: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If each image were a patient of its own, the noise would hide one image and the booked epsilon would be wrong."""
+    seen: dict[str, tuple[object, ...]] = {}
+
+    def keep(name: str, wanted: slice) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **rest: seen.update({name: args[wanted]}) or real(*args, **rest))
+
+    for name, wanted in (("release_moments", slice(0, 3)), ("release_votes", slice(2, 5)), ("fit", slice(1, 2))):
+        keep(name, wanted)
+    train()
+    (training,) = seen["fit"]
+    assert len(training.images) > training.num_patients, "some patients must have several images for this to be a test"  # type: ignore[attr-defined]
+    for name in ("release_moments", "release_votes"):
+        for given, own in zip(seen[name], (training.images, training.labels, training.patients), strict=True):  # type: ignore[attr-defined]
+            np.testing.assert_array_equal(given, own, err_msg=name)
+
+
 def test_how_strong_detail_is_drawn_follows_from_the_generator_alone(train: Callable[..., object], config: Config, tmp_path: Path) -> None:
     """Whoever holds what was released counts the same gains, so nothing of a patient is in them."""
     train()
