@@ -17,9 +17,9 @@ from dpsynth.cells import Cells
 from dpsynth.config import LARGEST_SIGMA, Config, GenerateConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.moments import Frequencies, Moments, frequencies, sample_moment_images
+from dpsynth.model.moments import Frequencies, Moments, frequencies, ring_energies, sample_moment_images
 from dpsynth.model.sampler import sample, schedule, starting_noise
-from dpsynth.model.spectrum import ring_gains, ring_means, with_gains
+from dpsynth.model.spectrum import ring_gains, with_gains
 from dpsynth.model.votes import Parents
 from dpsynth.progress import Progress
 
@@ -33,8 +33,8 @@ class Generator:
     """Draws images. `denoiser` is None for the method of moments; `net_channels` are its U-Net's channels.
 
     With `attributes` the moments' classes are cells; `count_stddev` is that of the noise on their counts, in patients.
-    With `parents` images are drawn around these; `gains` (labels, bands) make
-    detail as strong as was released (`spectrum`).
+    With `parents` images are drawn around these; `gains` (labels, bands) bring
+    detail nearer to the released strength (`spectrum`).
     """
 
     classes: tuple[str, ...]
@@ -110,7 +110,7 @@ class Generator:
             cells[rows] = rng.choice(own, size=int(rows.sum()), p=shares / shares.sum())
         plain = replace(self, gains=None)
         images = plain.sample(cells, np.arange(len(cells), dtype=np.uint64), settings, progress=progress)
-        wanted = ring_means(self.moments.variance, self._layout)[cells]
+        wanted = ring_energies(self.moments.variance, self._layout)[cells]
         return replace(self, gains=ring_gains(images, labels, wanted, self._layout))
 
     @property

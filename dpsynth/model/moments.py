@@ -35,7 +35,7 @@ Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-_BLOCK = 256  # images that are transformed at once
+_AT_ONCE = 2**22  # coefficients that are transformed at once
 BANDS = 14  # rings of frequency above the low block, per channel
 LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
 _COUNT_WEIGHT = 0.3
@@ -98,8 +98,7 @@ def from_frequencies(coefficients: Array, shape: tuple[int, ...]) -> Float32:
 class PublicReference:
     """Public constants. centre: (low,); principal: the axes of the low frequencies; spectrum: (channel * pixels,), mean square of each
     coefficient; typical: (bands + 1,), mean energies of the rings and, last, of the shaped residual; log_energies: (bands + 1,), mean
-    logarithm of an image's energies in these units; clip_residuals: (low,), of residuals along the one,
-    two, ... strongest axes.
+    logarithm of an image's energies in these units; clip_residuals: (low,), of residuals along the one, two, ... strongest axes.
     """
 
     shape: tuple[int, ...]
@@ -162,7 +161,7 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     """Constants from public images (n, channel, *space) in [-1, 1]: centre, axes, and norms that most public images keep to."""
     shape = images.shape[1:]
     layout = frequencies(shape, low_frequencies)
-    low, bands, spectrum = _summaries(images, layout)
+    low, bands, spectrum = summaries(images, layout)
     centre = low.mean(axis=0)
     residual = low - centre
     principal = PrincipalAxes.of(residual, smallest=_SMALLEST_VARIANCE)
@@ -228,7 +227,7 @@ def release_moments(
     layout = frequencies(reference.shape, reference.low_frequencies)
     groups = np.arange(num_classes) if labels_of_cells is None else labels_of_cells
     release = NoisedSums(labels=labels, patients=patients, num_classes=num_classes, mechanism=mechanism, stream=stream, record=record)
-    low, bands, _ = _summaries(images, layout)
+    low, bands, _ = summaries(images, layout)
     counts, mean = _release_means(low, release, groups, reference)
     shaped = reference.principal.shaped(low - mean[labels])
     ratio = _release_energies(bands, shaped, release, groups, counts, reference)
@@ -325,17 +324,28 @@ def _axes_above(noise_multiplier: float, variances: Array, *, patients: float) -
     return max(min(_FEWEST_AXES, len(variances)), int(np.count_nonzero(expected >= _ABOVE_NOISE * noise_multiplier)))
 
 
-def _summaries(images: Float32, layout: Frequencies) -> tuple[Array, Array, Array]:
+def parts(images: Float32) -> list[slice]:
+    """Of images (n, channel, *space) so many at a time that their coefficients need little memory."""
+    size = max(1, _AT_ONCE // int(np.prod(images.shape[1:])))
+    return [slice(start, start + size) for start in range(0, len(images), size)]
+
+
+def ring_energies(squared: Array, layout: Frequencies) -> Array:
+    """Sum over each ring of frequencies above the low block, (n, bands), of squared coefficients (n, channel * pixels)."""
+    return np.stack([squared[:, layout.band == band].sum(axis=1) for band in range(layout.num_bands)], axis=1)
+
+
+def summaries(images: Float32, layout: Frequencies) -> tuple[Array, Array, Array]:
     """Low coefficients (n, low) and energies by band (n, bands) of each image, and the mean square of each coefficient (channel * pixels,).
 
-    In blocks, so that memory stays small whatever the size of the images.
+    In parts, so that memory stays small whatever the size of the images.
     """
     low, bands, total = [], [], np.zeros(layout.band.size)
-    for start in range(0, len(images), _BLOCK):
-        coefficients = to_frequencies(images[start : start + _BLOCK])
+    for part in parts(images):
+        coefficients = to_frequencies(images[part])
         squared = coefficients**2
         low.append(coefficients[:, layout.low])
-        bands.append(np.stack([squared[:, layout.band == band].sum(axis=1) for band in range(layout.num_bands)], axis=1))
+        bands.append(ring_energies(squared, layout))
         total += squared.sum(axis=0)
     return np.concatenate(low), np.concatenate(bands), total / len(images)
 

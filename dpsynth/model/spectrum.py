@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.model.moments import Frequencies, from_frequencies, to_frequencies
+from dpsynth.model.moments import Frequencies, from_frequencies, parts, summaries, to_frequencies
 
 Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -17,39 +17,26 @@ Int64 = NDArray[np.int64]
 
 _PART = 1 / 3  # of the way to the released energy
 _LARGEST_RATIO = 9.0  # of energies: a ring that the generator leaves empty is not made of rounding errors
-_SMALLEST = 1e-12
-_AT_ONCE = 2**22  # coefficients
-
-
-def ring_means(energies: Array, layout: Frequencies) -> Array:
-    """Mean over each ring of frequencies, (n, bands), of energies (n, channel * pixels); 0 for a ring without any."""
-    rings = [energies[:, layout.band == band] for band in range(layout.num_bands)]
-    return np.stack([ring.mean(axis=1) if ring.shape[1] else np.zeros(len(energies)) for ring in rings], axis=1)
+_SMALLEST = 1e-12  # energy: a ring without coefficients has the gain 1
 
 
 def ring_gains(images: Float32, labels: Int64, wanted: Array, layout: Frequencies) -> Array:
     """By what to multiply the coefficients of each ring, (labels, bands).
 
-    images: (n, channel, *space), drawn for labels (n,), each of which occurs; wanted: (n, bands), the released `ring_means` of images
+    images: (n, channel, *space), drawn for labels (n,), each of which occurs; wanted: (n, bands), the released `ring_energies` of images
     like these.
     """
-    drawn = np.concatenate([ring_means(to_frequencies(images[part]) ** 2, layout) for part in _parts(images)])
+    drawn = summaries(images, layout)[1]
     of_label = [labels == label for label in range(labels.max() + 1)]
-    sums = [np.stack([means[rows].mean(axis=0) for rows in of_label]) for means in (wanted, drawn)]
-    ratios = (sums[0] + _SMALLEST) / (sums[1] + _SMALLEST)
-    return np.asarray(np.clip(ratios, 1 / _LARGEST_RATIO, _LARGEST_RATIO) ** (_PART / 2))
+    released, counted = (np.stack([energies[rows].mean(axis=0) for rows in of_label]) + _SMALLEST for energies in (wanted, drawn))
+    return np.asarray(np.clip(released / counted, 1 / _LARGEST_RATIO, _LARGEST_RATIO) ** (_PART / 2))
 
 
 def with_gains(images: Float32, gains: Array, layout: Frequencies) -> Float32:
     """Images (n, channel, *space) whose rings are multiplied by gains (n, bands), clipped to [-1, 1]; the low block stays."""
     gains = np.concatenate([gains, np.ones((len(gains), 1))], axis=1)  # -1, the low block, is the last column
     found = np.empty_like(images)
-    for part in _parts(images):
+    for part in parts(images):
         coefficients = to_frequencies(images[part]) * gains[part][:, layout.band]
         found[part] = np.clip(from_frequencies(coefficients, images.shape[1:]), -1, 1)
     return found
-
-
-def _parts(images: Float32) -> list[slice]:
-    size = max(1, _AT_ONCE // int(np.prod(images.shape[1:])))
-    return [slice(start, start + size) for start in range(0, len(images), size)]

@@ -63,7 +63,7 @@ def _drawn(config: Config, generator: Generator, public: Float32, *, progress: P
     if generator.denoiser is not None:
         denoiser = copy.deepcopy(generator.denoiser)
         denoiser.transplant(moments)
-        net = replace(plain, denoiser=denoiser)
+        net = replace(plain, denoiser=denoiser).with_released_detail(settings, progress=progress)
         fewer = settings.model_copy(update={"steps": max(2, settings.steps // 2), "sigma_min": 2 * settings.sigma_min})
         asked |= {"net": (net, settings), "net, half the steps, twice the last noise level": (net, fewer)}
     drawn = {}

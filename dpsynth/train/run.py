@@ -89,10 +89,10 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         if monitor is not None:
             generator = _voted(config, generator, split, monitor, stream, progress)
             findings |= monitor.findings()
-        generator = generator.with_released_detail(config.generate, progress=progress)
         write_json(site / CANARIES, {name: audit.to_json() for name, audit in audits.items()}, private=True)
         write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
         _require_live(findings, site)
+        generator = generator.with_released_detail(config.generate, progress=progress)
         generator.save(run.folder("train"))
         write_json(run.folder("train") / CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
         return _finish(run, ledger)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpsynth.model.moments import frequencies, from_frequencies, to_frequencies
-from dpsynth.model.spectrum import ring_gains, ring_means, with_gains
+from dpsynth.model.moments import frequencies, from_frequencies, ring_energies, to_frequencies
+from dpsynth.model.spectrum import ring_gains, with_gains
 
 LAYOUT = frequencies((1, 12, 12), 3)
 LABELS = np.arange(4000) % 2
@@ -28,7 +28,7 @@ def test_a_third_of_the_way_in_one_ring_of_one_label(weaker: float) -> None:
     drawn = released.copy()
     drawn[1, LAYOUT.band == 2] /= weaker
     before = images(drawn)
-    gains = ring_gains(before, LABELS, ring_means(released, LAYOUT)[LABELS], LAYOUT)
+    gains = ring_gains(before, LABELS, ring_energies(released, LAYOUT)[LABELS], LAYOUT)
     after = with_gains(before, gains[LABELS], LAYOUT)
     for label in (0, 1):
         for band in range(LAYOUT.num_bands):
@@ -40,7 +40,7 @@ def test_a_third_of_the_way_in_one_ring_of_one_label(weaker: float) -> None:
 
 def test_an_empty_ring_is_not_blown_up_and_images_stay_images() -> None:
     released = np.full((2, LAYOUT.band.size), 0.5)
-    gains = ring_gains(images(1e-9 * released), LABELS, ring_means(released, LAYOUT)[LABELS], LAYOUT)
+    gains = ring_gains(images(1e-9 * released), LABELS, ring_energies(released, LAYOUT)[LABELS], LAYOUT)
     assert gains.max() == pytest.approx(9 ** (1 / 6))
     assert np.abs(with_gains(images(released), gains[LABELS], LAYOUT)).max() <= 1
 
@@ -57,8 +57,8 @@ def test_images_without_fine_detail_at_all() -> None:
 def test_images_are_taken_a_few_at_a_time_and_nothing_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     released = np.random.default_rng(2).uniform(1e-3, 2e-3, (2, LAYOUT.band.size))
     pictures, labels = images(released / 2)[:7], LABELS[:7]
-    whole = ring_gains(pictures, labels, ring_means(released, LAYOUT)[labels], LAYOUT)
+    whole = ring_gains(pictures, labels, ring_energies(released, LAYOUT)[labels], LAYOUT)
     loud = with_gains(pictures, whole[labels], LAYOUT)
-    monkeypatch.setattr("dpsynth.model.spectrum._AT_ONCE", 3 * 144)
-    np.testing.assert_allclose(ring_gains(pictures, labels, ring_means(released, LAYOUT)[labels], LAYOUT), whole)
+    monkeypatch.setattr("dpsynth.model.moments._AT_ONCE", 3 * 144)
+    np.testing.assert_allclose(ring_gains(pictures, labels, ring_energies(released, LAYOUT)[labels], LAYOUT), whole)
     np.testing.assert_allclose(with_gains(pictures, whole[labels], LAYOUT), loud, atol=1e-6)
