@@ -1,6 +1,6 @@
 """What do the measures that people use see of copied images, and how often do they cry wolf, beside this gate? On images, with the encoder.
 
-    python experiments/006-false-alarms-and-power/beside.py [--only procedural real] [--repetitions 50]
+    python experiments/006-false-alarms-and-power/beside.py [--only procedural real] [--repetitions 20]
     python experiments/006-false-alarms-and-power/beside.py --table        # of results.json
     pip install --no-deps domias==0.0.5                                    # before, for the rows of that library
 
@@ -11,13 +11,11 @@ one way. The usual measures look at the features that the checks use.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 
@@ -25,15 +23,15 @@ HERE = Path(__file__).resolve().parent
 TESTS = HERE.parents[1] / "tests"
 sys.path[:0] = [str(HERE.parent), str(HERE), str(TESTS), str(TESTS / "attacks"), str(TESTS / "checks")]
 
-from images import GATE, GENERATED, GENERATORS, POPULATIONS, World, judged, population, split  # noqa: E402 (scripts, no package)
+from images import GATE, GENERATED, GENERATORS, POPULATIONS, World, asked, judged, run_missing, split  # noqa: E402 (scripts, no package)
 from power import usual  # noqa: E402
-from results import by_group, known, once  # noqa: E402
+from results import by_group, known  # noqa: E402
 from test_copying_generators import FIFTY  # type: ignore[import-not-found]  # noqa: E402
 
 COPIED, COPYABLE, AT_ONCE = 20, 500, 10
 BLENDED = "blended 70/30 with another"
 CHANGES = ("as they are", "flipped", "shifted by 2 pixels", "turned by 3 degrees", "shrunk to 0.9", "with gamma 1.3", "with noise", BLENDED)
-OURS = "this gate stops the release"
+CASES = (*GENERATORS, *CHANGES)
 
 
 def planted(patients: ImageSet) -> Float32:
@@ -55,10 +53,11 @@ def seen(world: World, case: str, rng: np.random.Generator) -> dict[str, bool]:
     verdicts = judged(world, training, control, synthetic, rng)
     private = [verdict for name, verdict in verdicts.items() if name != "fidelity"]
     accused = [verdict.figures["p after Holm"] <= GATE.family_error for verdict in private]
+    shown = bool(verdicts["copying"].listed)
     ours = {
         "this gate accuses (family)": any(accused),
-        "this gate shows somebody to a person": bool(verdicts["copying"].listed),
-        OURS: any(accused) or bool(verdicts["copying"].listed),
+        "this gate shows somebody to a person": shown,
+        "this gate stops the release": any(accused) or shown,
     }
     encoded = world.encoded
     return {**ours, **usual(encoded[training], encoded[control], encoded[synthetic])}
@@ -77,38 +76,26 @@ def shares(world: World, case: str, repetitions: range, seed: int) -> dict[str, 
 
 
 def table(path: Path) -> str:
-    """The table of the README: one a population, a column a case."""
-    lines: list[str] = []
+    """The tables of the README: one a population, a column a case; in how many repetitions each accuses."""
+    results, lines = by_group(known(path)), []
     for name in POPULATIONS:
-        groups = by_group({key: result for key, result in known(path).items() if key.startswith(f"beside, {name}, ")})
+        groups = {case: parts for case in CASES if (parts := results.get(f"beside, {name}, {case}"))}
         if not groups:
             continue
-        cases = [group.split(", ", 2)[2] for group in groups]
-        lines += ["", f"| {name} | " + " | ".join(cases) + " |", "|---" * (len(cases) + 1) + "|"]
-        for rule in (rule for rule in next(iter(groups.values()))[0] if rule != "repetitions"):
-            cells = [f"{sum(part[rule] for part in parts)} of {sum(part['repetitions'] for part in parts)}" for parts in groups.values()]
-            lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+        first = next(iter(groups.values()))
+        repetitions = sum(part["repetitions"] for part in first)
+        lines += ["", f"| {name}, of {repetitions} | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
+        rules = sorted((rule for rule in first[0] if rule != "repetitions"), key=lambda rule: (not rule.startswith("this gate"), rule))
+        for rule in rules:
+            lines.append(f"| {rule} | " + " | ".join(str(sum(part[rule] for part in parts)) for parts in groups.values()) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run what is missing in results.json, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=POPULATIONS, default=list(POPULATIONS))
-    parser.add_argument("--repetitions", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    path = HERE / "results.json"
-    torch.manual_seed(0)
-    starts = range(0, arguments.repetitions, AT_ONCE)
-    for name in [] if arguments.table else arguments.only:
-        wanted = [(f"beside, {name}, {case}/{start}", case, start) for case in (*GENERATORS, *CHANGES) for start in starts]
-        missing = [part for part in wanted if part[0] not in known(path)]
-        world = World.of(patients := population(name), planted(patients)) if missing else None
-        for key, case, start in missing:
-            span = range(start, start + AT_ONCE)
-            once(path, key, lambda w=world, c=case, s=span: shares(w, c, s, arguments.seed))  # type: ignore[misc]
+    arguments, path = asked(__doc__, repetitions=20), HERE / "results.json"
+    world = lambda patients: World.of(patients, planted(patients))  # noqa: E731
+    run_missing(path, "beside", CASES, arguments, at_once=AT_ONCE, world_of=world, count=shares)
     print(table(path))
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,24 +235,41 @@ def table(path: Path) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Run what is missing in results.json, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(documentation: str | None, *, repetitions: int) -> argparse.Namespace:
+    """What the command line wants: populations, repetitions, seed, or the table alone."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=POPULATIONS, default=list(POPULATIONS))
-    parser.add_argument("--repetitions", type=int, default=200)
+    parser.add_argument("--repetitions", type=int, default=repetitions)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    path = HERE / "results.json"
+    return parser.parse_args()
+
+
+def run_missing(
+    path: Path,
+    prefix: str,
+    cases: Sequence[str],
+    arguments: argparse.Namespace,
+    *,
+    at_once: int,
+    world_of: Callable[[ImageSet], World],
+    count: Callable[[World, str, range, int], dict[str, Any]],
+) -> None:
+    """Count what results.json lacks, `at_once` repetitions together under "PREFIX, POPULATION, CASE/START"."""
     torch.manual_seed(0)
-    starts = range(0, arguments.repetitions, AT_ONCE)
+    starts = range(0, arguments.repetitions, at_once)
     for name in [] if arguments.table else arguments.only:
-        wanted = [(f"images, {name}, {generator}/{start}", generator, start) for start in starts for generator in GENERATORS]
+        wanted = [(f"{prefix}, {name}, {case}/{start}", case, start) for start in starts for case in cases]
         missing = [part for part in wanted if part[0] not in known(path)]
-        world = World.of(population(name)) if missing else None
-        for key, generator, start in missing:
-            span = range(start, start + AT_ONCE)
-            once(path, key, lambda w=world, g=generator, s=span: counts(w, g, s, arguments.seed))  # type: ignore[misc]
+        world = world_of(population(name)) if missing else None
+        for key, case, start in missing:
+            once(path, key, partial(count, world, case, range(start, start + at_once), arguments.seed))  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Run what is missing in results.json, print the table."""
+    arguments, path = asked(__doc__, repetitions=200), HERE / "results.json"
+    run_missing(path, "images", GENERATORS, arguments, at_once=AT_ONCE, world_of=World.of, count=counts)
     print(table(path))
 
 
