@@ -37,7 +37,8 @@ from dpsynth.config import Config, DataConfig, GateConfig, PhantomConfig
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
-from dpsynth.model.moments import moment_queries, public_reference, release_moments, sample_moment_images
+from dpsynth.model.moment_release import moment_queries, release_moments
+from dpsynth.model.moments import public_reference, sample_moment_images
 from dpsynth.model.thumbnails import thumbnails
 from dpsynth.privacy.calibrate import mu_of
 from dpsynth.privacy.mechanism import MomentRelease
