@@ -472,13 +472,16 @@ def parse_config(text: str, *, base: Path) -> Config:
     return resolved(_with_absolute_paths(config, base))
 
 
-def resolved(config: Config) -> Config:
-    """The configuration with `diffusion.trainable: auto` replaced by what the recipe says for its public numbers. What is given stays."""
+def resolved(config: Config, *, sites: int = 1) -> Config:
+    """The configuration with `diffusion.trainable: auto` replaced by what the recipe says for its public numbers. What is given stays.
+
+    So many sites that each add their own noise see as much as one with 1/sqrt(sites) of their patients.
+    """
     if config.diffusion.trainable != "auto":
         return config
     data, diffusion = config.data, config.diffusion
     chosen = recipe(
-        patients=data.declared_patients * (1 - data.control_fraction),
+        patients=data.declared_patients * (1 - data.control_fraction) / math.sqrt(sites),
         epsilon=config.privacy.epsilon,
         delta=resolve_delta(config.privacy.delta, data.declared_patients),
         channels=diffusion.channels,

@@ -6,12 +6,11 @@ A coordinator trusts a site's answer no further than it can be checked: type, sh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.model.moments import Moments
 from federated.messages import Arrays
 
 Array = NDArray[np.float64]
@@ -19,50 +18,27 @@ Array = NDArray[np.float64]
 _ADAM_FACTOR = 2.4  # no Adam step with betas (0.9, 0.99) is longer than this times the learning rate, in any weight: see `largest_update`
 _ODD = 3.0  # times the median: an update that much longer or shorter than the others' is left out
 _MOST_PATIENTS = 3.0  # times the declared number: noised counts of an honest site do not sum to more
+_NOISE = 8.0  # standard deviations: beyond them no honest noise lies in the life of a federation
 
 
-def combined_moments(sites: Sequence[Moments]) -> Moments:
-    """Moments of the mixture of the sites' patients: of each class, means weighted by the released noisy counts.
-
-    The covariance is the mean of the sites' covariances and the spread of their means (law of total covariance). A class that a site does
-    not have has a noisy count near zero there and so no weight. One site's moments come back as they are.
-    """
-    shares = _shares(sites)
-    mean = np.einsum("sc,scl->cl", shares, np.stack([site.mean for site in sites]))
-    covariance = np.zeros_like(sites[0].covariance)
-    variance = np.zeros_like(sites[0].variance)
-    for share, site in zip(shares, sites, strict=True):
-        apart = site.mean - mean
-        covariance += share[:, None, None] * (site.covariance + apart[:, :, None] * apart[:, None, :])
-        variance += share[:, None] * site.variance
-    return Moments(
-        shape=sites[0].shape,
-        low_frequencies=sites[0].low_frequencies,
-        counts=np.sum([site.counts for site in sites], axis=0),
-        mean=mean,
-        covariance=covariance,
-        variance=variance,
-    )
-
-
-def _shares(sites: Sequence[Moments]) -> Array:
-    """Of each site in each class, by the released noisy counts (sites, classes)."""
-    counts = np.stack([site.counts for site in sites])
-    total = counts.sum(axis=0)
-    return np.where(total > 0, counts / np.maximum(total, 1e-12), 1 / len(sites))
-
-
-def moments_problem(moments: Moments, *, declared_patients: int) -> str:
-    """Why a site's moments cannot be used; empty when they can."""
-    if (moments.counts < 0).any() or moments.counts.sum() > _MOST_PATIENTS * declared_patients:
-        return "counts are negative, or far above the declared number of patients"
-    if (moments.variance < 0).any():
-        return "a variance is negative"
-    if not np.allclose(moments.covariance, moments.covariance.swapaxes(1, 2), rtol=1e-6, atol=1e-9):
-        return "a covariance is not symmetric"
-    if np.linalg.eigvalsh(moments.covariance).min() <= 0:
-        return "a covariance is not positive definite"
+def counts_problem(counts: Array, *, stddev: float, declared_patients: int) -> str:
+    """Why a site's noised counts (classes,) cannot be used; empty when they can."""
+    room = _NOISE * stddev
+    if counts.min() < -room or counts.sum() > _MOST_PATIENTS * declared_patients + room * math.sqrt(len(counts)):
+        return "counts are far below zero, or far above the declared number of patients"
     return ""
+
+
+def largest_patients(counts: Array, *, stddev: float) -> float:
+    """What noised counts (classes,) leave room for: no more patients are at the site."""
+    return max(0.0, float(counts.sum())) + _NOISE * stddev * math.sqrt(len(counts))
+
+
+def sums_problem(sums: Array, *, clip_norm: float, stddev: float, patients: float) -> str:
+    """Why a site's noised sums (classes, width) cannot be those of so many patients; empty when they can: each adds a clip norm at most."""
+    limit = clip_norm * patients + stddev * (math.sqrt(sums.size) + _NOISE)
+    norm = float(np.linalg.norm(sums))
+    return "" if norm <= limit else f"its sums are {norm / limit:.3g} times as long as those of its patients can be"
 
 
 def combined_weights(updates: Mapping[str, Arrays], weights: Mapping[str, float]) -> dict[str, NDArray[np.float32]]:

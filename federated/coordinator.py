@@ -7,8 +7,9 @@ deterministically, so a coordinator that was killed asks the same questions agai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,18 +21,21 @@ from safetensors.numpy import load_file, save
 
 from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
 from dpsynth.errors import ArtifactError, DpsynthError
+from dpsynth.model.moment_release import QUERIES, count_stddev, counts_of, raw_counts, told_by
 from federated.combine import (
     averaged,
-    combined_moments,
     combined_weights,
+    counts_problem,
+    largest_patients,
     largest_update,
-    moments_problem,
     odd_sites,
+    sums_problem,
     update_norm,
 )
 from federated.federation import Federation
 from federated.lines import append_line
 from federated.messages import (
+    FIRST_TRAINING,
     REASONS,
     TRANSIENT,
     Arrays,
@@ -45,9 +49,9 @@ from federated.messages import (
     require_arrays,
     signed_digest,
 )
-from federated.rounds import Model, moments_arrays
+from federated.rounds import SUMS, TOLD, Model, moments_arrays, told_arrays
 
-EMA = "ema."
+EMA, COUNTS = "ema.", "counts."
 _LARGEST_REPLY_BYTES = 1 << 30
 _MAY_BE_CHARGED = (Code.LOST, Code.ORDER, Code.MESSAGE_REUSED)  # refusals of a round that an earlier message may have booked
 
@@ -79,12 +83,14 @@ def quiet(event: Event) -> None:
     del event
 
 
-Problem = Callable[[Reply, Arrays], str]  # why an answer cannot be used; empty when it can
+Problem = Callable[[str, Reply, Arrays], str]  # why a site's answer cannot be used; empty when it can
 
 
 @dataclass(kw_only=True)
 class State:
-    """What the coordinator knows after a round. arrays, by prefixed name: moments, weights and their running average."""
+    """What the coordinator knows after a round. arrays, by prefixed name: while moments are asked for, what the queries so far have told
+    and each site's noised counts; then moments, weights and their running average.
+    """
 
     round: int
     arrays: dict[str, NDArray[Any]]
@@ -112,24 +118,48 @@ class Coordinator:
         state = self._last()
         if state is None:
             self._ask(0, "join", {})
-            state = State(round=0, arrays=self._moments(initial))
-            self._save(state)
-        while state.round < self.federation.rounds:
-            state = self._train(state)
+            state = State(round=-1, arrays={})
+        while state.round + 1 < FIRST_TRAINING + self.federation.rounds:
+            state = self._train(state) if state.round + 1 >= FIRST_TRAINING else self._query(state, initial)
             self._save(state)
         return state
 
-    def _moments(self, initial: Arrays) -> dict[str, NDArray[Any]]:
-        def problem(reply: Reply, arrays: Arrays) -> str:
-            require_arrays(arrays, self.model.expected_moments())
-            declared = reply.facts.declared_patients if reply.facts else 0
-            return moments_problem(self.model.moments(arrays), declared_patients=declared)
+    def _query(self, state: State, initial: Arrays) -> State:
+        """One query of the moments: the sum over the sites of their noised sums, read as the sum of one site with all patients is.
 
-        usable = self._ask(0, "moments", {}, problem)
-        moments = [self.model.moments(arrays) for arrays in usable.values()]
-        trained = self.model.expected_weights(trainable=True)
-        averages = {EMA + name: initial[name] for name in trained}
-        return {**moments_arrays(combined_moments(moments)), **initial, **averages}
+        The noise of K sites is that of one times sqrt(K). A site whose counts are not known, since it did not answer the first query, is
+        asked no further ones; should one fail later, the others' counts go with the others' sums.
+        """
+        number, reference = state.round + 1, self.model.reference
+        query, release = QUERIES[number], self.model.release(self.plan)
+        known = {name: array for name, array in state.arrays.items() if name.startswith(TOLD)}
+        counts = {name.removeprefix(COUNTS): array for name, array in state.arrays.items() if name.startswith(COUNTS)}
+        told, stddev = self.model.told(known, query), count_stddev(release, reference)
+        expected = self.model.expected_sums(query, told)
+
+        def problem(site: str, reply: Reply, arrays: Arrays) -> str:
+            require_arrays(arrays, expected, largest=math.inf)
+            sums = arrays[SUMS]
+            own = counts.get(site, raw_counts(sums, reference))
+            declared = reply.facts.declared_patients if reply.facts else 0
+            found = counts_problem(own, stddev=stddev, declared_patients=declared)
+            patients = largest_patients(own, stddev=stddev)
+            clip_norm, noise = release.query(query).clip_norm, release.noise_stddev(query)
+            return found or sums_problem(sums, clip_norm=clip_norm, stddev=noise, patients=patients)
+
+        usable = self._ask(number, "moments", known, problem, sites=None if number == 0 else tuple(counts))
+        more = math.sqrt(len(usable))
+        counts = counts or {site: raw_counts(arrays[SUMS], reference) for site, arrays in usable.items()}
+        answering = replace(told, counts=counts_of(np.sum([counts[site] for site in usable], axis=0), stddev=more * stddev))
+        total = np.sum([arrays[SUMS] for arrays in usable.values()], axis=0)
+        cells = self.model.config.data.cells
+        groups = cells.labels(np.arange(len(cells)))
+        after = told_by(query, total, answering, groups, reference, lambda name: more * release.noise_stddev(name))
+        after = replace(after, counts=after.counts if told.counts is None else told.counts)
+        if number + 1 < FIRST_TRAINING:
+            return State(round=number, arrays={**told_arrays(after), **{COUNTS + site: array for site, array in counts.items()}})
+        averages = {EMA + name: initial[name] for name in self.model.expected_weights(trainable=True)}
+        return State(round=number, arrays={**moments_arrays(after.moments(reference)), **initial, **averages})
 
     def _train(self, state: State) -> State:
         before = {name: array for name, array in state.arrays.items() if not name.startswith(EMA)}
@@ -137,7 +167,7 @@ class Coordinator:
         size = sum(int(np.prod(shape)) for _, shape in expected.values())
         limit = largest_update(learning_rate=self.plan.learning_rate, steps=self.plan.steps_per_round, num_weights=size)
 
-        def problem(_reply: Reply, arrays: Arrays) -> str:
+        def problem(_site: str, _reply: Reply, arrays: Arrays) -> str:
             require_arrays(arrays, expected)
             norm = update_norm(before, arrays)
             return "" if norm <= limit else f"its update is {norm / limit:.3g} times as long as any honest one can be"
@@ -151,15 +181,19 @@ class Coordinator:
         self._require_quorum(number, usable, {})
         new = combined_weights(usable, {site: self.federation.weight(site) for site in usable})
         average = {name: state.arrays[EMA + name] for name in new}
-        done, steps = state.round * self.plan.steps_per_round, self.plan.steps_per_round
+        steps = self.plan.steps_per_round
+        done = (number - FIRST_TRAINING) * steps
         average = averaged(average, new, steps_done=done, steps=steps, decay=self.federation.config.diffusion.ema_decay)
         return State(round=number, arrays={**state.arrays, **new, **{EMA + name: array for name, array in average.items()}})
 
-    def _ask(self, number: int, kind: str, arrays: Arrays, problem: Problem = lambda *_: "") -> dict[str, Arrays]:
-        """Usable arrays by site. Sites that gave no answer are asked again with the same message."""
+    def _ask(
+        self, number: int, kind: str, arrays: Arrays, problem: Problem = lambda *_: "", *, sites: Sequence[str] | None = None
+    ) -> dict[str, Arrays]:
+        """Usable arrays by site, of `sites` or of all. Those that gave no answer are asked again with the same message."""
         usable: dict[str, Arrays] = {}
         reasons: dict[str, str] = {}
-        waiting = [site for site in self.federation.sites if site not in self.federation.left_out]
+        asked = self.federation.sites if sites is None else sites
+        waiting = [site for site in asked if site not in self.federation.left_out]
         for _ in range(self.federation.retries + 1):
             requests = {site: self._request(site, number, kind, arrays) for site in waiting}
             if kind != "join":
@@ -193,7 +227,7 @@ class Coordinator:
                 return ("no-reply" if reply.code in TRANSIENT else "refused"), f"{reply.code.value}: {REASONS[reply.code]}", None
             if reply.request_sha256 != signed_digest(request, public=self.private.public_key()):
                 return "unusable", "the answer is to another question", None
-            found = problem(reply, arrays)
+            found = problem(site, reply, arrays)
         except Refused as error:
             return "unusable", f"the answer cannot be used ({error})", None
         if found:

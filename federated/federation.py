@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpsynth.config import Config, dump_config, parse_config, wrong_settings, yaml_mapping
+from dpsynth.config import Config, dump_config, parse_config, resolved, wrong_settings, yaml_mapping
 from dpsynth.errors import ConfigError
 from dpsynth.plan import planned_mechanisms
 from dpsynth.privacy.accountant import FINE
@@ -21,6 +22,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+STEPS_PER_ROUND = 10
+
+
 class Federation(BaseModel):
     """One study. `config` is one of dpsynth: its data settings say the layout, and the declared patients of all sites together."""
 
@@ -29,8 +33,10 @@ class Federation(BaseModel):
     study: Name = Field(description="Name of the study, new for each one.")
     sites: tuple[Name, ...] = Field(min_length=1, max_length=200, description="The sites that are asked; no others are.")
     quorum: Count = Field(description="Fewest usable answers with which a round counts.")
-    rounds: Count = Field(10, description="Rounds of DP-SGD.")
-    steps_per_round: Count = Field(10, description="DP-SGD steps at each site in each round.")
+    rounds: Annotated[int, Field(ge=0)] = Field(
+        description="Rounds of DP-SGD after those of the moments; by default what `config.diffusion.steps` need, 0 if nothing is trained."
+    )
+    steps_per_round: Count = Field(STEPS_PER_ROUND, description="DP-SGD steps at each site in each round.")
     deadline_seconds: Positive = Field(900.0, description="How long a round waits for the sites.")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="How often a site that gave no answer is asked again in a round.")
     weights: Literal["uniform"] | dict[Name, Positive] = Field(
@@ -59,8 +65,8 @@ class Federation(BaseModel):
             raise ValueError("config.method must be diffusion, without votes")
         if "white_box" in self.config.gate.required:
             raise ValueError("config.gate.required: white_box looks at weights, which no site of a federation holds. Leave it out")
-        if self.config.diffusion.trainable not in ("all", "small"):
-            raise ValueError("config.diffusion.trainable must be all or small: the recipe for one site finds DP-SGD of no use here")
+        if (self.rounds == 0) != (self.config.diffusion.trainable == "none"):
+            raise ValueError("rounds must be 0 where config.diffusion.trainable is none, and only there")
         return self
 
     def weight(self, site: str) -> float:
@@ -87,21 +93,33 @@ def load_federation(path: Path) -> Federation:
     if not isinstance(config, dict):
         raise ConfigError("config: expected a configuration of dpsynth, as docs/config.md lists it.")
     try:
-        own, base = Config.model_validate(config), path.resolve().parent
-        federation = Federation.model_validate({**raw, "config": parse_config(dump_config(own), base=base)})
+        sites, base = raw.get("sites"), path.resolve().parent
+        own = resolved(Config.model_validate(config), sites=max(len(sites), 1) if isinstance(sites, list) else 1)
+        raw = {"rounds": default_rounds(own, raw.get("steps_per_round")), **raw, "config": parse_config(dump_config(own), base=base)}
+        federation = Federation.model_validate(raw)
         keys = {site: (base / key.expanduser()).resolve() for site, key in federation.site_keys.items()}
         return federation.model_copy(update={"site_keys": keys})
     except ValidationError as error:
         raise ConfigError(f"Wrong federation: {wrong_settings(error)}. docs/coordinator.md lists every setting.") from error
 
 
-def planned(federation: Federation) -> tuple[MomentRelease, PoissonDpSgd]:
-    """Noise such that the moments and all rounds together cost a site `config.privacy.epsilon`. Raises ConfigError."""
+def default_rounds(config: Config, steps_per_round: object) -> int:
+    """As many rounds as the steps of a configuration need; none where nothing is trained."""
+    steps = steps_per_round if isinstance(steps_per_round, int) and steps_per_round > 0 else STEPS_PER_ROUND
+    return 0 if config.diffusion.trainable == "none" else math.ceil(config.diffusion.steps / steps)
+
+
+def planned(federation: Federation) -> tuple[MomentRelease, PoissonDpSgd | None]:
+    """Noise such that the moments and all rounds together cost a site `config.privacy.epsilon`. Without rounds the moments have all of it.
+
+    Raises ConfigError.
+    """
     config = federation.config
     diffusion = config.diffusion.model_copy(update={"steps": federation.rounds * federation.steps_per_round})
     settings = config.model_copy(update={"diffusion": diffusion})
-    release, sgd = planned_mechanisms(settings, delta=federation.delta, interval=FINE)
-    if not isinstance(release, MomentRelease) or not isinstance(sgd, PoissonDpSgd):
+    release, *rest = planned_mechanisms(settings, delta=federation.delta, interval=FINE)
+    sgd = rest[0] if rest else None
+    if not isinstance(release, MomentRelease) or not (sgd is None or isinstance(sgd, PoissonDpSgd)):
         raise ConfigError("config.privacy.unsafe_non_private: sites take part with privacy only. Remove it.")
     return release, sgd
 
@@ -123,9 +141,9 @@ def plan_of(federation: Federation) -> Plan:
         "num_phantoms": config.pretrain.num_phantoms,
         "public_seed": config.pretrain.seed,
         "moments_noise_multiplier": release.noise_multiplier,
-        "noise_multiplier": sgd.noise_multiplier,
-        "clip_norm": sgd.clip_norm,
-        "sampling_probability": sgd.sampling_probability,
+        "noise_multiplier": None if sgd is None else sgd.noise_multiplier,
+        "clip_norm": config.diffusion.clip_norm,
+        "sampling_probability": config.diffusion.sampling_probability,
         "steps_per_round": federation.steps_per_round,
         "rounds": federation.rounds,
         "app_sha256": federation.app_sha256,

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpsynth.errors import RefusedError, SignatureError
+from dpsynth.model.moment_release import QUERIES
 from dpsynth.signing import STATEMENT_TYPE, key_id, sign_statement, verify_envelope
 
-PROTOCOL = 1
+FIRST_TRAINING = len(QUERIES)  # number of the first round of DP-SGD; round n before it asks for query n of the moments
 PREDICATE = "https://dpsynth.dev/federation/request/v1"
 LARGEST_HEAD_BYTES = 1 << 18
 LARGEST_VALUE = 1e6  # of any number in an array: far above what training makes, far below what overflows
@@ -123,19 +124,25 @@ class Plan(_Message):
     channels: Literal[1, 3]
     low_frequencies: Annotated[int, Field(ge=1, le=256)]
     net_channels: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(min_length=1, max_length=6)
-    trainable: Literal["all", "small"]
+    trainable: Literal["all", "small", "none"]
     draws: Annotated[int, Field(ge=1, le=64)]
     learning_rate: Positive
     anatomies: tuple[Literal["chest", "brain"], ...] = Field(min_length=1, max_length=2)
     num_phantoms: Annotated[int, Field(ge=10, le=20_000)]
     public_seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     moments_noise_multiplier: Positive
-    noise_multiplier: Positive
+    noise_multiplier: Positive | None  # of DP-SGD; none where no round trains
     clip_norm: Positive
     sampling_probability: Annotated[float, Field(gt=0, le=1)]
     steps_per_round: Count
-    rounds: Count
+    rounds: Annotated[int, Field(ge=0, le=1_000_000)]
     app_sha256: Digest | None = None
+
+    @model_validator(mode="after")
+    def _trained_with_noise(self) -> Plan:
+        if len({self.noise_multiplier is None, self.rounds == 0, self.trainable == "none"}) > 1:
+            raise ValueError("rounds of DP-SGD, what they train and their noise are there together or not at all")
+        return self
 
     @property
     def digest(self) -> str:
@@ -170,9 +177,9 @@ class _WithArrays(_Message):
 
 
 class Request(_WithArrays):
-    """One question to one site. Round 0 asks for moments, round n > 0 for DP-SGD; join touches no data and costs nothing."""
+    """One question to one site: round by round the queries of the moments, then DP-SGD; join touches no data and costs nothing."""
 
-    protocol: Literal[1] = 1
+    protocol: Literal[2] = 2
     kind: Literal["join", "moments", "train"]
     study: Name
     site: Name
@@ -183,8 +190,8 @@ class Request(_WithArrays):
 
     @model_validator(mode="after")
     def _round_of_kind(self) -> Request:
-        if (self.kind == "train") != (self.round > 0):
-            raise ValueError("train has rounds from 1, join and moments have round 0")
+        if (self.kind == "train") != (self.round >= FIRST_TRAINING) or (self.kind == "join" and self.round > 0):
+            raise ValueError(f"join has round 0, moments have rounds up to {FIRST_TRAINING - 1}, train has the later ones")
         return self
 
 
@@ -202,7 +209,7 @@ class Facts(_Message):
 class Reply(_WithArrays):
     """A guard's answer. What it says of the ledger is a claim; the record is the ledger."""
 
-    protocol: Literal[1] = 1
+    protocol: Literal[2] = 2
     outcome: Literal["ok", "refused"]
     code: Code | None
     reason: str

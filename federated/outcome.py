@@ -11,15 +11,16 @@ from typing import Any
 from dpsynth.artifacts import RunFolder, write_json
 from dpsynth.config import dump_config
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import count_stddev
+from dpsynth.model.moment_release import QUERIES, count_stddev
 from dpsynth.privacy.accountant import account, epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee, claim
-from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, to_json
+from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, merged, to_json
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.progress import silent
 from dpsynth.train.second_opinion import prv_epsilon
 from dpsynth.trained import CLAIM, FEDERATION
 from federated.coordinator import EMA, Coordinator, State
+from federated.messages import FIRST_TRAINING
 from federated.rounds import load_weights, sgd_of
 
 
@@ -43,10 +44,10 @@ def charged(coordinator: Coordinator) -> dict[str, tuple[Mechanism, ...]]:
     moments = coordinator.model.release(plan)
     found: dict[str, tuple[Mechanism, ...]] = {}
     for site, rounds in coordinator.asked.items():
-        steps = sum(number > 0 for number in rounds) * plan.steps_per_round
+        asked = [moments.alone(query) for number, query in enumerate(QUERIES) if number in rounds]
+        steps = sum(number >= FIRST_TRAINING for number in rounds) * plan.steps_per_round
         declared = federation.config.data.declared_patients if site not in known else known[site].declared_patients
-        sgd = sgd_of(plan, steps=steps, declared_patients=declared)
-        found[site] = (*([moments] if 0 in rounds else []), *([sgd] if steps else []))
+        found[site] = merged([*asked, *([sgd_of(plan, steps=steps, declared_patients=declared)] if steps else [])])
     return found
 
 
@@ -83,7 +84,7 @@ def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> 
         "study": federation.study,
         "plan": plan.model_dump(mode="json"),
         "plan_sha256": plan.digest,
-        "rounds": state.round,
+        "rounds": state.round + 1 - FIRST_TRAINING,
         "spending": spent.to_json(),
         "sites": sites,
     }
@@ -112,7 +113,7 @@ def _generator(coordinator: Coordinator, state: State) -> Generator:
     load_weights(denoiser, {name.removeprefix(EMA): array for name, array in state.arrays.items() if name.startswith(EMA)})
     denoiser.transplant(moments)
     release = model.release(coordinator.plan)
-    answered = sum(0 in rounds for rounds in coordinator.asked.values())
+    answered = sum(0 in rounds for rounds in coordinator.answered.values())
     stddev = count_stddev(release, model.reference) * answered**0.5
     generator = Generator.of(coordinator.federation.config, moments=moments, denoiser=denoiser, count_stddev=stddev)
     return generator.with_released_detail(coordinator.federation.config.generate, progress=silent)

@@ -155,7 +155,7 @@ def problem(policy: SitePolicy, plan: Plan) -> Code | None:
         (plan.learning_rate > policy.largest_learning_rate, Code.MODEL),
         (plan.low_frequencies > min(policy.largest_low_frequencies, *data.spatial_shape), Code.MODEL),
         (plan.num_phantoms > policy.largest_num_phantoms, Code.MODEL),
-        (plan.noise_multiplier < policy.smallest_noise_multiplier, Code.NOISE),
+        (plan.noise_multiplier is not None and plan.noise_multiplier < policy.smallest_noise_multiplier, Code.NOISE),
         (plan.moments_noise_multiplier < policy.smallest_moments_noise_multiplier, Code.NOISE),
         (plan.clip_norm > policy.largest_clip_norm, Code.CLIP),
         (not policy.sampling_probability[0] <= plan.sampling_probability <= policy.sampling_probability[1], Code.SAMPLING),

@@ -24,8 +24,8 @@ class Price:
     delta: float
     epsilon: float  # of a patient of one site, in both schemes
     epsilon_at_all_sites: float  # of a patient of every site, with local noise; pooled, they are one patient
-    local_noise: float
-    pooled_noise: float
+    local_noise: float | None  # None where nothing is trained
+    pooled_noise: float | None
     pooled_epsilon_for_local_noise: float  # what one guard would spend for noise as large as that of the sites
     local_epsilon_for_pooled_noise: float  # what each site would spend for noise as small as that of one guard
 
@@ -34,14 +34,14 @@ class Price:
         return asdict(self)
 
 
-def price(release: MomentRelease, sgd: PoissonDpSgd, *, sites: int, patients: int, delta: float) -> Price:
+def price(release: MomentRelease, sgd: PoissonDpSgd | None, *, sites: int, patients: int, delta: float) -> Price:
     """The price for so many sites with `patients` together; `release` and `sgd` are a study's mechanisms at every site."""
-    pooled_noise = sgd.noise_multiplier / (sgd.sampling_probability * patients)
+    pooled_noise = None if sgd is None else sgd.noise_multiplier / (sgd.sampling_probability * patients)
 
     def epsilon(factor: float, times: int = 1) -> float:
         """Of both mechanisms with the noise times `factor`, composed `times` times."""
-        moments = replace(release, noise_multiplier=release.noise_multiplier * factor)
-        return epsilon_pld([moments, replace(sgd, noise_multiplier=sgd.noise_multiplier * factor)] * times, delta, interval=COARSE)
+        noisier = [replace(mechanism, noise_multiplier=mechanism.noise_multiplier * factor) for mechanism in (release, sgd) if mechanism]
+        return epsilon_pld(noisier * times, delta, interval=COARSE)
 
     more = math.sqrt(sites)
     return Price(
@@ -49,7 +49,7 @@ def price(release: MomentRelease, sgd: PoissonDpSgd, *, sites: int, patients: in
         delta=delta,
         epsilon=epsilon(1.0),
         epsilon_at_all_sites=epsilon(1.0, sites),
-        local_noise=more * pooled_noise,
+        local_noise=None if pooled_noise is None else more * pooled_noise,
         pooled_noise=pooled_noise,
         pooled_epsilon_for_local_noise=epsilon(more),
         local_epsilon_for_pooled_noise=epsilon(1 / more),
@@ -65,12 +65,18 @@ def price_of(federation: Federation) -> Price:
 
 def describe(found: Price) -> list[str]:
     """Lines for people."""
+    more = f"{math.sqrt(found.sites):.2f} times as much"
+    noise = f"Noise on the sums of the moments at the sites beside one guard: {more}."
+    if found.local_noise is not None and found.pooled_noise is not None:
+        noise = (
+            f"Noise on the mean gradient, in clip norms: {found.local_noise:.3g} at the sites, {found.pooled_noise:.3g} under one guard, "
+            f"{more}; so it is on the sums of the moments."
+        )
     return [
         f"{found.sites} sites, each with its own noise: epsilon {found.epsilon:.2f} at delta {found.delta:.3g} for a patient of one, "
         f"{found.epsilon_at_all_sites:.2f} for a patient of all.",
         f"The same departments under one guard that all trust: epsilon {found.epsilon:.2f} for every patient.",
-        f"Noise on the mean gradient, in clip norms: {found.local_noise:.3g} at the sites, {found.pooled_noise:.3g} under one guard, "
-        f"{found.local_noise / found.pooled_noise:.2f} times as much.",
+        noise,
         f"At equal noise: the sites' noise would cost one guard epsilon {found.pooled_epsilon_for_local_noise:.2f}; the guard's noise "
         f"would cost each site {found.local_epsilon_for_pooled_noise:.2f}.",
     ]

@@ -11,7 +11,7 @@ from dpsynth.privacy.audit import BEFORE, DURING, Audit
 from dpsynth.privacy.ledger import Charge
 from dpsynth.privacy.lower_bounds import Calls
 from federated.journal import Study
-from federated.messages import decode_reply
+from federated.messages import FIRST_TRAINING, decode_reply
 
 _NO_MOMENTS = {"ok": True, "detail": "this site released no moments in this study", "statistic": 1.0, "threshold": 0.0}
 
@@ -35,16 +35,16 @@ def proofs_of(study: Study, charges: Sequence[tuple[int, Charge]], *, largest_by
     found = [(number, message.proof() or {}) for number, message in released]
     findings: dict[str, Any] = {}
     for names, own in (
-        (ALWAYS, [proof for number, proof in found if number == 0]),
-        (REQUIRED, [proof for number, proof in found if number > 0]),
+        (ALWAYS, [proof for number, proof in found if number < FIRST_TRAINING]),
+        (REQUIRED, [proof for number, proof in found if number >= FIRST_TRAINING]),
     ):
         for name in names:
             given = [proof["findings"][name] for proof in own if name in proof.get("findings", {})]
             if given and len(given) == len(own):
                 findings[name] = next((finding for finding in given if not finding["ok"]), given[-1])
-    if not any(number == 0 for number, _ in found):
+    if not any(number < FIRST_TRAINING for number, _ in found):
         findings |= dict.fromkeys(ALWAYS, _NO_MOMENTS)
-    trained = [proof.get("audits", {}) for number, proof in found if number > 0]
+    trained = [proof.get("audits", {}) for number, proof in found if number >= FIRST_TRAINING]
     complete = bool(trained) and all({BEFORE, DURING} <= set(audits) for audits in trained)
     canaries = {}
     if complete:

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from dpsynth.config import Config, DataConfig, PretrainConfig
 from dpsynth.data.split import Split
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.moments import Moments, PublicReference, frequencies, moment_queries, public_reference
+from dpsynth.model.moment_release import Summaries, Told, fewest_axes, moment_queries, rows_of, told_before, width_of
+from dpsynth.model.moments import Moments, PublicReference, frequencies, public_reference
+from dpsynth.model.noised_sums import NoisedSums
 from dpsynth.privacy.audit import BEFORE, DURING, Audit
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
@@ -25,10 +27,11 @@ from dpsynth.train.canaries import require_audit, start_up_audit
 from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor
 from dpsynth.train.public import public_images
-from dpsynth.train.run import noised_moments, prove_bound, standard_moments
-from federated.messages import Arrays, Plan, require_arrays
+from dpsynth.train.run import prove_bound, standard_moments
+from federated.messages import Arrays, Code, Plan, Refused, require_arrays
 
-MOMENTS, NET = "moments.", "net."
+MOMENTS, NET, TOLD, SUMS = "moments.", "net.", "told.", "sums"
+_SMALLEST_RATIO = 1e-6  # of energies to public ones in a message: far below what a query can tell
 Expected = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -54,8 +57,28 @@ class Model:
         return denoiser
 
     def release(self, plan: Plan) -> MomentRelease:
-        """What a site books for moments: the plan's noise, clip norms of public constants."""
+        """What a site books for moments over all of their rounds: the plan's noise, clip norms of public constants."""
         return MomentRelease(noise_multiplier=plan.moments_noise_multiplier, queries=moment_queries(self.reference))
+
+    def told(self, arrays: Arrays, query: str) -> Told:
+        """What the queries before `query` told, from a message. Raises Refused(ARRAYS) when it is not what they can tell."""
+        shapes = told_before(query, len(self.config.data.cells), self.reference)
+        require_arrays(arrays, {TOLD + name: ("<f8", shape) for name, shape in shapes.items()})
+        values = {name: np.array(arrays[TOLD + name]) for name in shapes}
+        axes = float(values.pop("axes")[0]) if "axes" in values else None
+        low = len(self.reference.principal.variances)
+        impossible = [
+            axes is not None and not (axes.is_integer() and fewest_axes(self.reference) <= axes <= low),
+            "counts" in values and (values["counts"].min() < 0 or not values["counts"].any()),
+            any(values[name].min() < _SMALLEST_RATIO for name in ("scales", "energies") if name in values),
+        ]
+        if any(impossible):
+            raise Refused(Code.ARRAYS)
+        return Told(**values, axes=None if axes is None else int(axes))
+
+    def expected_sums(self, query: str, told: Told) -> Expected:
+        """Name, type and shape of the noised sums of a query."""
+        return {SUMS: ("<f8", (len(self.config.data.cells), width_of(query, told, self.reference)))}
 
     def expected_moments(self) -> Expected:
         """Names, types and shapes of moments."""
@@ -93,7 +116,9 @@ def _procedural_reference(pretrain: PretrainConfig, shape: tuple[int, ...], low_
 
 
 def sgd_of(plan: Plan, *, steps: int, declared_patients: int) -> PoissonDpSgd:
-    """What a site that declares so many patients books for DP-SGD by this plan."""
+    """What a site that declares so many patients books for DP-SGD by this plan. Raises Refused(STEPS) where no round trains."""
+    if plan.noise_multiplier is None:
+        raise Refused(Code.STEPS)
     return PoissonDpSgd(
         noise_multiplier=plan.noise_multiplier,
         clip_norm=plan.clip_norm,
@@ -147,14 +172,31 @@ def _audited() -> Audit:
     return audit
 
 
-def moments_round(model: Model, split: Split, *, mechanism: MomentRelease, stream: NoiseStream, record: Record) -> dict[str, NDArray[Any]]:
-    """The site's noised moments. Raises SelfCheckFailed when the noise was not what was booked."""
+def moments_round(
+    model: Model, split: Split, told: Told, *, mechanism: MomentRelease, stream: NoiseStream, record: Record
+) -> dict[str, NDArray[Any]]:
+    """The site's noised sums of the mechanism's one query. Raises SelfCheckFailed when the noise was not what was booked."""
+    (query,), training = mechanism.queries, split.training
     monitor = MomentMonitor(mechanism=mechanism)
-    moments = noised_moments(model.config, split, model.reference, monitor, stream)
+    release = NoisedSums(
+        labels=training.labels,
+        patients=training.patients,
+        num_classes=len(training.classes),
+        mechanism=mechanism,
+        stream=stream,
+        record=monitor.record,
+    )
+    images = Summaries.of(training.images, training.labels, model.reference)
+    sums = release.noised_sum(query.name, rows_of(query.name, images, told, model.reference), query.clip_norm)
     findings = monitor.findings()
     record(Proof(findings=findings, audits={}))
     selfcheck.require(findings, consequence="the charge stays")
-    return moments_arrays(moments)
+    return {SUMS: sums}
+
+
+def told_arrays(told: Told) -> dict[str, NDArray[np.float64]]:
+    """What is known so far, for the message of the next query."""
+    return {TOLD + name: np.atleast_1d(np.asarray(value, dtype=np.float64)) for name, value in vars(told).items() if value is not None}
 
 
 def moments_arrays(moments: Moments) -> dict[str, NDArray[Any]]:

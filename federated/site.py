@@ -23,13 +23,14 @@ from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split
 from dpsynth.errors import BudgetExceeded, ConfigError, SelfCheckFailed
+from dpsynth.model.moment_release import QUERIES
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Charge, Ledger
 from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, merged, to_json
 from dpsynth.progress import Progress, silent
 from dpsynth.train.run import private_images, usable_delta
 from federated.journal import Journal, Message, Study
-from federated.messages import Code, Facts, Refused, Request, Signed, decode_request, encode_refusal, encode_reply, require_arrays
+from federated.messages import FIRST_TRAINING, Code, Facts, Refused, Request, Signed, decode_request, encode_refusal, encode_reply
 from federated.policy import SitePolicy, config_of, data_config, is_open, problem
 from federated.rounds import Model, Proof, model_of, moments_round, require_bound, sgd_of, train_round
 
@@ -127,8 +128,7 @@ class Guard:
         model = self._model(request) if charge is not None else self._allowed(request)
         # All that can fail for the coordinator's sake fails here, before the charge.
         denoiser = model.with_weights(signed.arrays) if request.kind == "train" else None
-        if denoiser is None:
-            require_arrays(signed.arrays, {})
+        told = model.told(signed.arrays, QUERIES[request.round]) if request.kind == "moments" else None
         split = self._split(request.study, study)
         if charge is None:
             charge = self._book(signed, study, message, self._mechanism(request, model), coins=split.commitment)
@@ -142,8 +142,8 @@ class Guard:
         def record(found: Proof) -> None:
             message.note_proof(found.to_json())
 
-        if isinstance(mechanism, MomentRelease):
-            return moments_round(model, split, mechanism=mechanism, stream=stream, record=record)
+        if told is not None and isinstance(mechanism, MomentRelease):
+            return moments_round(model, split, told, mechanism=mechanism, stream=stream, record=record)
         if denoiser is None or not isinstance(mechanism, PoissonDpSgd):
             raise Refused(Code.LOST)
         return train_round(
@@ -177,7 +177,7 @@ class Guard:
         if not is_open(self.policy, self.clock()):
             raise Refused(Code.HOURS)
         code = problem(self.policy, request.plan)
-        if code is None and request.round > request.plan.rounds:
+        if code is None and request.round >= FIRST_TRAINING + request.plan.rounds:
             code = Code.STEPS
         if code is not None:
             raise Refused(code)
@@ -186,7 +186,7 @@ class Guard:
         """What is to be booked: the plan's numbers, the site's own declared number of patients, clip norms of the public constants."""
         plan = request.plan
         if request.kind == "moments":
-            return model.release(plan)
+            return model.release(plan).alone(QUERIES[request.round])
         mechanism = sgd_of(plan, steps=plan.steps_per_round, declared_patients=self.policy.data.declared_patients)
         require_bound(self._config_json(request), mechanism)
         return mechanism

@@ -26,6 +26,7 @@ from federated.certs import CA_CERTIFICATE, make_ca, make_node_key, make_server_
 from federated.demonstration import free_port
 from federated.federation import load_federation
 from federated.launch import Coordination, Flower
+from federated.messages import FIRST_TRAINING
 from federated.policy import load_policy, open_site_ledger
 from federated.simulate import InProcess, coordinator_of, run_study
 from federated.site import Guard
@@ -276,10 +277,10 @@ def require_right(parties: Parties, study: str) -> None:
     """Every round was charged once at every site, in full, and the coordinator counts the same."""
     for site in SITES:
         charges = parties.charges(site, study)
-        assert [charge.run_id.split("/")[1] for charge in charges] == [str(number) for number in range(ROUNDS + 1)]
+        assert [charge.run_id.split("/")[1] for charge in charges] == [str(number) for number in range(FIRST_TRAINING + ROUNDS)]
         assert all(charge.settled for charge in charges)
         assert not list((parties.folder / site / "state" / "studies" / study).rglob("key"))
-    assert parties.asked(study) == {site: list(range(ROUNDS + 1)) for site in SITES}
+    assert parties.asked(study) == {site: list(range(FIRST_TRAINING + ROUNDS)) for site in SITES}
 
 
 def require_same(parties: Parties, study: str, undisturbed: dict[str, np.ndarray]) -> None:

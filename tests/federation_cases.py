@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dpsynth.config import Config, parse_config
+from dpsynth.model.moment_release import Summaries, Told, moment_queries, rows_of, told_by
+from dpsynth.model.noised_sums import patient_sum
 from dpsynth.progress import silent
 from dpsynth.signing import generate_key, load_private
+from dpsynth.train.public import public_images
 from federated.coordinator import Coordinator
 from federated.federation import Federation, plan_of
 from federated.messages import Facts, Plan, Reply, decode_reply, decode_request, encode_reply, encode_request
 from federated.policy import SitePolicy, load_policy, open_site_ledger
-from federated.rounds import MOMENTS, NET, Model
+from federated.rounds import MOMENTS, NET, SUMS, Model, told_arrays
 from federated.simulate import InProcess
 from federated.site import Guard
 
@@ -81,7 +85,7 @@ class World:
 
     def request(self, kind: str = "moments", number: int = 0, **changes: Any) -> bytes:
         """A good message for site a, with changes. `plan` and `arrays` may be among them, and `private` signs."""
-        arrays = changes.pop("arrays", self.bodies[kind])
+        arrays = changes.pop("arrays", told_body(self.model, number) if kind == "moments" else self.bodies[kind])
         private = changes.pop("private", self.private)
         fields = {"kind": kind, "study": "study", "site": "a", "message_id": f"{kind}-{number}", "round": number, "plan": self.plan}
         return encode_request({**fields, **changes}, arrays, private=private)
@@ -131,10 +135,32 @@ def new_world(tmp_path: Path, federation: Federation, public: tuple[Plan, Model]
         sites = {name: new_site(tmp_path / name, name=name, seed=seed, public_key=key) for seed, name in enumerate(names)}
         plan, model = public
         world = World(tmp_path, sites, load_private(private_path), federation, plan, model)
-        world.bodies = {"join": {}, "moments": {}, "train": train_body(model)}
+        world.bodies = {"join": {}, "train": train_body(model)}
         return world
 
     return make
+
+
+def told_body(model: Model, number: int) -> dict[str, np.ndarray]:
+    """What the message of query `number` of the moments says, had public images been asked the ones before."""
+    images, told, cells = public_summaries(model), Told(), np.arange(len(model.config.data.cells))
+    patients = np.arange(len(images.labels))
+    for query in moment_queries(model.reference)[:number]:
+        rows = rows_of(query.name, images, told, model.reference)
+        sums = patient_sum(rows, images.labels, patients, len(cells), query.clip_norm)
+        told = told_by(query.name, sums, told, cells, model.reference, lambda _: 0.01)
+    return told_arrays(told)
+
+
+def public_summaries(model: Model) -> Summaries:
+    """Of the public images, their labels dealt out in turn."""
+    images = drawn(model.config.model_dump_json())
+    return Summaries.of(images, np.arange(len(images)) % len(model.config.data.cells), model.reference)
+
+
+@cache
+def drawn(config_json: str) -> np.ndarray:
+    return public_images(Config.model_validate_json(config_json), progress=silent)
 
 
 def train_body(model: Model) -> dict[str, np.ndarray]:
@@ -157,7 +183,7 @@ FACTS = Facts(unit="patient", declared_patients=100, max_images_per_patient=8, d
 
 
 class Hospital:
-    """Answers without patients: public moments, and weights a small step away. Keeps what it was asked."""
+    """Answers without patients: sums of public images, and weights a small step away. Keeps what it was asked."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng, self.frames = world, np.random.default_rng(seed), []
@@ -165,10 +191,9 @@ class Hospital:
     def __call__(self, raw: bytes) -> bytes:
         self.frames.append(raw)
         signed = decode_request(raw, coordinators=(self.world.private.public_key(),), largest_bytes=len(raw))
-        body = self.world.bodies["train"]
         arrays = {}
         if signed.request.kind == "moments":
-            arrays = {name: array for name, array in body.items() if name.startswith(MOMENTS)}
+            arrays = {SUMS: self.sums(signed.request.round, signed.arrays)}
         if signed.request.kind == "train":
             arrays = {
                 name: (array + 1e-4 * self.rng.normal(size=array.shape)).astype(np.float32)
@@ -176,6 +201,13 @@ class Hospital:
                 if name.startswith(NET)
             }
         return encode_reply(request_sha256=signed.digest, facts=FACTS, arrays=arrays)
+
+    def sums(self, number: int, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The answer to query `number`."""
+        model, query = self.world.model, moment_queries(self.world.model.reference)[number]
+        images = public_summaries(model)
+        rows = rows_of(query.name, images, model.told(arrays, query.name), model.reference)
+        return patient_sum(rows, images.labels, np.arange(len(rows)), len(model.config.data.cells), query.clip_norm)
 
 
 def study(world: World, handlers: Mapping[str, Handler], folder: Path, **changes: object) -> Coordinator:

@@ -2,7 +2,7 @@
 
     python stopping_guard.py POLICY
 
-The file `stop` beside the policy holds a place, as in "1 trained 6": in round 1, after step 6. When the guard comes there it writes
+The file `stop` beside the policy holds a place, as in "4 trained 6": in round 4, after step 6. When the guard comes there it writes
 `stopped` and waits until that is removed.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import federated.journal
 import federated.site
+from dpsynth.model.moment_release import QUERIES
 from dpsynth.progress import Progress
 from federated.cli import main
 from federated.journal import Message
@@ -44,7 +45,7 @@ def stopping() -> None:
         return allowed(guard, request)
 
     def charged(*arguments: Any, **options: Any) -> Any:
-        reached("0 charged")
+        reached(f"{QUERIES.index(options['mechanism'].queries[0].name)} charged")
         return moments_round(*arguments, **options)
 
     def answered(message: Message, digest: str, reply: bytes) -> None:

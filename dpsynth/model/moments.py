@@ -1,18 +1,8 @@
-"""Stage 1: class-wise moments under differential privacy, a generator of its own and the prior of the denoiser.
+"""Class-wise moments of images, a generator of its own and the prior of the denoiser, and the public constants of their release.
 
-Images are taken to the orthonormal cosine domain. Of each class four noised sums are released, each query using the results of the
-ones before: count and sum of the low frequencies; log-energies of their residuals and of the rings of frequency above them (scales); the
-same energies in units of these; second moments of the residuals.
-How a patient's contribution is bounded: `noised_sums`.
-
-All constants (centre, axes, clip norms, typical log-energies) are computed on public images, never on private ones. Another hospital's
-images may be several times as strong, so energies are released as logarithms, which no factor drives out of the clip norm, and residuals
-are divided by the released size before their second moments are taken. Public images serve twice.
-The low frequencies are released along their principal axes, each divided by the fourth root of its public variance: noise is equal on all
-axes, so this puts less of it on the many weak ones. Second moments are released along the axes that stand above the noise, and what the
-noise hides is taken from the public ones (`pooling`). With attributes the classes are cells, and small ones lean on their label; the
-bound does not depend on what a class is.
-Sources: Dwork et al. 2014 (Analyze Gauss) for noised second moments; Liew et al. 2022 for one-shot moments as generators.
+Images are taken to the orthonormal cosine domain: a block of low frequencies, and rings of frequency above it. How moments of patients are
+released: `moment_release`. All its constants (centre, axes, clip norms, typical log-energies) are computed here, on public images, never on
+private ones.
 """
 
 from __future__ import annotations
@@ -25,11 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dctn, idctn
 
-from dpsynth.model.noised_sums import NoisedSums, Record, clipped
-from dpsynth.model.pooling import Variances, consistent_counts, joined_sum, pooled_covariances, pooled_means, towards_one
 from dpsynth.model.principal_axes import PrincipalAxes
-from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
-from dpsynth.privacy.noise import NoiseStream
 
 Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -38,15 +24,10 @@ Int64 = NDArray[np.int64]
 _AT_ONCE = 2**22  # coefficients that are transformed at once
 BANDS = 14  # rings of frequency above the low block, per channel
 LARGEST_LOW_BLOCK = 256  # coefficients; second moments cost their square
-_COUNT_WEIGHT = 0.3
-_SHARES = {"means": 0.25, "scales": 0.03, "energies": 0.12, "second_moments": 0.6}
-_ABOVE_NOISE = 16.0  # noise standard deviations of the expected second moment along an axis, for it to be released
-_FEWEST_AXES = 12  # released whatever the noise: with less than 78 numbers of a class nobody could tell whether the booked noise was added
 _CLIPPED = 0.25  # quantile of public residuals that is their clip norm
-_SMALLEST_VARIANCE = 1e-6
+SMALLEST_VARIANCE = 1e-6
 _SMALLEST_ENERGY = 1e-3  # of a typical one: what is added before the logarithm
 _ROOM = np.log(3.0)  # log of how much stronger or weaker in every ring another hospital's images may be without being clipped
-_TYPICAL_LOG_RATIO, _LARGEST_LOG_RATIO = np.log(2.0), np.log(20.0)  # spread of such ratios, and what is never believed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,18 +145,18 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     low, bands, spectrum = summaries(images, layout)
     centre = low.mean(axis=0)
     residual = low - centre
-    principal = PrincipalAxes.of(residual, smallest=_SMALLEST_VARIANCE)
+    principal = PrincipalAxes.of(residual, smallest=SMALLEST_VARIANCE)
     shaped = principal.shaped(residual)
-    norms, energies = np.linalg.norm(shaped, axis=1), _with_residuals(bands, shaped)
-    typical = energies.mean(axis=0) + _SMALLEST_VARIANCE
-    logarithms = _logarithms(energies, typical)
+    norms, energies = np.linalg.norm(shaped, axis=1), with_residuals(bands, shaped)
+    typical = energies.mean(axis=0) + SMALLEST_VARIANCE
+    logarithms = log_ratios(energies, typical)
     log_energies = logarithms.mean(axis=0)
     return PublicReference(
         shape=shape,
         low_frequencies=low_frequencies,
         centre=centre,
         principal=principal,
-        spectrum=np.maximum(spectrum, _SMALLEST_VARIANCE),
+        spectrum=np.maximum(spectrum, SMALLEST_VARIANCE),
         typical=typical,
         log_energies=log_energies,
         # Another hospital's images may be brighter than all of these: means get room for it, residuals are taken around the means.
@@ -187,141 +168,14 @@ def public_reference(images: Float32, *, low_frequencies: int) -> PublicReferenc
     )
 
 
-def _with_residuals(bands: Array, shaped: Array) -> Array:
+def with_residuals(bands: Array, shaped: Array) -> Array:
+    """Energies of the rings (n, bands) and, last, of shaped residuals (n, low): (n, bands + 1)."""
     return np.concatenate([bands, (shaped**2).sum(axis=1, keepdims=True)], axis=1)
 
 
-def _logarithms(energies: Array, typical: Array) -> Array:
+def log_ratios(energies: Array, typical: Array) -> Array:
+    """Logarithm of energies (n, bands + 1) in units of typical ones."""
     return np.asarray(np.log(energies / typical + _SMALLEST_ENERGY))
-
-
-def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
-    """The queries of the release with their clip norms."""
-    weight = _COUNT_WEIGHT * reference.clip_low
-    norms = {
-        "means": float(np.hypot(weight, reference.clip_low)),
-        "scales": reference.clip_scales,
-        "energies": reference.clip_energies,
-        "second_moments": reference.clip_second_moments,
-    }
-    return tuple(GaussianQuery(name=name, share=share, clip_norm=norms[name]) for name, share in _SHARES.items())
-
-
-def release_moments(
-    images: Float32,
-    labels: Int64,
-    patients: Int64,
-    *,
-    num_classes: int,
-    mechanism: MomentRelease | None,
-    reference: PublicReference,
-    stream: NoiseStream | None,
-    record: Record | None = None,
-    labels_of_cells: Int64 | None = None,
-) -> Moments:
-    """Noised moments of images (n, channel, *space) of patients (n,). Without a mechanism there is no noise, for public images only.
-
-    With attributes `labels` are cells, and `labels_of_cells` (classes,) holds the label that each of them leans on.
-    `record` is told each query's name, its exact sums and its noised sums, (classes, width) each, so that a monitor can compare.
-    """
-    layout = frequencies(reference.shape, reference.low_frequencies)
-    groups = np.arange(num_classes) if labels_of_cells is None else labels_of_cells
-    release = NoisedSums(labels=labels, patients=patients, num_classes=num_classes, mechanism=mechanism, stream=stream, record=record)
-    low, bands, _ = summaries(images, layout)
-    counts, mean = _release_means(low, release, groups, reference)
-    shaped = reference.principal.shaped(low - mean[labels])
-    ratio = _release_energies(bands, shaped, release, groups, counts, reference)
-    covariance = _release_second_moments(shaped, release, groups, counts, reference, ratio[:, -1])
-    variance = np.maximum(ratio[:, layout.band] * reference.spectrum, _SMALLEST_VARIANCE)
-    variance[:, layout.low] = 0
-    return Moments(
-        shape=reference.shape,
-        low_frequencies=reference.low_frequencies,
-        counts=counts,
-        mean=mean,
-        covariance=covariance,
-        variance=variance,
-    )
-
-
-def count_stddev(mechanism: MomentRelease, reference: PublicReference) -> float:
-    """Standard deviation of the noise on the count of each class, in patients."""
-    return mechanism.noise_stddev("means") / (_COUNT_WEIGHT * reference.clip_low)
-
-
-def _release_means(low: Array, release: NoisedSums, groups: Int64, reference: PublicReference) -> tuple[Array, Array]:
-    weight = _COUNT_WEIGHT * reference.clip_low
-    query = float(np.hypot(weight, reference.clip_low))
-    kept = clipped(reference.principal.shaped(low - reference.centre), reference.clip_low)
-    stacked = np.concatenate([np.full((len(low), 1), weight), kept], axis=1)
-    total = release.noised_sum("means", stacked, query)
-    stddev = release.noise_stddev("means")
-    counts = consistent_counts(total[:, 0] / weight, max(1.0, 2 * stddev / weight))
-    joined, count = joined_sum(total[:, 1:], counts)
-    uncertain_count = (stddev / weight * joined / max(count, 1e-12)) ** 2
-    public = reference.principal.shaped_variances  # patients scatter, and classes are thought to differ, as public images do
-    variances = Variances(noise=stddev**2 + uncertain_count, scatter=public if stddev else 0 * public, shape=public)
-    mean = pooled_means(total[:, 1:], counts, groups, variances)
-    return counts, reference.centre + reference.principal.unshaped(mean)
-
-
-def _release_energies(bands: Array, shaped: Array, release: NoisedSums, groups: Int64, counts: Array, reference: PublicReference) -> Array:
-    """Mean energies of rings and, last, of the shaped residual, as multiples of the public ones: (classes, bands + 1).
-
-    Their scale first, which may be far from the public one, from logarithms; then the energies themselves in units of that scale.
-    """
-    energies = _with_residuals(bands, shaped)
-    ones = np.ones(energies.shape[1])
-    size = max(float(np.linalg.norm(counts)), 1e-12)
-
-    logarithms = _logarithms(energies, reference.typical) - reference.log_energies
-    total, _ = joined_sum(release.noised_sum("scales", logarithms, reference.clip_scales), counts)
-    noise = release.noise_stddev("scales") / size
-    weight = _TYPICAL_LOG_RATIO**2 / (_TYPICAL_LOG_RATIO**2 + noise**2)
-    scales = np.exp(np.clip(weight * total / size, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
-
-    sums = release.noised_sum("energies", energies / (reference.typical * scales), reference.clip_energies)
-    stddev = release.noise_stddev("energies")
-    own = pooled_means(sums, counts, groups, Variances(noise=stddev**2 * ones, scatter=0 * ones, shape=ones))
-    return np.asarray(scales * towards_one(own, stddev / size))
-
-
-def _release_second_moments(
-    shaped: Array, release: NoisedSums, groups: Int64, counts: Array, reference: PublicReference, energies: Array
-) -> Array:
-    """Covariance of the low block, (classes, low, low), positive definite. energies: (classes,), of the residuals beside public ones.
-
-    Of the axes that `_axes_above` chooses; along the others, and between them, it is the public one. Most images are cut down to the clip
-    norm, which tells their directions at half the noise; how strong they are the energies tell.
-    """
-    noise, public = release.noise_stddev("second_moments"), reference.principal.shaped_variances
-    booked = reference.clip_second_moments
-    axes = _axes_above(noise / booked, public, patients=float(counts.sum()))
-    strongest, clip = slice(len(public) - axes, None), reference.clip_residuals[axes - 1]
-    unit = booked / clip**2  # the same clip norm for fewer numbers is less noise on each
-    rows, columns = np.triu_indices(axes)
-    weight = np.where(rows == columns, 1.0, np.sqrt(2.0))  # the norm of the weighted half is the norm of the matrix
-    size = float(counts @ energies / counts.sum())
-    kept = clipped(shaped[:, strongest] / np.sqrt(size), clip)
-    halves = kept[:, rows] * kept[:, columns] * weight
-    total = release.noised_sum("second_moments", halves * unit, booked) / unit
-    matrices = np.zeros((len(counts), axes, axes))
-    matrices[:, rows, columns] = total / weight
-    matrices[:, columns, rows] = matrices[:, rows, columns]
-    found = pooled_covariances(matrices, counts, groups, stddev=noise / unit, prior=np.diag(public[strongest]))
-    covariances = np.tile(np.diag(public), (len(counts), 1, 1))
-    covariances[:, strongest, strongest] = found * (public[strongest].sum() / np.trace(found, axis1=1, axis2=2))[:, None, None]
-    covariances *= (energies * reference.typical[-1] / public.sum())[:, None, None]
-    return np.stack([reference.principal.unshaped(reference.principal.unshaped(covariance).T) for covariance in covariances])
-
-
-def _axes_above(noise_multiplier: float, variances: Array, *, patients: float) -> int:
-    """How many axes, strongest first, have expected second moments that stand `_ABOVE_NOISE` times above the noise. It follows from public
-    numbers and the released number of patients. variances: (axes,) public ones, rising.
-    """
-    falling = variances[::-1]
-    expected = patients * falling / np.cumsum(falling)  # of vectors as long as the clip norm, in units of its square
-    return max(min(_FEWEST_AXES, len(variances)), int(np.count_nonzero(expected >= _ABOVE_NOISE * noise_multiplier)))
 
 
 def parts(images: Float32) -> list[slice]:

@@ -70,6 +70,10 @@ class MomentRelease:
         """Noise standard deviation of each coordinate of one query's sum."""
         return self.query(name).clip_norm * self.query_noise_multiplier(name)
 
+    def alone(self, name: str) -> MomentRelease:
+        """One query as a release of its own, with the same noise: all of them composed are this release."""
+        return MomentRelease(noise_multiplier=self.query_noise_multiplier(name), queries=(replace(self.query(name), share=1.0),))
+
     def event(self) -> dp_accounting.DpEvent:
         """The accounting event: the composition of the queries."""
         import dp_accounting as dpa
@@ -145,16 +149,34 @@ _KINDS: dict[str, type[MomentRelease] | type[PoissonDpSgd] | type[NonPrivate]] =
 
 
 def merged(mechanisms: Sequence[Mechanism]) -> tuple[Mechanism, ...]:
-    """The same releases with DP-SGD that differs in steps alone as one, its steps added up: rounds of a federation, for example."""
+    """The same with as few as possible, as rounds of a federation leave them: DP-SGD that differs in steps alone as one, its steps added
+    up, and releases one after the other as one, as long as no two of their queries have one name.
+    """
     found: dict[PoissonDpSgd, int] = {}  # DP-SGD of one step, and how many
+    releases: list[list[MomentRelease]] = []
     others: list[Mechanism] = []
     for mechanism in mechanisms:
         if isinstance(mechanism, PoissonDpSgd):
             step = replace(mechanism, steps=1)
             found[step] = found.get(step, 0) + mechanism.steps
+        elif isinstance(mechanism, MomentRelease):
+            names = {query.name for release in releases[-1] for query in release.queries} if releases else None
+            if names is None or names & {query.name for query in mechanism.queries}:
+                releases.append([])
+            releases[-1].append(mechanism)
         else:
             others.append(mechanism)
-    return (*others, *(replace(step, steps=steps) for step, steps in found.items()))
+    return (*others, *map(_as_one_release, releases), *(replace(step, steps=steps) for step, steps in found.items()))
+
+
+def _as_one_release(releases: Sequence[MomentRelease]) -> MomentRelease:
+    """Inverse of `MomentRelease.alone` for all queries: mu^2 adds up, and each query has its part of the sum."""
+    if len(releases) == 1:
+        return releases[0]
+    parts = [(query, query.share / release.noise_multiplier**2) for release in releases for query in release.queries]
+    total = sum(part for _, part in parts)
+    queries = tuple(replace(query, share=part / total) for query, part in parts)
+    return MomentRelease(noise_multiplier=total**-0.5, queries=queries)
 
 
 def to_json(mechanism: Mechanism) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dpsynth.artifacts import json_bytes
 from dpsynth.checks.family import needed
 from dpsynth.errors import ArtifactError, LedgerError
+from dpsynth.model.moment_release import QUERIES
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee
-from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, from_json
+from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, from_json, merged
 from dpsynth.release.gate import Allowed, Refused
 from dpsynth.release.statement import Digest, Name, SiteStatement
 
@@ -173,15 +174,17 @@ def _ledger_problems(question: SitesQuestion, record: SiteRecord, statement: Sit
 
 
 def _of_rounds(record: SiteRecord, rounds: Sequence[int]) -> tuple[Mechanism, ...]:
-    """The counted mechanisms as they are for some of the rounds, all of which have equally many steps."""
-    trained, wanted = (sum(number > 0 for number in numbers) for numbers in (record.rounds, rounds))
+    """The counted mechanisms as they are for some of the rounds: a query of the moments each, then equally many steps each."""
+    first = len(QUERIES)
+    trained, wanted = (sum(number >= first for number in numbers) for numbers in (record.rounds, rounds))
+    asked = {QUERIES[number] for number in rounds if number < first}
     found: list[Mechanism] = []
     for mechanism in record.counted:
         if isinstance(mechanism, PoissonDpSgd):
             found += [replace(mechanism, steps=mechanism.steps // max(trained, 1) * wanted)] if wanted else []
-        elif 0 in rounds:
-            found.append(mechanism)
-    return tuple(found)
+        elif isinstance(mechanism, MomentRelease):
+            found += [mechanism.alone(query.name) for query in mechanism.queries if query.name in asked]
+    return merged(found)
 
 
 def _losses(mechanisms: Sequence[Mechanism]) -> list[tuple[float | str, ...]]:
@@ -189,7 +192,8 @@ def _losses(mechanisms: Sequence[Mechanism]) -> list[tuple[float | str, ...]]:
     found: list[tuple[float | str, ...]] = []
     for mechanism in mechanisms:
         if isinstance(mechanism, MomentRelease):
-            found.append((mechanism.kind, mechanism.noise_multiplier))
+            noise = [(query.name, mechanism.query_noise_multiplier(query.name)) for query in mechanism.queries]
+            found += [(mechanism.kind, name, float(f"{multiplier:.9g}")) for name, multiplier in noise]
         elif isinstance(mechanism, PoissonDpSgd):
             found.append((mechanism.kind, mechanism.noise_multiplier, mechanism.sampling_probability, float(mechanism.steps)))
         else:

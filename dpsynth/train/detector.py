@@ -21,7 +21,8 @@ from dpsynth.detector.evaluation import OWN, own_quality, trained_detector
 from dpsynth.detector.model import Detector
 from dpsynth.detector.traces import traces
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import Moments, public_reference, release_moments
+from dpsynth.model.moment_release import release_moments
+from dpsynth.model.moments import Moments, public_reference
 from dpsynth.progress import Progress
 from dpsynth.train.public import public_images
 

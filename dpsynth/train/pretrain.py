@@ -21,7 +21,8 @@ from dpsynth.config import Config
 from dpsynth.data.cohort import Float32, Int64
 from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.ema import Ema
-from dpsynth.model.moments import PublicReference, frequencies, release_moments, to_frequencies
+from dpsynth.model.moment_release import release_moments
+from dpsynth.model.moments import PublicReference, frequencies, to_frequencies
 from dpsynth.progress import Progress
 
 _REFRESH = 50  # steps between new pseudo-classes

@@ -28,7 +28,8 @@ from dpsynth.data.split import Split, split_patients
 from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import Moments, PublicReference, count_stddev, moment_queries, public_reference, release_moments
+from dpsynth.model.moment_release import count_stddev, moment_queries, release_moments
+from dpsynth.model.moments import Moments, PublicReference, public_reference
 from dpsynth.model.votes import num_candidates, release_votes
 from dpsynth.plan import VOTES, planned_mechanisms
 from dpsynth.privacy.accountant import FINE, account, epsilon_pld

@@ -32,7 +32,8 @@ from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.phantom import phantom_cohort
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import moment_queries, public_reference, release_moments
+from dpsynth.model.moment_release import moment_queries, release_moments
+from dpsynth.model.moments import public_reference
 from dpsynth.plan import planned_mechanisms
 from dpsynth.privacy.accountant import FINE
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd

@@ -30,13 +30,8 @@ from dpsynth.data.fingerprint import open_ledger
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.generate import generate
-from dpsynth.model.moments import (
-    Array,
-    PublicReference,
-    moment_queries,
-    public_reference,
-    release_moments,
-)
+from dpsynth.model.moment_release import moment_queries, release_moments
+from dpsynth.model.moments import Array, PublicReference, public_reference
 from dpsynth.model.wiener import WienerFilter
 from dpsynth.plan import planned_mechanisms
 from dpsynth.privacy.mechanism import MomentRelease

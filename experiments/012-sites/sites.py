@@ -31,7 +31,6 @@ from dpsynth.data.cohort import Float32, Int64
 from dpsynth.generate import draw
 from dpsynth.model.generator import Generator
 from dpsynth.progress import silent
-from dpsynth.recipe import FULL, PART, recipe
 from federated.simulate import run_study
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +57,6 @@ class Setting:
     channels: tuple[int, ...] = (32, 64)
     pretrain_steps: int = 2500
     num_phantoms: int = 2000  # from which every site computes the public constants
-    steps: int | None = None  # of DP-SGD; none: the recipe's
     count: int = 1500
 
 
@@ -134,13 +132,8 @@ def pixels(folder: Path, rows: Sequence[Row], classes: tuple[str, ...]) -> tuple
 
 
 def study_of(setting: Setting, task: Task, folders: Sequence[Path], numbers: Sequence[int], epsilon: float, home: Path) -> Study:
-    """A federation of these folders. What DP-SGD trains follows from the noise of the mean: that of patients / sqrt(sites) in one place."""
+    """A federation of these folders by the recipe, which says what DP-SGD trains, if anything."""
     total = sum(numbers)
-    chosen = recipe(
-        patients=0.8 * total / len(folders) ** 0.5, epsilon=epsilon, delta=DELTA, channels=setting.channels, dimensions=2, votes_share=0.0
-    )  # fmt: skip
-    chosen = FULL if chosen.trainable == "all" else PART  # the least that a federation can train
-    steps = setting.steps or chosen.steps
     layout = {"format": "raster", "classes": list(task.classes), "spatial_shape": [setting.side] * 2}
     public: dict[str, Any] = {
         "steps": setting.pretrain_steps,
@@ -152,16 +145,15 @@ def study_of(setting: Setting, task: Task, folders: Sequence[Path], numbers: Seq
     config = {
         "data": {**layout, "path": str(folders[0]), "declared_patients": total},
         "privacy": {"epsilon": epsilon, "delta": DELTA},
-        "moments": {"share": chosen.moments_share},
         "pretrain": public,
-        "diffusion": {"trainable": chosen.trainable, "learning_rate": chosen.learning_rate, "channels": list(setting.channels)},
+        "diffusion": {"channels": list(setting.channels)},
     }
     sites = {f"site{index}": (path, number) for index, (path, number) in enumerate(zip(folders, numbers, strict=True))}
-    weights, per_round = {name: float(number) for name, (_, number) in sites.items()}, min(10, steps)
+    weights = {name: float(number) for name, (_, number) in sites.items()}
     return Study(
         folder=home,
         sites={name: {**layout, "path": str(path), "declared_patients": number} for name, (path, number) in sites.items()},
-        settings={"rounds": steps // per_round, "steps_per_round": per_round, "weights": weights, "config": config},
+        settings={"weights": weights, "config": config},
         channels=setting.channels,
         epsilon=epsilon * 1.001,
     )  # fmt: skip
@@ -177,7 +169,8 @@ def one_run(setting: Setting, split: str, arm: str, epsilon: float, seed: int, r
     home = setting.work / "runs" / f"{split}-{arm}-{epsilon:g}-{seed}-{repetition}-{setting.side}"
     shutil.rmtree(home, ignore_errors=True)  # of a run that was cut off
     study = study_of(setting, task, folders, numbers, epsilon, home)
-    guarantee = run_study(study.simulated(), run_path=home / "run")
+    coordinator = study.simulated()
+    guarantee = run_study(coordinator, run_path=home / "run")
     drawn = draw(Generator.load(home / "run" / "train"), GenerateConfig(count=setting.count, seed=repetition), progress=silent)
     figures = {}
     for name, (images, labels) in task.tests.items():
@@ -185,7 +178,7 @@ def one_run(setting: Setting, split: str, arm: str, epsilon: float, seed: int, r
     ended = resource.getrusage(resource.RUSAGE_SELF)
     shutil.rmtree(home)
     return {
-        "figures": figures, "epsilon": guarantee.epsilon, "trained": study.settings["config"]["diffusion"]["trainable"],
+        "figures": figures, "epsilon": guarantee.epsilon, "trained": coordinator.plan.trainable,
         "declared": list(numbers), "cpu_seconds": ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime,
     }  # fmt: skip
 

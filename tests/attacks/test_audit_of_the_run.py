@@ -21,7 +21,8 @@ from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import DiffusionConfig
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.moments import public_reference, release_moments
+from dpsynth.model.moment_release import release_moments
+from dpsynth.model.moments import public_reference
 from dpsynth.privacy.audit import BEFORE, DURING
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream

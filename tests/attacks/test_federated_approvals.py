@@ -87,7 +87,7 @@ def half_the_epsilon(joint: Joint) -> None:
 
 
 def fewer_rounds(joint: Joint) -> None:
-    says(joint, "south", rounds=[0, 1])
+    says(joint, "south", rounds=[*range(5)])
 
 
 def fewer_steps(joint: Joint) -> None:
@@ -112,7 +112,7 @@ def training_with(name: str, factor: float) -> Callable[[Joint], None]:
 
 
 def more_rounds_than_counted(joint: Joint) -> None:
-    says(joint, "south", rounds=[0, 1, 2, 3])
+    says(joint, "south", rounds=[*range(7)])
 
 
 def edited_record(joint: Joint, change: Callable[[dict[str, Any]], None]) -> None:
@@ -134,12 +134,12 @@ def edited_record(joint: Joint, change: Callable[[dict[str, Any]], None]) -> Non
         (a_strangers_key, "south.dsse.json is signed by no key that this study knows"),
         (one_speaks_for_the_other, "signed with the key of north and speaks for south"),
         (half_the_epsilon, "south: it states epsilon"),
-        (fewer_rounds, "south: its ledger states fewer rounds than it answered: 2 missing"),
+        (fewer_rounds, "south: its ledger states fewer rounds than it answered: 5 missing"),
         (fewer_steps, "south: its ledger booked other mechanisms than it was asked for"),
         (more_noise_than_asked, "south: its ledger booked other mechanisms than it was asked for"),
         (training_with("noise_multiplier", 2), "south: its ledger booked other mechanisms than it was asked for"),
         (training_with("sampling_probability", 0.5), "south: its ledger booked other mechanisms than it was asked for"),
-        (more_rounds_than_counted, "south: its ledger states rounds that were not counted for it: 3"),
+        (more_rounds_than_counted, "south: its ledger states rounds that were not counted for it: 6"),
         (lambda joint: says(joint, "south", decision="refused"), "south: it refused"),
         (lambda joint: says(joint, "south", required=["accounting", "mechanism", "membership"]), "did not require the check 'copying'"),
         (lambda joint: says(joint, "south", attempt=3), "south: attempt 3 of 2 allowed"),
@@ -171,10 +171,10 @@ def test_a_coordinator_that_counts_less_for_a_site_than_it_booked_is_found_out(j
 
     def fewer(value: dict[str, Any]) -> None:
         south = next(site for site in value["sites"] if site["site"] == "south")
-        south["rounds"], south["answered"] = [0, 1], [0, 1]
+        south["rounds"], south["answered"] = [*range(5)], [*range(5)]
 
     edited_record(joint, fewer)
-    with pytest.raises(GateRefused, match="south: its ledger states rounds that were not counted for it: 2"):
+    with pytest.raises(GateRefused, match="south: its ledger states rounds that were not counted for it: 5"):
         joint.release()
 
 
@@ -369,7 +369,7 @@ def test_coins_that_were_not_noted_before_training_are_refused(joint: Joint) -> 
 
 def test_one_round_with_other_coins_is_enough_to_refuse(joint: Joint) -> None:
     ledger = joint.guard("north").ledger
-    ledger.reserve(ledger.charges()[0].mechanisms[:0], purpose="x", run_id="joint/3/train-3-1", coins_sha256="0" * 64)
+    ledger.reserve(ledger.charges()[0].mechanisms[:0], purpose="x", run_id="joint/6/train-6-1", coins_sha256="0" * 64)
     with pytest.raises(LedgerError, match="coins are not those that the ledger noted"):
         check_candidates(joint.guard("north"), joint.candidates, progress=silent)
 
@@ -377,7 +377,7 @@ def test_one_round_with_other_coins_is_enough_to_refuse(joint: Joint) -> None:
 def test_a_round_of_which_no_proof_was_kept_cannot_pass(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard of another make, or a folder that was tidied up: the checks say so, and the gate does not allow it."""
     monkeypatch.setattr(site_checks, "run_checks", played)
-    (joint.policy("north").state / "studies" / "joint" / "messages" / "train-2-1" / "proof.json").unlink()
+    (joint.policy("north").state / "studies" / "joint" / "messages" / "train-5-1" / "proof.json").unlink()
     found = {
         v.check: (v.outcome.value, v.reason) for v in check_candidates(joint.guard("north"), joint.candidates, progress=silent).verdicts
     }
@@ -398,7 +398,7 @@ def test_verdicts_that_were_edited_and_rounds_that_came_later_are_not_approved(j
     path.write_bytes(kept)
     guard = joint.guard("north")
     first = guard.ledger.charges()[0]
-    guard.ledger.reserve(first.mechanisms[:0], purpose="x", run_id="joint/3/train-3-1", coins_sha256=first.coins_sha256)
+    guard.ledger.reserve(first.mechanisms[:0], purpose="x", run_id="joint/6/train-6-1", coins_sha256=first.coins_sha256)
     with pytest.raises(ArtifactError, match="The study went on after the check"):
         joint.approve("north", "again.dsse.json")
 

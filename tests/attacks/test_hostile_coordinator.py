@@ -6,17 +6,22 @@ import json
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federation_cases import World
+from federation_cases import World, told_body
 
 import federated.site as module
+from dpsynth.data.split import split_patients
+from dpsynth.model.noised_sums import NoisedSums
+from dpsynth.privacy.noise import NoiseStream
 from dpsynth.signing import generate_key, load_private, sign_statement
+from dpsynth.train.monitor import MomentMonitor
 from federated.messages import Code, decode_reply
-from federated.rounds import MOMENTS, NET
+from federated.rounds import MOMENTS, NET, moments_round
 
 
 @pytest.fixture
@@ -70,38 +75,43 @@ def test_whoever_has_no_approved_key_is_refused(untouched: World, tmp_path: Path
     assert untouched.ask(private=load_private(private)).code is Code.COORDINATOR
 
 
+def all_moments(world: World, **changes: Any) -> list[Code | None]:
+    """What becomes of each query of the moments."""
+    return [world.ask("moments", number, **changes).code for number in range(4)]
+
+
 def test_two_coordinators_cannot_share_a_study_and_share_one_budget(world: World, tmp_path: Path) -> None:
     private, public = generate_key(tmp_path / "second")
     second = load_private(private)
     world.sites["a"].write_policy(coordinators=["coordinator/signing.pub", str(public)], study_epsilon=12.0)
     world.sites["a"].restart()
-    assert world.ask().outcome == "ok"
-    assert world.ask("train", 1, private=second).code is Code.STUDY_TAKEN
+    assert all_moments(world) == [None] * 4
+    assert world.ask("train", 4, private=second).code is Code.STUDY_TAKEN
     large = world.changed(moments_noise_multiplier=0.55)
-    assert world.ask(private=second, study="other", plan=large).code is Code.BUDGET
-    assert world.ask("train", 1).outcome == "ok"
+    assert all_moments(world, private=second, study="other", plan=large) == [None, None, None, Code.BUDGET]
+    assert world.ask("train", 4).outcome == "ok"
 
 
 def test_a_second_study_over_the_budget_is_refused_and_the_first_goes_on(world: World) -> None:
     plan = world.changed(moments_noise_multiplier=0.55)
-    assert world.ask(plan=plan).outcome == "ok"
-    assert world.ask(study="second", plan=plan).code is Code.BUDGET
-    world.sites["a"].write_policy(study_epsilon=8.0)
+    assert all_moments(world, plan=plan) == [None] * 4
+    assert all_moments(world, study="second", plan=plan) == [None, None, None, Code.BUDGET]
+    world.sites["a"].write_policy(study_epsilon=1.0)
     world.sites["a"].restart()
     assert world.ask(study="third", plan=plan).code is Code.STUDY_BUDGET
-    assert len(world.sites["a"].guard.ledger.charges()) == 1
+    assert len(world.sites["a"].guard.ledger.charges()) == 7
 
 
 def test_a_plan_cannot_change_once_a_round_was_charged(world: World) -> None:
     assert world.ask("join", plan=world.changed(draws=2)).outcome == "ok"
     assert world.ask().outcome == "ok"
-    assert world.ask("train", 1, plan=world.changed(noise_multiplier=world.plan.noise_multiplier * 0.99)).code is Code.PLAN_CHANGED
-    assert world.ask("train", 1, plan=world.changed(draws=2)).code is Code.PLAN_CHANGED
+    assert world.ask("train", 4, plan=world.changed(noise_multiplier=world.plan.noise_multiplier * 0.99)).code is Code.PLAN_CHANGED
+    assert world.ask("train", 4, plan=world.changed(draws=2)).code is Code.PLAN_CHANGED
 
 
 def test_an_id_is_good_for_one_message(world: World) -> None:
     assert world.ask().outcome == "ok"
-    assert world.ask("train", 1, message_id="moments-0").code is Code.MESSAGE_REUSED
+    assert world.ask("train", 4, message_id="moments-0").code is Code.MESSAGE_REUSED
     assert len(world.sites["a"].guard.ledger.charges()) == 1
 
 
@@ -135,11 +145,68 @@ WEIGHT = NET + "out.0.weight"
     ],
 )
 def test_arrays_that_are_not_what_the_plan_says_are_refused(untouched: World, spoil: Callable[[World], dict[str, np.ndarray]]) -> None:
-    assert untouched.ask("train", 1, arrays=spoil(untouched)).code is Code.ARRAYS
+    assert untouched.ask("train", 4, arrays=spoil(untouched)).code is Code.ARRAYS
 
 
-def test_moments_come_with_no_arrays(untouched: World) -> None:
+def test_the_first_query_comes_with_no_arrays(untouched: World) -> None:
     assert untouched.ask(arrays={"net.extra": np.zeros(3)}).code is Code.ARRAYS
+
+
+TOLD_LIES = {
+    "nothing": lambda told: {},
+    "less": lambda told: {name: array for name, array in told.items() if name != "told.mean"},
+    "more": lambda told: {**told, "told.covariance": np.zeros((2, 16, 16))},
+    "NaN": lambda told: {**told, "told.mean": np.full_like(told["told.mean"], np.nan)},
+    "huge": lambda told: {**told, "told.mean": np.full_like(told["told.mean"], 1e30)},
+    "negative scales": lambda told: {**told, "told.scales": -told["told.scales"]},
+    "negative energies": lambda told: {**told, "told.energies": -told["told.energies"]},
+    "scales of nothing": lambda told: {**told, "told.scales": 0 * told["told.scales"]},
+    "no energy": lambda told: {**told, "told.energies": 1e-300 * told["told.energies"]},
+    "nobody": lambda told: {**told, "told.counts": 0 * told["told.counts"]},
+    "too few axes for the noise to be told": lambda told: {**told, "told.axes": np.array([3.0])},
+    "no axis": lambda told: {**told, "told.axes": np.array([0.0])},
+    "half an axis": lambda told: {**told, "told.axes": np.array([12.5])},
+    "more axes than there are": lambda told: {**told, "told.axes": np.array([17.0])},
+}
+
+
+@pytest.mark.parametrize("lie", TOLD_LIES)
+def test_what_no_query_can_have_told_is_refused(untouched: World, lie: str) -> None:
+    assert untouched.ask("moments", 3, arrays=TOLD_LIES[lie](told_body(untouched.model, 3))).code is Code.ARRAYS
+
+
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [
+        (1, {"told.mean": 1e6}),
+        (2, {"told.mean": -1e6}),
+        (2, {"told.scales": 1e-6}),
+        (2, {"told.scales": 1e6}),
+        (3, {"told.energies": 1e-6}),
+        (3, {"told.energies": 1e6}),
+        (3, {"told.mean": 1e6, "told.energies": 1e-6}),
+    ],
+)
+def test_what_was_told_cannot_make_a_patient_add_more_than_the_clip_norm(
+    world: World, monkeypatch: pytest.MonkeyPatch, number: int, changes: dict[str, float]
+) -> None:
+    """Whatever a coordinator says that earlier queries told: two hospitals that differ in one patient answer sums within a clip norm."""
+    monkeypatch.setattr(NoisedSums, "_normal", lambda _, name, size: np.zeros(size))
+    monkeypatch.setattr(MomentMonitor, "findings", lambda _: {})
+    guard, told = world.sites["a"].guard, told_body(world.model, number)
+    arrays = {**told, **{name: np.full_like(told[name], value) for name, value in changes.items()}}
+    split = split_patients(guard.images, control_fraction=0.2, key=bytes(32))
+    query = world.model.release(world.plan).queries[number]
+    sums = []
+    for training in (split.training, split.training.subset(np.arange(1, split.training.num_patients))):
+        release = world.model.release(world.plan).alone(query.name)
+        answer = moments_round(
+            world.model, replace(split, training=training), world.model.told(arrays, query.name),
+            mechanism=release, stream=NoiseStream(key=bytes(32)), record=lambda _: None,
+        )  # fmt: skip
+        sums.append(answer["sums"])
+    assert np.isfinite(sums[0]).all()
+    assert np.linalg.norm(sums[0] - sums[1]) <= query.clip_norm * (1 + 1e-9)
 
 
 def reframed(raw: bytes, *, head: bytes | None = None, body: bytes | None = None) -> bytes:
@@ -191,12 +258,13 @@ def statement(world: World, **changes: Any) -> dict[str, Any]:
         {"round": "0"},
         {"round": True},
         {"round": -1},
-        {"round": 1},
+        {"round": 4},
+        {"kind": "join", "round": 1},
         {"kind": "evaluate"},
         {"study": "../../etc"},
         {"message_id": "a/b"},
         {"message_id": "A" * 81},
-        {"protocol": 2},
+        {"protocol": 1},
         {"site": None},
         {"body_sha256": "0" * 64},
         {"extra": 1},
@@ -231,7 +299,7 @@ def test_a_plan_with_numbers_that_are_none_is_refused(untouched: World, value: A
 
 
 def test_a_changed_body_does_not_pass_for_the_signed_one(untouched: World) -> None:
-    raw = bytearray(untouched.request("train", 1))
+    raw = bytearray(untouched.request("train", 4))
     raw[-1] ^= 1
     assert untouched.tell(bytes(raw)).code is Code.MALFORMED
 
@@ -240,7 +308,7 @@ def test_a_changed_body_does_not_pass_for_the_signed_one(untouched: World) -> No
 def test_weights_made_to_overflow_neither_stop_a_round_nor_spoil_its_answer(world: World, size: float) -> None:
     """A round that fails for some patients and not for others would tell who is there. It is answered whatever the weights do."""
     arrays = {name: np.full_like(array, size) if name.startswith(NET) else array for name, array in world.bodies["train"].items()}
-    reply, answer = decode_reply(world.sites["a"].guard.handle(world.request("train", 1, arrays=arrays)), largest_bytes=1 << 30)
+    reply, answer = decode_reply(world.sites["a"].guard.handle(world.request("train", 4, arrays=arrays)), largest_bytes=1 << 30)
     assert reply.outcome == "ok"
     assert all(np.isfinite(array).all() for array in answer.values())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +12,21 @@ import pytest
 from federation_cases import FACTS, Hospital, World, initial, study
 
 from federated.coordinator import QuorumLost
-from federated.messages import decode_reply, decode_request, encode_reply
-from federated.rounds import MOMENTS, NET
+from federated.messages import Code, decode_reply, decode_request, encode_refusal, encode_reply
+from federated.rounds import MOMENTS, NET, SUMS
 
 Arrays = dict[str, np.ndarray]
 
 
-def lying(world: World, lie: Callable[[Arrays, Arrays], Arrays], *, kind: str) -> Callable[[bytes], bytes]:
-    """An honest hospital whose answers to one kind of question are changed."""
+def lying(world: World, lie: Callable[[Arrays, Arrays], Arrays], *, kind: str, number: int | None = None) -> Callable[[bytes], bytes]:
+    """An honest hospital whose answers to one kind of question, or to that of one round, are changed."""
     honest = Hospital(world, 2)
 
     def handle(raw: bytes) -> bytes:
         signed = decode_request(raw, coordinators=(world.private.public_key(),), largest_bytes=len(raw))
         _, arrays = decode_reply(honest(raw), largest_bytes=1 << 30)
-        told = lie(dict(arrays), dict(signed.arrays)) if signed.request.kind == kind else arrays
+        asked = signed.request.kind == kind and number in (None, signed.request.round)
+        told = lie(dict(arrays), dict(signed.arrays)) if asked else arrays
         return encode_reply(request_sha256=signed.digest, facts=FACTS, arrays=told)
 
     return handle
@@ -44,13 +47,17 @@ TRAINING_LIES = {
     "10 times the norm": lambda arrays, before: scaled(arrays, before, 10.0),
     "nothing done": lambda arrays, before: scaled(arrays, before, 0.0),
 }
-MOMENT_LIES = {
-    "counts beyond the declared": lambda arrays, _: {**arrays, MOMENTS + "counts": arrays[MOMENTS + "counts"] * 1e4},
-    "negative counts": lambda arrays, _: {**arrays, MOMENTS + "counts": -arrays[MOMENTS + "counts"]},
-    "negative variance": lambda arrays, _: {**arrays, MOMENTS + "variance": -arrays[MOMENTS + "variance"]},
-    "indefinite covariance": lambda arrays, _: {**arrays, MOMENTS + "covariance": -arrays[MOMENTS + "covariance"]},
-    "no variance": lambda arrays, _: {name: array for name, array in arrays.items() if name != MOMENTS + "variance"},
-    "asymmetric covariance": lambda arrays, _: {**arrays, MOMENTS + "covariance": arrays[MOMENTS + "covariance"] + np.triu(np.ones(16), 1)},
+SUM_LIES = {
+    "NaN": lambda sums: np.full_like(sums, np.nan),
+    "infinite": lambda sums: np.where(np.arange(sums.shape[1]) == 1, np.inf, sums),
+    "another shape": lambda sums: sums[:, :-1],
+    "another type": lambda sums: sums.astype(np.float32),
+    "one number beyond what its patients can add": lambda sums: sums + 1e4 * np.abs(sums).max() * np.eye(*sums.shape)[:, ::-1],
+    "100 times the sums": lambda sums: 100 * sums,
+}
+COUNT_LIES = {
+    "counts beyond the declared": lambda sums: np.where(np.arange(sums.shape[1]) == 0, 1e5, sums),
+    "negative counts": lambda sums: -10 * sums,
 }
 
 
@@ -69,12 +76,27 @@ def test_a_poisoned_update_is_left_out(empty: World, tmp_path: Path, lie: str) -
     assert not any('"unusable"' in event and '"site": "c"' not in event for event in events)
 
 
-@pytest.mark.parametrize("lie", MOMENT_LIES)
-def test_false_moments_are_left_out(empty: World, tmp_path: Path, lie: str) -> None:
-    honest = {name: Hospital(empty, seed) for seed, name in enumerate("ab")}
-    coordinator = study(empty, {**honest, "c": lying(empty, MOMENT_LIES[lie], kind="moments")}, tmp_path / "study")
-    state = coordinator.run(initial(empty))
-    np.testing.assert_allclose(state.arrays[MOMENTS + "counts"], 2 * empty.bodies["train"][MOMENTS + "counts"])
+@pytest.mark.parametrize(("number", "lie"), [*product(range(4), SUM_LIES), *product([0], COUNT_LIES)])
+def test_false_sums_of_a_query_are_left_out(empty: World, tmp_path: Path, number: int, lie: str) -> None:
+    """The released moments are those of a study in which this site gave no answer to this query."""
+    told = (SUM_LIES | COUNT_LIES)[lie]
+
+    def silent(raw: bytes) -> bytes:
+        signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
+        gone = signed.request.kind == "moments" and signed.request.round == number
+        return encode_refusal(Code.HOURS, request_sha256=signed.digest) if gone else third(raw)
+
+    third, found = Hospital(empty, 2), []
+    liar = lying(empty, lambda arrays, _: {SUMS: told(arrays[SUMS])}, kind="moments", number=number)
+    for handler, name in ((liar, "lying"), (silent, "silent")):
+        sites = {site: Hospital(empty, seed) for seed, site in enumerate("ab")}
+        found.append(study(empty, {**sites, "c": handler}, tmp_path / name, rounds=1).run(initial(empty)))
+    for name, array in found[0].arrays.items():
+        if name.startswith(MOMENTS):
+            np.testing.assert_array_equal(array, found[1].arrays[name])
+    events = [json.loads(line) for line in (tmp_path / "lying" / "events.jsonl").read_text().splitlines()]
+    unusable = [(event["site"], event["round"]) for event in events if event["outcome"] == "unusable"]
+    assert unusable == [("c", number)]
 
 
 @pytest.mark.parametrize("answer", [b"", b"garbage", b"DPSF\x00\x00\x00\x02{}", b"DPSF\x00\x00\x00\x02[]" + b"x" * 100])

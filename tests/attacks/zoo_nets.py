@@ -10,7 +10,8 @@ from dpsynth.config import DiffusionConfig
 from dpsynth.data.cohort import Float32, ImageSet
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import public_reference, release_moments
+from dpsynth.model.moment_release import release_moments
+from dpsynth.model.moments import public_reference
 from dpsynth.model.sampler import heun, schedule, starting_noise
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent

@@ -20,7 +20,8 @@ from dpsynth.config import GateConfig
 from dpsynth.data.phantom import phantom_images
 from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import public_reference, release_moments
+from dpsynth.model.moment_release import release_moments
+from dpsynth.model.moments import public_reference
 from dpsynth.progress import silent
 
 GATE = GateConfig(required=(*GateConfig().required, "white_box"))

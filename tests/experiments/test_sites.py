@@ -58,7 +58,7 @@ def test_declared_numbers_are_rounded() -> None:
 def test_a_tiny_cell_is_trained_tested_and_put_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("federated.outcome.prv_epsilon", epsilon_pld)  # as a second opinion, which takes seconds
     monkeypatch.setattr(sites, "utility", lambda images, labels, test, classes, seed: {"auc": float(np.random.default_rng(0).random())})
-    setting = sites.Setting(data=None, work=tmp_path, side=12, channels=(8, 8), pretrain_steps=2, steps=2, count=60, num_phantoms=60)
+    setting = sites.Setting(data=None, work=tmp_path, side=12, channels=(8, 8), pretrain_steps=2, count=60, num_phantoms=60)
     cell = ("phantom-even-2", "together", 1.0, 0, 0)
     found = sites.one_run(setting, *cell)
     assert found["declared"] == [120, 120]

@@ -10,12 +10,10 @@ import torch
 from federation_cases import Handler, Hospital, World, initial, study
 
 from dpsynth.errors import ConfigError
-from dpsynth.model.moments import Moments
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd, merged
 from federated.combine import (
     averaged,
-    combined_moments,
     combined_weights,
     largest_update,
     odd_sites,
@@ -24,35 +22,10 @@ from federated.combine import (
 from federated.coordinator import EMA, QuorumLost
 from federated.federation import load_federation
 from federated.messages import Code, Refused, decode_request, encode_refusal
-from federated.outcome import spending
+from federated.outcome import charged, spending
 from federated.rounds import NET
 
-
-def test_moments_of_a_mixture_obey_the_law_of_total_covariance() -> None:
-    rng = np.random.default_rng(0)
-    groups = [rng.normal(size=(count, 3)) * scale + shift for count, scale, shift in ((40, 1.0, 0.0), (90, 2.0, 1.5), (10, 0.5, -3.0))]
-    sites = [
-        Moments(
-            shape=(1, 2, 2), low_frequencies=1, counts=np.array([float(len(rows))]), mean=rows.mean(0)[None],
-            covariance=np.cov(rows.T, bias=True)[None], variance=(rows**2).mean(0)[None],
-        )
-        for rows in groups
-    ]  # fmt: skip
-    together, everyone = combined_moments(sites), np.concatenate(groups)
-    np.testing.assert_allclose(together.counts, [140])
-    np.testing.assert_allclose(together.mean[0], everyone.mean(0))
-    np.testing.assert_allclose(together.covariance[0], np.cov(everyone.T, bias=True))
-    np.testing.assert_allclose(together.variance[0], (everyone**2).mean(0))
-
-
-def test_a_site_without_a_class_has_no_say_in_it_and_one_site_keeps_its_moments(empty: World) -> None:
-    one = empty.model.moments(empty.bodies["train"])
-    for name, array in combined_moments([one]).to_arrays().items():
-        np.testing.assert_allclose(array, getattr(one, name))
-    absent = Moments(**{**one.__dict__, "counts": np.array([5.0, 0.0]), "mean": one.mean + 7})
-    both = combined_moments([one, absent])
-    np.testing.assert_allclose(both.mean[1], one.mean[1])
-    assert not np.allclose(both.mean[0], one.mean[0])
+ALL = list(range(6))  # four queries of the moments, two rounds of training
 
 
 @pytest.mark.parametrize("growth", [0.5, 1.0, 1.05, 1.3, 3.0, 30.0])
@@ -108,7 +81,7 @@ def test_a_coordinator_that_was_killed_asks_the_same_bytes_again(empty: World, t
 
     def dies(raw: bytes) -> bytes:
         killed["c"](raw)
-        if len(killed["c"].frames) == 3:  # round 1 was asked, and b has answered it
+        if len(killed["c"].frames) == 3:  # the first round of training was asked, and b has answered it
             raise Killed
         return encode_refusal(Code.FAILED)
 
@@ -116,12 +89,12 @@ def test_a_coordinator_that_was_killed_asks_the_same_bytes_again(empty: World, t
         study(empty, {**killed, "c": dies}, tmp_path / "killed").run(initial(empty))
     first = study(empty, killed, tmp_path / "killed")
     state = first.run(initial(empty))
-    assert state.round == 2
-    assert killed["a"].frames[2] == killed["a"].frames[3], "the round whose answers were lost"
-    assert len({bytes(frame) for frame in killed["a"].frames}) == 4
-    assert first.asked == {site: [0, 1, 2] for site in "abc"}
+    assert state.round == 5
+    assert killed["a"].frames[5] == killed["a"].frames[6], "the round whose answers were lost"
+    assert len({bytes(frame) for frame in killed["a"].frames}) == 7
+    assert first.asked == {"a": ALL, "b": ALL, "c": [0, 4, 5]}, "whoever did not answer the first query is asked no other"
     again = study(empty, killed, tmp_path / "killed").run(initial(empty))
-    assert len(killed["a"].frames) == 5, "a finished study asks nothing"
+    assert len(killed["a"].frames) == 8, "a finished study asks nothing"
     np.testing.assert_array_equal(again.arrays[NET + "out.2.conv.weight"], state.arrays[NET + "out.2.conv.weight"])
 
 
@@ -140,10 +113,10 @@ def test_a_silent_site_is_asked_again_and_the_round_goes_on_with_the_quorum(empt
     assert len(set(asked)) == 1
     coordinator = study(empty, {**sites, "c": silent}, tmp_path / "study", quorum=2)
     coordinator.run(initial(empty))
-    assert coordinator.asked["c"] == [0, 1, 2], "it may have trained, for all that anyone knows"
-    spent = spending(coordinator)
+    assert coordinator.asked["c"] == [0, 4, 5], "it may have answered, for all that anyone knows; without counts its sums are of no use"
+    spent, (moments, sgd) = spending(coordinator), charged(coordinator)["a"]
     assert spent.disjoint == pytest.approx(max(spent.by_site.values()))
-    assert spent.by_site["c"] == pytest.approx(spent.by_site["a"])
+    assert spent.by_site["c"] == pytest.approx(epsilon_pld([moments.alone("means"), sgd], spent.delta))
     assert spent.overlapping > 1.5 * spent.disjoint
 
 
@@ -151,13 +124,13 @@ def test_a_site_that_leaves_is_not_counted_for_the_rounds_that_it_refused(empty:
     sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
     honest = sites["c"]
 
-    def closed_in_round_1(raw: bytes) -> bytes:
+    def closed_in_round_4(raw: bytes) -> bytes:
         signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
-        return encode_refusal(Code.HOURS, request_sha256=signed.digest) if signed.request.round == 1 else honest(raw)
+        return encode_refusal(Code.HOURS, request_sha256=signed.digest) if signed.request.round == 4 else honest(raw)
 
-    coordinator = study(empty, {**sites, "c": closed_in_round_1}, tmp_path / "study")
+    coordinator = study(empty, {**sites, "c": closed_in_round_4}, tmp_path / "study")
     coordinator.run(initial(empty))
-    assert coordinator.asked == {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 2]}
+    assert coordinator.asked == {"a": ALL, "b": ALL, "c": [0, 1, 2, 3, 5]}
     assert spending(coordinator).by_site["c"] < spending(coordinator).by_site["a"]
 
 
@@ -167,14 +140,14 @@ def test_a_refusal_after_which_the_round_may_be_booked_leaves_it_counted(empty: 
     sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
     honest = sites["c"]
 
-    def refuses_round_1(raw: bytes) -> bytes:
+    def refuses_round_4(raw: bytes) -> bytes:
         signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
-        return encode_refusal(code, request_sha256=signed.digest) if signed.request.round == 1 else honest(raw)
+        return encode_refusal(code, request_sha256=signed.digest) if signed.request.round == 4 else honest(raw)
 
-    coordinator = study(empty, {**sites, "c": refuses_round_1}, tmp_path / "study")
+    coordinator = study(empty, {**sites, "c": refuses_round_4}, tmp_path / "study")
     coordinator.run(initial(empty))
-    assert coordinator.asked["c"] == [0, 1, 2]
-    assert coordinator.answered == {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 2]}
+    assert coordinator.asked["c"] == ALL
+    assert coordinator.answered == {"a": ALL, "b": ALL, "c": [0, 1, 2, 3, 5]}
 
 
 def test_both_bounds_over_sites_are_those_of_their_mechanisms(empty: World, tmp_path: Path) -> None:
@@ -191,7 +164,7 @@ def test_both_bounds_over_sites_are_those_of_their_mechanisms(empty: World, tmp_
 
 
 def _queries(world: World) -> tuple[object, ...]:
-    from dpsynth.model.moments import moment_queries
+    from dpsynth.model.moment_release import moment_queries
 
     return moment_queries(world.model.reference)
 

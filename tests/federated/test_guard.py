@@ -17,8 +17,9 @@ import federated.site as module
 from dpsynth.checks.accounting import ALWAYS, REQUIRED
 from dpsynth.data.split import split_patients
 from dpsynth.errors import ConfigError, SelfCheckFailed
+from dpsynth.model.moment_release import QUERIES, Told, raw_counts, told_by
 from dpsynth.privacy.calibrate import mu_of
-from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, PoissonDpSgd
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, PoissonDpSgd, merged
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.signing import load_private
 from dpsynth.train.loop import fit
@@ -28,7 +29,7 @@ from dpsynth.train.selfcheck import Finding
 from federated import rounds
 from federated.messages import Code, decode_reply
 from federated.policy import config_of
-from federated.rounds import MOMENTS, NET
+from federated.rounds import NET, SUMS, told_arrays
 
 
 def booked(site: Site) -> list[tuple[str, bool]]:
@@ -41,12 +42,12 @@ def reserve_lines(site: Site) -> list[dict[str, object]]:
 
 def test_a_repeated_message_gets_the_same_bytes_and_no_second_charge(world: World) -> None:
     site = world.sites["a"]
-    moments, train = world.request(), world.request("train", 1)
+    moments, train = world.request(), world.request("train", 4)
     first = [site.guard.handle(moments), site.guard.handle(train)]
     assert [decode_reply(raw, largest_bytes=1 << 30)[0].outcome for raw in first] == ["ok", "ok"]
     site.restart()
     assert [site.guard.handle(moments), site.guard.handle(train)] == first
-    assert booked(site) == [("study/0/moments-0", True), ("study/1/train-1", True)]
+    assert booked(site) == [("study/0/moments-0", True), ("study/4/train-4", True)]
     assert not list(site.policy.state.rglob("key")), "the secret of a finished round must not outlive it"
 
 
@@ -64,22 +65,30 @@ def test_a_refusal_is_repeated_too(world: World) -> None:
 def test_training_is_that_of_one_site_with_what_the_ledger_holds(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same key, patients and start through the single-site functions give the same numbers, bit by bit."""
     monkeypatch.setattr("federated.journal.fresh_key", lambda: b"k" * 32)
-    site = world.sites["a"]
-    _, moments = decode_reply(site.guard.handle(world.request()), largest_bytes=1 << 30)
-    _, weights = decode_reply(site.guard.handle(world.request("train", 1)), largest_bytes=1 << 30)
-
-    release, sgd = (mechanism for charge in site.guard.ledger.charges() for mechanism in charge.mechanisms)
-    assert isinstance(release, MomentRelease)
-    assert isinstance(sgd, PoissonDpSgd)
-    assert (sgd.noise_multiplier, sgd.clip_norm, sgd.steps) == (world.plan.noise_multiplier, 0.05, 2)
-    assert sgd.declared_patients == 100, "the batch is divided by the site's own public number"
+    site, reference = world.sites["a"], world.model.reference
     settings = config_of(site.policy, world.plan)
     split = split_patients(site.guard.images, control_fraction=0.2, key=b"k" * 32)
-    monitor = MomentMonitor(mechanism=release)
-    alone = noised_moments(settings, split, world.model.reference, monitor, NoiseStream(key=b"k" * 32))
-    for name, array in alone.to_arrays().items():
-        np.testing.assert_array_equal(moments[MOMENTS + name], array)
+    whole, expected = world.model.release(world.plan), {}
+    monitor = MomentMonitor(mechanism=whole)
+    monkeypatch.setattr(monitor, "record", lambda name, _, noised: expected.update({name: noised}))
+    alone = noised_moments(settings, split, reference, monitor, NoiseStream(key=b"k" * 32))
 
+    told, groups = Told(), np.arange(2)
+    for number, query in enumerate(QUERIES):
+        message = world.request("moments", number, arrays=told_arrays(told))
+        _, arrays = decode_reply(site.guard.handle(message), largest_bytes=1 << 30)
+        np.testing.assert_array_equal(arrays[SUMS], expected[query])
+        told = told_by(query, arrays[SUMS], told, groups, reference, whole.noise_stddev)
+    for name, array in alone.to_arrays().items():
+        np.testing.assert_array_equal(told.moments(reference).to_arrays()[name], array)
+
+    _, weights = decode_reply(site.guard.handle(world.request("train", 4)), largest_bytes=1 << 30)
+    release, sgd = merged(mechanism for charge in site.guard.ledger.charges() for mechanism in charge.mechanisms)
+    assert isinstance(release, MomentRelease)
+    assert isinstance(sgd, PoissonDpSgd)
+    assert release.noise_multiplier == pytest.approx(world.plan.moments_noise_multiplier)
+    assert (sgd.noise_multiplier, sgd.clip_norm, sgd.steps) == (world.plan.noise_multiplier, 0.05, 2)
+    assert sgd.declared_patients == 100, "the batch is divided by the site's own public number"
     denoiser = world.model.denoiser()
     denoiser.transplant(standard_moments(settings, world.model.reference))
     fit(
@@ -92,21 +101,21 @@ def test_training_is_that_of_one_site_with_what_the_ledger_holds(world: World, m
 
 
 def test_a_round_cut_off_after_its_charge_goes_on_and_is_charged_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    site, message = world.sites["a"], world.request("train", 1)
+    site, message = world.sites["a"], world.request("train", 4)
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_round", lambda *_, **__: (_ for _ in ()).throw(OSError("/secret/path: patient 4711")))
         reply = site.guard.handle(message)
     assert decode_reply(reply, largest_bytes=1 << 20)[0].code is Code.FAILED
     assert b"4711" not in reply
     assert b"secret" not in reply
-    assert booked(site) == [("study/1/train-1", False)]
+    assert booked(site) == [("study/4/train-4", False)]
     key = next(site.policy.state.rglob("key")).read_bytes()
     seen = []
     monkeypatch.setattr(module, "train_round", lambda *args, stream, _real=module.train_round, **rest: seen.append(stream) or _real(*args, stream=stream, **rest))  # fmt: skip  # noqa: E501
     site.restart()
     assert decode_reply(site.guard.handle(message), largest_bytes=1 << 30)[0].outcome == "ok"
     assert seen[0]._key == key, "noise of a round is drawn from one key, or two answers could be averaged"
-    assert booked(site) == [("study/1/train-1", True)]
+    assert booked(site) == [("study/4/train-4", True)]
     assert len(reserve_lines(site)) == 1
 
 
@@ -124,42 +133,43 @@ def test_an_answer_that_was_kept_before_the_settlement_is_given_again(world: Wor
 
 @pytest.mark.parametrize("lost", ["key", "reply", "studies"])
 def test_what_cannot_go_on_stays_charged_and_is_refused(world: World, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
-    site, message = world.sites["a"], world.request("train", 1)
+    site, message = world.sites["a"], world.request("train", 4)
     if lost == "key":
         monkeypatch.setattr(module, "train_round", lambda *_, **__: (_ for _ in ()).throw(OSError))
     site.guard.handle(message)
     for path in list(site.policy.state.rglob(lost)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert world.tell(message).code is Code.LOST
-    assert [run_id for run_id, _ in booked(site)] == ["study/1/train-1"]
+    assert [run_id for run_id, _ in booked(site)] == ["study/4/train-4"]
 
 
 def test_rounds_go_forward_only_and_may_leave_gaps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "train_round", lambda *_, **__: {})
-    assert world.ask("train", 1).outcome == "ok"
-    assert world.ask("train", 1, message_id="other").code is Code.ORDER
+    assert world.ask("train", 4).outcome == "ok"
+    assert world.ask("train", 4, message_id="other").code is Code.ORDER
     assert world.ask("moments", 0).code is Code.ORDER
-    assert world.ask("train", 2).outcome == "ok"
-    assert world.ask("train", 3).code is Code.STEPS
+    assert world.ask("train", 5).outcome == "ok"
+    assert world.ask("train", 6).code is Code.STEPS
     assert len(reserve_lines(world.sites["a"])) == 2
 
 
 def test_a_round_that_was_overtaken_loses_its_key_and_keeps_its_charge(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_round", lambda *_, **__: (_ for _ in ()).throw(OSError))
-        world.ask("train", 1)
-    assert world.ask("train", 2).outcome == "ok"
-    assert world.ask("train", 1).code is Code.LOST
-    assert [run_id for run_id, _ in booked(world.sites["a"])] == ["study/1/train-1", "study/2/train-2"]
+        world.ask("train", 4)
+    assert world.ask("train", 5).outcome == "ok"
+    assert world.ask("train", 4).code is Code.LOST
+    assert [run_id for run_id, _ in booked(world.sites["a"])] == ["study/4/train-4", "study/5/train-5"]
 
 
 def test_local_runs_and_studies_share_one_budget(world: World) -> None:
     site = world.sites["a"]
-    mu_left = (mu_of(11.99, 1e-5) ** 2 - world.plan.moments_noise_multiplier**-2) ** 0.5  # after the study's moments next to nothing
+    first = world.model.release(world.plan).query_noise_multiplier("means")
+    mu_left = (mu_of(11.99, 1e-5) ** 2 - first**-2) ** 0.5  # after the study's first query next to nothing
     local = MomentRelease(noise_multiplier=1 / mu_left, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
     site.guard.ledger.reserve([local], purpose="a local run", run_id="local")
     assert world.ask().outcome == "ok"
-    assert world.ask("train", 1).code is Code.BUDGET
+    assert world.ask("train", 4).code is Code.BUDGET
     assert len(reserve_lines(site)) == 2
 
 
@@ -187,7 +197,7 @@ def test_no_answer_tells_how_many_patients_there_are(world: World, tmp_path: Pat
     open_ledger(settings, path=other.policy.ledger, epsilon=12.0, delta=1e-5, max_gate_attempts=3, progress=silent)
     other.restart()
     assert other.guard.images.num_patients != world.sites["a"].guard.images.num_patients
-    for message in (world.request("join"), world.request(), world.request("train", 1), world.request("train", 1, message_id="x")):
+    for message in (world.request("join"), world.request(), world.request("train", 4), world.request("train", 4, message_id="x")):
         replies = [decode_reply(site.guard.handle(message), largest_bytes=1 << 30)[0] for site in (world.sites["a"], other)]
         first, second = (reply.model_dump(exclude={"body_sha256"}) for reply in replies)
         assert first == second
@@ -208,9 +218,9 @@ def test_a_site_without_a_class_is_trained_with_the_others(new_world: Callable[.
     site.guard.__dict__["images"] = images.subset(only)
     reply, arrays = decode_reply(site.guard.handle(world.request()), largest_bytes=1 << 30)
     assert reply.outcome == "ok"
-    counts = arrays[MOMENTS + "counts"]
+    counts = raw_counts(arrays[SUMS], world.model.reference)
     assert counts[1] < 0.3 * counts[0]
-    assert world.ask("train", 1).outcome == "ok"
+    assert world.ask("train", 4).outcome == "ok"
 
 
 def test_a_round_does_not_go_on_when_the_labels_of_the_data_changed_meanwhile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +238,7 @@ def test_a_round_does_not_go_on_when_the_labels_of_the_data_changed_meanwhile(wo
 BAD = Finding(ok=False, detail="planted", statistic=0.0, threshold=1.0)
 
 
-@pytest.mark.parametrize(("kind", "number", "monitor"), [("moments", 0, MomentMonitor), ("train", 1, Monitor)])
+@pytest.mark.parametrize(("kind", "number", "monitor"), [("moments", 0, MomentMonitor), ("train", 4, Monitor)])
 def test_what_the_monitor_saw_of_a_round_stops_its_answer_and_not_its_charge(
     world: World, monkeypatch: pytest.MonkeyPatch, kind: str, number: int, monitor: type
 ) -> None:
@@ -246,7 +256,7 @@ def test_a_net_on_which_the_bound_is_not_proved_is_refused_before_the_charge(wor
 
     monkeypatch.setattr("federated.rounds.prove_bound", unproved)
     rounds.require_bound.cache_clear()
-    assert world.ask("train", 1).code is Code.FAILED
+    assert world.ask("train", 4).code is Code.FAILED
     assert booked(world.sites["a"]) == []
 
 
@@ -259,10 +269,10 @@ def test_the_coins_are_in_the_ledger_with_the_first_charge_and_cannot_be_drawn_a
     coins = hashlib.sha256(bytes.fromhex(record["key"]) + f"\0{record['control_fraction']}".encode()).hexdigest()
     (line,) = reserve_lines(site)
     assert line["coins_sha256"] == coins
-    assert world.ask("train", 1).outcome == "ok"
+    assert world.ask("train", 4).outcome == "ok"
     assert {line["coins_sha256"] for line in reserve_lines(site)} == {coins}
     path.unlink()
-    assert world.ask("train", 2).code is Code.LOST
+    assert world.ask("train", 5).code is Code.LOST
     assert len(reserve_lines(site)) == 2
 
 
@@ -271,10 +281,10 @@ def test_a_policy_that_moves_the_control_fraction_does_not_move_the_patients_of_
 ) -> None:
     site, seen = world.sites["a"], []
     monkeypatch.setattr(module, "train_round", lambda denoiser, model, split, **_: seen.append(split.control.patient_ids) or {})
-    world.ask("train", 1)
+    world.ask("train", 4)
     site.write_policy(data={**site.policy.data.model_dump(mode="json", exclude_defaults=True), "control_fraction": 0.4})
     site.restart()
-    world.ask("train", 2)
+    world.ask("train", 5)
     assert len(seen) == 2
     assert seen[0] == seen[1]
 
@@ -282,9 +292,9 @@ def test_a_policy_that_moves_the_control_fraction_does_not_move_the_patients_of_
 def test_what_the_engine_proved_of_each_round_is_kept_for_the_checks(world: World) -> None:
     site = world.sites["a"]
     world.ask()
-    world.ask("train", 1)
+    world.ask("train", 4)
     folder = site.policy.state / "studies" / "study" / "messages"
-    moments, train = (json.loads((folder / name / "proof.json").read_text()) for name in ("moments-0", "train-1"))
+    moments, train = (json.loads((folder / name / "proof.json").read_text()) for name in ("moments-0", "train-4"))
     assert set(moments["findings"]) == set(ALWAYS)
     assert set(REQUIRED) <= set(train["findings"])
     assert all(found["ok"] for found in (*moments["findings"].values(), *train["findings"].values()))

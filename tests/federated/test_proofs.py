@@ -53,6 +53,9 @@ AUDIT = audit(np.random.default_rng(2)).to_json()
 TRAINED = {"findings": dict.fromkeys(REQUIRED, GOOD), "audits": {BEFORE: AUDIT, DURING: AUDIT}}
 
 
+ROUNDS = (0, 1, 4, 5)  # two queries of the moments, two rounds of training
+
+
 def charge(number: int) -> tuple[int, Charge]:
     kept = {"purpose": "x", "config_sha256": "", "mechanisms": (ROUND,), "settled": True}
     return number, Charge(reservation=str(number), line=number, time=0.0, run_id=f"study/{number}/m-{number}", **kept)
@@ -67,7 +70,7 @@ def proofs(tmp_path: Path, *, answers: dict[int, bytes | None], found: dict[int,
             message.note_proof(found[number])
         if reply is not None:
             message.answer("d" * 64, reply)
-    return proofs_of(study, [charge(number) for number in (0, 1, 2)], largest_bytes=1 << 20)
+    return proofs_of(study, [charge(number) for number in ROUNDS], largest_bytes=1 << 20)
 
 
 FACTS = {"unit": "patient", "declared_patients": 1, "max_images_per_patient": 1, "delta": 1e-5, "charged": (), "ledger_epsilon": 1.0}
@@ -81,7 +84,7 @@ def given() -> bytes:
 
 def test_all_rounds_proved_are_all_that_the_checks_ask_for(tmp_path: Path) -> None:
     moments = {"findings": dict.fromkeys(ALWAYS, GOOD), "audits": {}}
-    whole = proofs(tmp_path, answers=dict.fromkeys((0, 1, 2), given()), found={0: moments, 1: TRAINED, 2: TRAINED})
+    whole = proofs(tmp_path, answers=dict.fromkeys(ROUNDS, given()), found={0: moments, 1: moments, 4: TRAINED, 5: TRAINED})
     assert set(whole.selfcheck) == {*ALWAYS, *REQUIRED}
     assert set(whole.canaries) == {BEFORE, DURING}
     assert whole.uses_sgd
@@ -90,17 +93,19 @@ def test_all_rounds_proved_are_all_that_the_checks_ask_for(tmp_path: Path) -> No
 def test_the_worst_round_counts_and_a_round_that_lacks_a_proof_leaves_a_gap(tmp_path: Path) -> None:
     moments = {"findings": dict.fromkeys(ALWAYS, GOOD), "audits": {}}
     bad = {**TRAINED, "findings": {**TRAINED["findings"], "noise_scale": {**GOOD, "ok": False}}}
-    spoilt = proofs(tmp_path / "a", answers=dict.fromkeys((0, 1, 2), given()), found={0: moments, 1: bad, 2: TRAINED})
+    spoilt = proofs(tmp_path / "a", answers=dict.fromkeys(ROUNDS, given()), found={0: moments, 1: moments, 4: bad, 5: TRAINED})
     assert not spoilt.selfcheck["noise_scale"]["ok"]
-    gap = proofs(tmp_path / "b", answers=dict.fromkeys((0, 1, 2), given()), found={0: moments, 1: TRAINED})
+    gap = proofs(tmp_path / "b", answers=dict.fromkeys(ROUNDS, given()), found={0: moments, 1: moments, 4: TRAINED})
     assert set(gap.selfcheck) == set(ALWAYS)
     assert not gap.canaries
-    forgotten = proofs(tmp_path / "c", answers=dict.fromkeys((0, 1), given()), found={0: moments, 1: TRAINED})
+    one_query = proofs(tmp_path / "d", answers=dict.fromkeys(ROUNDS, given()), found={0: moments, 4: TRAINED, 5: TRAINED})
+    assert set(one_query.selfcheck) == set(REQUIRED), "the noise of one query was seen, that of another was not"
+    forgotten = proofs(tmp_path / "c", answers=dict.fromkeys(ROUNDS[:-1], given()), found={0: moments, 1: moments, 4: TRAINED})
     assert not set(REQUIRED) & set(forgotten.selfcheck), "of a charged round without any trace nobody knows what left"
 
 
 def test_a_round_that_was_refused_or_cut_off_released_nothing_and_needs_no_proof(tmp_path: Path) -> None:
     failed = encode_refusal(Code.FAILED, request_sha256="0" * 64)
-    found = proofs(tmp_path, answers={0: failed, 1: given(), 2: None}, found={1: TRAINED})
+    found = proofs(tmp_path, answers={0: failed, 1: failed, 4: given(), 5: None}, found={4: TRAINED})
     assert set(found.selfcheck) == {*ALWAYS, *REQUIRED}
     assert "released no moments" in found.selfcheck[ALWAYS[0]]["detail"]

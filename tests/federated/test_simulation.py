@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import pytest
+from federation_cases import CONFIG, World
+from pydantic import ValidationError
 
+from dpsynth.checks.accounting import ALWAYS
 from dpsynth.checks.run import check
 from dpsynth.errors import ArtifactError
 from dpsynth.generate import generate
 from dpsynth.model.generator import Generator
 from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.progress import silent
+from federated.federation import Federation, load_federation
+from federated.messages import FIRST_TRAINING, Plan
+from federated.price import describe, price_of
+from federated.proofs import proofs_of
 from federated.simulate import InProcess, coordinator_of, run_study
 
 
@@ -24,7 +33,7 @@ def test_three_sites_train_a_generator_together(new_world: Callable[..., object]
     coordinator = coordinator_of(world.federation, private=world.private, transport=transport, folder=tmp_path / "study")
     guarantee = run_study(coordinator, run_path=tmp_path / "run")
     for site in world.sites.values():
-        assert len(site.guard.ledger.charges()) == 3
+        assert len(site.guard.ledger.charges()) == FIRST_TRAINING + 2
         assert all(charge.settled for charge in site.guard.ledger.charges())
         assert epsilon_pld(site.guard.ledger.charged_mechanisms(), 1e-5) == pytest.approx(guarantee.epsilon, rel=1e-6)
     assert 9 < guarantee.epsilon <= 10
@@ -34,3 +43,37 @@ def test_three_sites_train_a_generator_together(new_world: Callable[..., object]
     np.testing.assert_array_equal(generator.gains, counted.gains)
     with pytest.raises(ArtifactError, match="do not take such a run"):
         check(tmp_path / "run", ledger_path=None, progress=silent)
+
+
+def test_a_study_that_can_afford_no_training_spends_everything_on_the_moments(new_world: Callable[..., object], tmp_path: Path) -> None:
+    """By the recipe, as one site would: so few patients at so small an epsilon train nothing."""
+    world = new_world("a", "b")
+    path = tmp_path / "study.yaml"
+    text = CONFIG.replace("epsilon: 10", "epsilon: 1").replace("trainable: all, ", "")
+    path.write_text(f"study: small\nsites: [a, b]\nquorum: 2\nsteps_per_round: 2\nconfig:\n{indent(text, '  ')}")
+    transport = InProcess({name: site.guard.handle for name, site in world.sites.items()})
+    coordinator = coordinator_of(load_federation(path), private=world.private, transport=transport, folder=tmp_path / "study")
+    assert (coordinator.plan.trainable, coordinator.plan.rounds, coordinator.plan.noise_multiplier) == ("none", 0, None)
+    guarantee = run_study(coordinator, run_path=tmp_path / "run")
+    assert 0.98 < guarantee.epsilon <= 1
+    (release,) = guarantee.mechanisms
+    assert isinstance(release, MomentRelease)
+    for site in world.sites.values():
+        charges = site.guard.ledger.charges()
+        assert len(charges) == FIRST_TRAINING
+        assert site.guard.ledger.spent() == pytest.approx(guarantee.epsilon, rel=1e-6)
+        known = site.guard.journal.known("small")
+        assert known is not None
+        proofs = proofs_of(known[0], list(enumerate(charges)), largest_bytes=1 << 30)
+        assert (set(proofs.selfcheck), proofs.canaries, proofs.uses_sgd) == ({*ALWAYS}, {}, False)
+    assert generate(tmp_path / "run", progress=silent).count == 500
+    assert describe(price_of(coordinator.federation))[2].endswith("1.41 times as much.")
+
+
+def test_rounds_and_what_they_train_are_there_together_or_not_at_all(world: World) -> None:
+    federation = world.federation.model_dump()
+    with pytest.raises(ValidationError, match="rounds must be 0"):
+        Federation.model_validate({**federation, "rounds": 0})
+    for changes in ({"rounds": 0}, {"noise_multiplier": None}, {"trainable": "none"}, {"rounds": 0, "trainable": "none"}):
+        with pytest.raises(ValidationError, match="together or not at all"):
+            Plan.model_validate({**world.plan.model_dump(), **changes})

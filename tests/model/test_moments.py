@@ -10,18 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dpsynth.model import moment_release as release
 from dpsynth.model import moments as module
 from dpsynth.model import noised_sums
-from dpsynth.model.moments import (
-    Moments,
-    frequencies,
-    from_frequencies,
-    moment_queries,
-    public_reference,
-    release_moments,
-    sample_moment_images,
-    to_frequencies,
-)
+from dpsynth.model.moment_release import moment_queries, release_moments
+from dpsynth.model.moments import Moments, frequencies, from_frequencies, public_reference, sample_moment_images, to_frequencies
 from dpsynth.model.noised_sums import NoisedSums, patient_sum
 from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.privacy.noise import NoiseStream
@@ -290,22 +283,22 @@ def test_noise_costs_little_because_public_images_fill_what_it_hides(alone: str,
     least, most = {"mean": (1.01, 1.3), "covariance": (1.02, 1.03)}[alone]
     assert released(1.0) < least
     assert released(30.0) < most
-    monkeypatch.setattr(module, "_axes_above", lambda _, variances, **__: len(variances))
-    monkeypatch.setattr(module, "pooled_means", lambda totals, counts, *_, **__: totals / np.maximum(counts, 1)[:, None])
-    monkeypatch.setattr(module, "pooled_covariances", lambda totals, counts, *_, **__: totals / np.maximum(counts, 1)[:, None, None])
+    monkeypatch.setattr(release, "_axes_above", lambda _, variances, **__: len(variances))
+    monkeypatch.setattr(release, "pooled_means", lambda totals, counts, *_, **__: totals / np.maximum(counts, 1)[:, None])
+    monkeypatch.setattr(release, "pooled_covariances", lambda totals, counts, *_, **__: totals / np.maximum(counts, 1)[:, None, None])
     assert released(30.0) > most + 0.1
 
 
 def test_how_many_axes_are_released_follows_from_released_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never from the number of patients itself, which is private: the width of the answer would tell it without noise."""
-    asked, chosen = [], module._axes_above
+    asked, chosen = [], release._axes_above
 
     def recorded(noise_multiplier: float, variances: np.ndarray, *, patients: float) -> int:
         asked.append((noise_multiplier, patients))
         assert np.array_equal(variances, REFERENCE.principal.shaped_variances)  # public ones: which axes are strong is private, too
         return chosen(noise_multiplier, variances, patients=patients)
 
-    monkeypatch.setattr(module, "_axes_above", recorded)
+    monkeypatch.setattr(release, "_axes_above", recorded)
     images, mechanism = smooth_images(60, (1, 8, 8), 9), booked(3.0)
     widths: dict[str, int] = {}
     found = release_moments(
@@ -320,7 +313,7 @@ def test_how_many_axes_are_released_follows_from_released_counts(monkeypatch: py
 
 def test_few_axes_are_released_at_the_clip_norm_that_all_would_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the noise on them stays what it was, and leaving the others out gains nothing."""
-    monkeypatch.setattr(module, "_axes_above", lambda *_, **__: 3)
+    monkeypatch.setattr(release, "_axes_above", lambda *_, **__: 3)
     sums: dict[str, np.ndarray] = {}
     release_moments(
         smooth_images(1000, (1, 8, 8), 9), np.arange(1000) % 2, np.arange(1000), num_classes=2, mechanism=booked(0.1), reference=REFERENCE,
@@ -334,19 +327,19 @@ def test_axes_are_released_that_stand_above_the_noise() -> None:
     """More of them with more patients or less noise, whatever the unit of the images; without noise all, and never too few to test."""
     variances = 0.97 ** np.arange(99, -1, -1)
     counted = {
-        (noise, patients): module._axes_above(noise, variances, patients=patients)
+        (noise, patients): release._axes_above(noise, variances, patients=patients)
         for noise in (0.0, 1.0, 10.0, 1e6)
         for patients in (1000, 10_000)
     }
     assert counted[0.0, 1000] == 100
-    assert counted[1e6, 1000] == module._FEWEST_AXES
-    assert module._FEWEST_AXES < counted[1.0, 1000] == counted[10.0, 10_000] < counted[1.0, 10_000] < 100
-    assert module._axes_above(1.0, 7 * variances, patients=1000) == counted[1.0, 1000]
+    assert counted[1e6, 1000] == release._FEWEST_AXES
+    assert release._FEWEST_AXES < counted[1.0, 1000] == counted[10.0, 10_000] < counted[1.0, 10_000] < 100
+    assert release._axes_above(1.0, 7 * variances, patients=1000) == counted[1.0, 1000]
     kept = variances[-counted[1.0, 1000] :]
-    assert 1000 * kept[0] / kept.sum() >= module._ABOVE_NOISE
+    assert 1000 * kept[0] / kept.sum() >= release._ABOVE_NOISE
     one_more = variances[-counted[1.0, 1000] - 1 :]
-    assert 1000 * one_more[0] / one_more.sum() < module._ABOVE_NOISE
-    assert module._axes_above(1e6, np.ones(4), patients=1000) == 4
+    assert 1000 * one_more[0] / one_more.sum() < release._ABOVE_NOISE
+    assert release._axes_above(1e6, np.ones(4), patients=1000) == 4
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0, 4.0])

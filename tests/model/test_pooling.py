@@ -12,8 +12,9 @@ from dpsynth.data.attributes import by_cell
 from dpsynth.data.phantom import phantom_images
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
-from dpsynth.model import moments as module
-from dpsynth.model.moments import Moments, PublicReference, moment_queries, public_reference, release_moments
+from dpsynth.model import moment_release as release
+from dpsynth.model.moment_release import moment_queries, release_moments
+from dpsynth.model.moments import Moments, PublicReference, public_reference
 from dpsynth.model.pooling import Variances, consistent_counts, joined_sum, pooled_covariances, pooled_means
 from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.privacy.noise import NoiseStream
@@ -128,8 +129,8 @@ def test_small_cells_of_a_cohort_are_nearer_to_the_truth(
     errors = {}
     for name in ("pooled", "own"):
         found = moments(config, reference, mechanism, labels, 7)
-        monkeypatch.setattr(module, "pooled_means", lambda sums, counts, *_: sums / np.maximum(counts, 1)[:, None])
-        monkeypatch.setattr(module, "pooled_covariances", lambda totals, counts, *_, **__: totals / np.maximum(counts, 1)[:, None, None])
+        monkeypatch.setattr(release, "pooled_means", lambda sums, counts, *_: sums / np.maximum(counts, 1)[:, None])
+        monkeypatch.setattr(release, "pooled_covariances", lambda totals, counts, *_, **__: totals / np.maximum(counts, 1)[:, None, None])
         errors[name] = np.array(
             [
                 np.linalg.norm(found.mean - truth.mean),

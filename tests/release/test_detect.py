@@ -24,7 +24,8 @@ from dpsynth.detector.evaluation import LEFT_OUT, OWN, doubts, own_quality, unfi
 from dpsynth.detector.model import FILE, Detector
 from dpsynth.errors import ArtifactError, DataError, SignatureError
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import public_reference, release_moments
+from dpsynth.model.moment_release import release_moments
+from dpsynth.model.moments import public_reference
 from dpsynth.progress import silent
 from dpsynth.release.bundle import write_release
 from dpsynth.release.decision import no_detector_of

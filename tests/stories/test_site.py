@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import numbers_of
-from federation_cases import POLICY, config, train_body
+from federation_cases import POLICY, config, told_body, train_body
 from joint_release_cases import SITES, Joint
 from typer.testing import CliRunner
 
@@ -29,8 +29,8 @@ from dpsynth.signing import generate_key, load_private
 from federated.cli import app
 from federated.coordinator_cli import app as coordinator_app
 from federated.federation import Federation, plan_of
-from federated.messages import Code, decode_reply, encode_request
-from federated.rounds import MOMENTS, Model
+from federated.messages import FIRST_TRAINING, Code, decode_reply, encode_request
+from federated.rounds import SUMS, Model
 from federated.serve import ask
 
 
@@ -67,16 +67,20 @@ def test_a_hospital_takes_part_refuses_is_killed_and_goes_on(tmp_path: Path) -> 
     settings = Federation(study="study", sites=("a",), quorum=1, rounds=1, steps_per_round=120, config=config())
     plan, private = plan_of(settings), load_private(private_path)
     fields = {"study": "study", "site": "a", "plan": plan}
-    moments = encode_request({**fields, "kind": "moments", "round": 0, "message_id": "moments-0"}, {}, private=private)
-    body = train_body(Model.of(config()))
-    train = encode_request({**fields, "kind": "train", "round": 1, "message_id": "train-1"}, body, private=private)
+    model = Model.of(config())
+    moments = [
+        encode_request({**fields, "kind": "moments", "round": n, "message_id": f"moments-{n}"}, told_body(model, n), private=private)
+        for n in range(FIRST_TRAINING)
+    ]
+    train = encode_request({**fields, "kind": "train", "round": 4, "message_id": "train-4"}, train_body(model), private=private)
     greedy = {**fields, "plan": plan.model_copy(update={"noise_multiplier": 0.3}), "study": "greedy"}
     too_much = encode_request({**greedy, "kind": "moments", "round": 0, "message_id": "x"}, {}, private=private)
 
     with guard(path) as process:
-        reply, arrays = decode_reply(ask(tmp_path / "guard.sock", moments, seconds=60), largest_bytes=1 << 30)
-        assert reply.outcome == "ok"
-        assert np.isfinite(arrays[MOMENTS + "mean"]).all()
+        for query in moments:
+            reply, arrays = decode_reply(ask(tmp_path / "guard.sock", query, seconds=60), largest_bytes=1 << 30)
+            assert reply.outcome == "ok"
+            assert np.isfinite(arrays[SUMS]).all()
         assert decode_reply(ask(tmp_path / "guard.sock", too_much, seconds=60), largest_bytes=1 << 20)[0].code is Code.NOISE
         asking = subprocess.Popen(
             [sys.executable, "-c", "import sys, pathlib; from federated.serve import ask; "
@@ -84,11 +88,11 @@ def test_a_hospital_takes_part_refuses_is_killed_and_goes_on(tmp_path: Path) -> 
              str(tmp_path / "guard.sock"), str(written(tmp_path / "train.frame", train))],
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        until(lambda: len(Ledger.load(tmp_path / "ledger.jsonl").charges()) == 2)
+        until(lambda: len(Ledger.load(tmp_path / "ledger.jsonl").charges()) == FIRST_TRAINING + 1)
         until(lambda: any(tmp_path.rglob("checkpoint.safetensors")))
         process.send_signal(signal.SIGKILL)
         assert asking.wait(timeout=60) != 0, "the answer must not have come before the kill"
-    assert [charge.settled for charge in Ledger.load(tmp_path / "ledger.jsonl").charges()] == [True, False]
+    assert [charge.settled for charge in Ledger.load(tmp_path / "ledger.jsonl").charges()] == [True] * FIRST_TRAINING + [False]
 
     with guard(path) as process:
         answer = ask(tmp_path / "guard.sock", train, seconds=100)
@@ -97,7 +101,7 @@ def test_a_hospital_takes_part_refuses_is_killed_and_goes_on(tmp_path: Path) -> 
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
     summary = json.loads(run("ledger", path, "--format", "json"))
-    assert [charge["purpose"] for charge in summary["charges"]] == ["federation study, round 0", "federation study, round 1"]
+    assert [charge["purpose"] for charge in summary["charges"]] == [f"federation study, round {n}" for n in range(FIRST_TRAINING + 1)]
     assert 9 < summary["spent"] <= 10
     assert not Ledger.problems_of(tmp_path / "ledger.jsonl")
 

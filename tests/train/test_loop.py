@@ -14,7 +14,8 @@ from dpsynth.config import DiffusionConfig
 from dpsynth.data.cohort import ImageSet
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.moments import public_reference, release_moments
+from dpsynth.model.moment_release import release_moments
+from dpsynth.model.moments import public_reference
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.train.canaries import NUMBER

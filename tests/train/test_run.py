@@ -20,7 +20,7 @@ from dpsynth.config import Config, DiffusionConfig, parse_config
 from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError, SelfCheckFailed
 from dpsynth.model.generator import Generator
-from dpsynth.model.moments import _COUNT_WEIGHT
+from dpsynth.model.moment_release import COUNT_WEIGHT
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent
@@ -62,7 +62,7 @@ def test_the_released_moments_hold_the_noise_that_the_ledger_charges(
     """Train twice with one key, once without the noise of the means: the difference must have the size that the ledger's own bytes say."""
     seen = []
     for name, plain in (("pooled_means", lambda sums, counts, *_: sums / counts[:, None]), ("consistent_counts", lambda noised, _: noised)):
-        monkeypatch.setattr(f"dpsynth.model.moments.{name}", plain)  # so that the sums can be read off the means
+        monkeypatch.setattr(f"dpsynth.model.moment_release.{name}", plain)  # so that the sums can be read off the means
     monkeypatch.setattr(module, "public_reference", lambda *a, _make=module.public_reference, **k: seen.append(_make(*a, **k)) or seen[-1])
     train("noised", method="moments")
     (line,) = [entry for entry in map(json.loads, ledger.path.read_text().splitlines()) if entry["type"] == "reserve"]
@@ -85,7 +85,7 @@ def test_the_released_moments_hold_the_noise_that_the_ledger_charges(
         arrays = load_file(tmp_path / name / "train" / "weights.safetensors")
         counts, mean = arrays["moments.counts"].numpy(), arrays["moments.mean"].numpy()
         shaped = seen[0].principal.shaped(mean - seen[0].centre)
-        sums.append(np.concatenate([counts[:, None] * _COUNT_WEIGHT * seen[0].clip_low, shaped * counts[:, None]], axis=1))
+        sums.append(np.concatenate([counts[:, None] * COUNT_WEIGHT * seen[0].clip_low, shaped * counts[:, None]], axis=1))
     noise = (sums[0] - sums[1]) / stddev
     energy = float(np.sum(noise**2))
     p = 2 * min(stats.chi2.cdf(energy, noise.size), stats.chi2.sf(energy, noise.size))
