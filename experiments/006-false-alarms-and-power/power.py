@@ -115,7 +115,6 @@ def usual(real: Array, control: Array, synthetic: Array) -> dict[str, bool]:
         "absolute threshold, more than 5 % nearer than 5 % of held-out patients": float(np.mean(to_training < np.quantile(held_out, 0.05)))
         > 0.05,
         "authenticity below 0.5": authentic < 0.5,
-        **library(real, control, synthetic),
     }
 
 
@@ -148,7 +147,8 @@ def rates(pool: int, generate: Callable[..., People], repetitions: int, seed: in
         after.append({name: verdicts[name].figures["p after Holm"] <= GATE.family_error for name in FAMILY})
         screened.append({"screening": bool(verdicts["copying"].listed), "family": any(after[-1].values())})
         after[-1]["attributes"] = verdicts["attributes"].outcome is Outcome.FLAG
-        others.append(usual(hospital.training.points, hospital.control.points, synthetic.points))
+        points = (hospital.training.points, hospital.control.points, synthetic.points)
+        others.append({**usual(*points), **library(*points)})
     stopped = [any(accused.values()) or shown["screening"] for accused, shown in zip(after, screened, strict=True)]
     mean = {name: float(np.mean([row[name] for row in rows])) for rows in (screened, others) for name in rows[0]}
     return {
