@@ -40,6 +40,7 @@ from federated.coordinator import Coordinator, Transport
 from federated.demonstration import free_port, wait_for
 from federated.flower_engine import flower_engine
 from federated.launch import Coordination, Flower, Processes
+from federated.messages import FIRST_TRAINING
 from federated.policy import config_of
 from federated.relay import Relay
 from federated.rounds import sgd_of
@@ -97,7 +98,7 @@ class TakingTurns:
         """Replies of the real federation."""
         self.finished()
         self._calls += 1
-        training = self._calls > 2  # join and moments come first
+        training = self._calls > 1 + FIRST_TRAINING  # join and the queries of the moments come first
         if training:
             begun = time.monotonic()
             self.local()
