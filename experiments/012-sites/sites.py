@@ -217,7 +217,8 @@ def table(results: dict[str, Any]) -> str:
             continue
         whole = split if split == "hospitals" else split.split("-")[0]
         for hospital in runs[0]["figures"]:
-            own, pooled = _by_seed(results, group, hospital), _by_seed(results, f"{whole}/{side}/{epsilon}/pooled", hospital)
+            own, all_pooled = _by_seed(results, group, hospital), _by_seed(results, f"{whole}/{side}/{epsilon}/pooled", hospital)
+            pooled = {seed: auc for seed, auc in all_pooled.items() if seed in own}
             names = [f"{split}/{side}/{epsilon}/{arm}" for arm in arms_of(split) if arm.startswith("alone")]
             alone = [_by_seed(results, name, hospital) for name in names]
             best = {seed: max(site[seed] for site in alone) for seed in own if all(seed in site for site in alone)}
