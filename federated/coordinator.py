@@ -38,6 +38,7 @@ from federated.messages import (
     FIRST_TRAINING,
     REASONS,
     TRANSIENT,
+    UNREADABLE,
     Arrays,
     Code,
     Facts,
@@ -111,6 +112,7 @@ class Coordinator:
     asked: dict[str, list[int]] = field(default_factory=dict)  # by site, the rounds that may have been released
     answered: dict[str, list[int]] = field(default_factory=dict)  # by site, the rounds of which a usable answer came
     attempts: dict[str, int] = field(default_factory=dict)  # by "site/round"
+    questions: dict[str, int] = field(default_factory=dict)  # by "site/round": how often it was asked for since it was last uncounted
 
     def run(self, initial: Arrays) -> State:
         """All rounds that are missing. Raises QuorumLost; the same call goes on from the last checkpoint."""
@@ -141,7 +143,7 @@ class Coordinator:
             require_arrays(arrays, expected, largest=math.inf)
             sums = arrays[SUMS]
             own = counts.get(site, raw_counts(sums, reference))
-            declared = reply.facts.declared_patients if reply.facts else 0
+            declared = min(known.declared_patients for known in (reply.facts, self.facts.get(site), self.federation.config.data) if known)
             found = counts_problem(own, stddev=stddev, declared_patients=declared)
             patients = largest_patients(own, stddev=stddev)
             clip_norm, noise = release.query(query).clip_norm, release.noise_stddev(query)
@@ -223,10 +225,11 @@ class Coordinator:
             return "no-reply", "no answer within the deadline", None
         try:
             reply, arrays = decode_reply(raw, largest_bytes=_LARGEST_REPLY_BYTES)
+            own = reply.request_sha256 == signed_digest(request, public=self.private.public_key())
+            if not own and (reply.code is None or reply.request_sha256 != UNREADABLE):
+                return "unusable", "the answer is to another question", None
             if reply.code is not None:
                 return ("no-reply" if reply.code in TRANSIENT else "refused"), f"{reply.code.value}: {REASONS[reply.code]}", None
-            if reply.request_sha256 != signed_digest(request, public=self.private.public_key()):
-                return "unusable", "the answer is to another question", None
             found = problem(site, reply, arrays)
         except Refused as error:
             return "unusable", f"the answer cannot be used ({error})", None
@@ -241,12 +244,17 @@ class Coordinator:
         for site in sites:
             rounds = self.asked.setdefault(site, [])
             rounds += [number] if number not in rounds else []
+            self.questions[f"{site}/{number}"] = self.questions.get(f"{site}/{number}", 0) + 1
         self._keep()
 
     def _refused(self, site: str, number: int, *, charged: bool) -> None:
-        """A refusal is final for its message; should the round be asked for again, it is with a new one."""
-        if not charged and number in self.asked.get(site, []):
+        """A refusal is final for its message; should the round be asked for again, it is with a new one.
+
+        The round is uncounted only when nobody can have booked it: its first question was refused, by a code that comes before a charge.
+        """
+        if not charged and self.questions.get(f"{site}/{number}") == 1 and number in self.asked.get(site, []):
             self.asked[site].remove(number)
+            del self.questions[f"{site}/{number}"]
         self.attempts[f"{site}/{number}"] = self.attempts.get(f"{site}/{number}", 1) + 1
 
     def _request(self, site: str, number: int, kind: str, arrays: Arrays) -> bytes:
@@ -277,7 +285,10 @@ class Coordinator:
 
     def _keep(self) -> None:
         facts = {site: known.model_dump(mode="json") for site, known in self.facts.items()}
-        write_json(self.folder / "sites.json", {"facts": facts, "asked": self.asked, "answered": self.answered, "attempts": self.attempts})
+        write_json(
+            self.folder / "sites.json",
+            {"facts": facts, "asked": self.asked, "answered": self.answered, "attempts": self.attempts, "questions": self.questions},
+        )
 
     def _remember(self) -> None:
         """What an earlier process of this study knew. Raises ArtifactError when the folder is another study's."""
@@ -291,7 +302,10 @@ class Coordinator:
         if (self.folder / "sites.json").is_file():
             known = read_json(self.folder / "sites.json")
             self.facts = {site: Facts.model_validate_json(json.dumps(value)) for site, value in known["facts"].items()}
-            self.asked, self.answered, self.attempts = known["asked"], known.get("answered", {}), known["attempts"]
+            self.asked, self.answered = known["asked"], known["answered"]
+            self.attempts, self.questions = known["attempts"], known["questions"]
+        elif any(self.folder.glob("round-*.safetensors")):
+            raise ArtifactError("sites.json is missing beside the checkpoints, so nobody knows what the sites were asked for. Restore it.")
 
     def _save(self, state: State) -> None:
         arrays = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}

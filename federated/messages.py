@@ -28,6 +28,7 @@ from dpsynth.signing import STATEMENT_TYPE, key_id, sign_statement, verify_envel
 FIRST_TRAINING = len(QUERIES)  # number of the first round of DP-SGD; round n before it asks for query n of the moments
 PREDICATE = "https://dpsynth.dev/federation/request/v1"
 LARGEST_HEAD_BYTES = 1 << 18
+UNREADABLE = "0" * 64  # stands in a refusal for the digest of a request that could not be read
 LARGEST_VALUE = 1e6  # of any number in an array: far above what training makes, far below what overflows
 _MAGIC = b"DPSF"
 _PREFIX = struct.Struct(">4sI")
@@ -260,7 +261,7 @@ def encode_reply(*, request_sha256: str, facts: Facts, arrays: Arrays) -> bytes:
     return _reply(code=None, request_sha256=request_sha256, facts=facts, specs=specs, body=body)
 
 
-def encode_refusal(code: Code, *, request_sha256: str = "0" * 64) -> bytes:
+def encode_refusal(code: Code, *, request_sha256: str = UNREADABLE) -> bytes:
     """Frame of a refusal; zeros stand for a request that could not be read."""
     return _reply(code=code, request_sha256=request_sha256, facts=None, specs=[], body=b"")
 

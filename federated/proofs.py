@@ -10,7 +10,7 @@ from dpsynth.checks.accounting import ALWAYS, REQUIRED
 from dpsynth.privacy.audit import BEFORE, DURING, Audit
 from dpsynth.privacy.ledger import Charge
 from dpsynth.privacy.lower_bounds import Calls
-from federated.journal import Study
+from federated.journal import Message, Study
 from federated.messages import FIRST_TRAINING, decode_reply
 
 _NO_MOMENTS = {"ok": True, "detail": "this site released no moments in this study", "statistic": 1.0, "threshold": 0.0}
@@ -30,9 +30,8 @@ def proofs_of(study: Study, charges: Sequence[tuple[int, Charge]], *, largest_by
 
     Rounds whose kept answer is a refusal, or that have none, released nothing, so they prove nothing and lack nothing.
     """
-    rounds = [(number, study.message(charge.run_id.split("/")[2])) for number, charge in charges]
-    released = [(number, message) for number, message in rounds if _may_be_released(message.reply(), message.digest(), largest_bytes)]
-    found = [(number, message.proof() or {}) for number, message in released]
+    rounds = [(number, charge.settled, study.message(charge.run_id.split("/")[2])) for number, charge in charges]
+    found = [(number, message.proof() or {}) for number, settled, message in rounds if _may_be_released(message, settled, largest_bytes)]
     findings: dict[str, Any] = {}
     for names, own in (
         (ALWAYS, [proof for number, proof in found if number < FIRST_TRAINING]),
@@ -76,8 +75,9 @@ def together(audits: Sequence[Audit]) -> Audit:
     )
 
 
-def _may_be_released(reply: bytes | None, request: str | None, largest_bytes: int) -> bool:
-    """Whether an answer may have left: it is kept before it does. Where no trace of the message is left, nobody can know."""
+def _may_be_released(message: Message, settled: bool, largest_bytes: int) -> bool:
+    """Whether an answer may have left: it is kept before it does, and its charge is closed after. Where it is gone, nobody can know."""
+    reply = message.reply()
     if reply is None:
-        return request is None
+        return settled or message.digest() is None
     return decode_reply(reply, largest_bytes=max(largest_bytes, len(reply)))[0].outcome == "ok"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dpsynth.config import Config, DataConfig, PretrainConfig
 from dpsynth.data.split import Split
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.moment_release import Summaries, Told, fewest_axes, moment_queries, rows_of, told_before, width_of
+from dpsynth.model.moment_release import Summaries, Told, fewest_axes, moment_queries, rows_by_part, told_before, width_of
 from dpsynth.model.moments import Moments, PublicReference, frequencies, public_reference
 from dpsynth.model.noised_sums import NoisedSums
 from dpsynth.privacy.audit import BEFORE, DURING, Audit
@@ -187,7 +187,7 @@ def moments_round(
         record=monitor.record,
     )
     images = Summaries.of(training.images, training.labels, model.reference)
-    sums = release.noised_sum(query.name, rows_of(query.name, images, told, model.reference), query.clip_norm)
+    sums = release.noised_sum(query.name, rows_by_part(query.name, images, told, model.reference), query.clip_norm)
     findings = monitor.findings()
     record(Proof(findings=findings, audits={}))
     selfcheck.require(findings, consequence="the charge stays")

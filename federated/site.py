@@ -30,7 +30,18 @@ from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, me
 from dpsynth.progress import Progress, silent
 from dpsynth.train.run import private_images, usable_delta
 from federated.journal import Journal, Message, Study
-from federated.messages import FIRST_TRAINING, Code, Facts, Refused, Request, Signed, decode_request, encode_refusal, encode_reply
+from federated.messages import (
+    FIRST_TRAINING,
+    UNREADABLE,
+    Code,
+    Facts,
+    Refused,
+    Request,
+    Signed,
+    decode_request,
+    encode_refusal,
+    encode_reply,
+)
 from federated.policy import SitePolicy, config_of, data_config, is_open, problem
 from federated.rounds import Model, Proof, model_of, moments_round, require_bound, sgd_of, train_round
 
@@ -74,7 +85,7 @@ class Guard:
 
     def handle(self, raw: bytes) -> bytes:
         """The answer to one message. Never raises: what goes wrong is one of the codes, and its text stays in the guard's log."""
-        digest = "0" * 64
+        digest = UNREADABLE
         try:
             signed = decode_request(raw, coordinators=self.coordinators, largest_bytes=self.policy.largest_message_bytes)
             digest = signed.digest

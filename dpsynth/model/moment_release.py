@@ -130,6 +130,10 @@ class Summaries:
         low, bands, _ = summaries(images, frequencies(reference.shape, reference.low_frequencies))
         return cls(low=low, bands=bands, labels=labels)
 
+    def part(self, part: slice) -> Summaries:
+        """Of some of the images."""
+        return Summaries(low=self.low[part], bands=self.bands[part], labels=self.labels[part])
+
     def shaped(self, told: Told, reference: PublicReference) -> Array:
         """Residuals around the released means of the classes, shaped, (n, low)."""
         return reference.principal.shaped(self.low - _known(told.mean)[self.labels])
@@ -145,6 +149,11 @@ def rows_of(query: str, images: Summaries, told: Told, reference: PublicReferenc
     }
     with np.errstate(all="ignore"):  # what somebody else told may be anything; rows that are not finite count as zero
         return ask[query](images, told, reference)
+
+
+def rows_by_part(query: str, images: Summaries, told: Told, reference: PublicReference) -> Callable[[slice], Array]:
+    """`rows_of` for a part of the images at a time."""
+    return lambda part: rows_of(query, images.part(part), told, reference)
 
 
 def width_of(query: str, told: Told, reference: PublicReference) -> int:
@@ -193,7 +202,7 @@ def release_moments(
     groups = np.arange(num_classes) if labels_of_cells is None else labels_of_cells
     found, told = Summaries.of(images, labels, reference), Told()
     for query in moment_queries(reference):
-        sums = release.noised_sum(query.name, rows_of(query.name, found, told, reference), query.clip_norm)
+        sums = release.noised_sum(query.name, rows_by_part(query.name, found, told, reference), query.clip_norm)
         told = told_by(query.name, sums, told, groups, reference, release.noise_stddev)
     return told.moments(reference)
 

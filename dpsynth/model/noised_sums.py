@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from dpsynth.privacy.noise import NoiseStream
 Array = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Record = Callable[[str, Array, Array], None]
+
+_AT_ONCE = 128  # rows: a federation's coordinator says how wide they are, and memory must not tell how many there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,17 @@ class NoisedSums:
         if (self.mechanism is None) != (self.stream is None):
             raise ValueError("Expected a mechanism and a noise stream, or neither.")
 
-    def noised_sum(self, name: str, rows: Array, clip_norm: float) -> Array:
-        """Sum over patients of the mean over their rows of class-indexed, clipped vectors: (classes, width). rows: (n, width)."""
+    def noised_sum(self, name: str, rows: Callable[[slice], Array], clip_norm: float) -> Array:
+        """Sum over patients of the mean over their rows of class-indexed, clipped vectors: (classes, width).
+
+        rows: those of a part of the images, (images, width); a few are asked for at a time.
+        """
         if self.mechanism is not None and clip_norm != self.mechanism.query(name).clip_norm:
             raise ValueError(f"The clip norm of query {name!r} is not the booked one.")
-        total = patient_sum(rows, self.labels, self.patients, self.num_classes, clip_norm)
+        weights = _image_weights(self.patients)
+        parts = [slice(start, start + _AT_ONCE) for start in range(0, max(len(self.labels), 1), _AT_ONCE)]
+        sums = (_class_sums(rows(part), self.labels[part], weights[part], self.num_classes, clip_norm) for part in parts)
+        total = reduce(np.add, sums)
         noised = np.asarray(total + self.noise_stddev(name) * self._normal(name, total.size).reshape(total.shape))
         if self.record is not None:
             self.record(name, total, noised)
@@ -58,9 +67,17 @@ class NoisedSums:
 
 def patient_sum(rows: Array, labels: Int64, patients: Int64, num_classes: int, clip_norm: float) -> Array:
     """(classes, width): each patient adds a vector of norm at most `clip_norm`. Rows that are not finite count as zero."""
+    return _class_sums(rows, labels, _image_weights(patients), num_classes, clip_norm)
+
+
+def _image_weights(patients: Int64) -> Array:
+    """One over the number of the patient's images, of each image."""
+    return np.asarray(1 / np.bincount(patients)[patients])
+
+
+def _class_sums(rows: Array, labels: Int64, weights: Array, num_classes: int, clip_norm: float) -> Array:
     rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
-    images_of = np.bincount(patients)
-    weighted = clipped(rows, clip_norm) / images_of[patients][:, None]
+    weighted = clipped(rows, clip_norm) * weights[:, None]
     total = np.zeros((num_classes, rows.shape[1]))
     for label in range(num_classes):
         total[label] = weighted[labels == label].sum(axis=0)

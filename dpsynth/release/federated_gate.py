@@ -190,7 +190,7 @@ def _of_rounds(record: SiteRecord, rounds: Sequence[int]) -> tuple[Mechanism, ..
 def _losses(mechanisms: Sequence[Mechanism]) -> list[tuple[float | str, ...]]:
     """What of mechanisms costs privacy. Clip norms come from public images, which two machines may compute with another last digit."""
     found: list[tuple[float | str, ...]] = []
-    for mechanism in mechanisms:
+    for mechanism in merged([_as_one(mechanism) for mechanism in mechanisms]):
         if isinstance(mechanism, MomentRelease):
             noise = [(query.name, mechanism.query_noise_multiplier(query.name)) for query in mechanism.queries]
             found += [(mechanism.kind, name, float(f"{multiplier:.9g}")) for name, multiplier in noise]

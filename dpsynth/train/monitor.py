@@ -38,7 +38,8 @@ class MomentMonitor:
         tests = {name: noise_finding(float(np.sum(row**2)), row.size) for name, row in blocks}
         worst = min(tests, key=lambda name: tests[name].statistic)
         p = min(1.0, tests[worst].statistic * len(tests))  # Bonferroni over the blocks
-        numbers = np.round(np.concatenate([row for _, row in blocks]), 6)
+        # To nine digits millions of different numbers are different, and one number on two sums is the same.
+        numbers = np.round(np.concatenate([row for _, row in blocks]), 9)
         repeated = 1 - len(np.unique(numbers)) / numbers.size
         detail = f"{worst}: {tests[worst].detail}; {repeated:.2%} of all noise numbers occur twice"
         return {"moments_noise": Finding(ok=p >= FALSE_ALARM and repeated < 0.2, detail=detail, statistic=p, threshold=FALSE_ALARM)}

@@ -23,7 +23,7 @@ from dpsynth.data.candidates import FILE, load_candidates, save_candidates, to_u
 from dpsynth.data.split import split_patients
 from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, SignatureError
 from dpsynth.privacy.accountant import epsilon_pld
-from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, merged, to_json
 from dpsynth.progress import silent
 from dpsynth.release.bundle import MANIFEST, SIGNATURE
 from dpsynth.release.statement import SiteStatement, open_site_statement, sign_site_statement, site_statement
@@ -135,6 +135,7 @@ def edited_record(joint: Joint, change: Callable[[dict[str, Any]], None]) -> Non
         (one_speaks_for_the_other, "signed with the key of north and speaks for south"),
         (half_the_epsilon, "south: it states epsilon"),
         (fewer_rounds, "south: its ledger states fewer rounds than it answered: 5 missing"),
+        (lambda joint: says(joint, "south", rounds=[0, 2, 3, 4, 5]), "south: its ledger states fewer rounds than it answered: 1 missing"),
         (fewer_steps, "south: its ledger booked other mechanisms than it was asked for"),
         (more_noise_than_asked, "south: its ledger booked other mechanisms than it was asked for"),
         (training_with("noise_multiplier", 2), "south: its ledger booked other mechanisms than it was asked for"),
@@ -176,6 +177,32 @@ def test_a_coordinator_that_counts_less_for_a_site_than_it_booked_is_found_out(j
     edited_record(joint, fewer)
     with pytest.raises(GateRefused, match="south: its ledger states rounds that were not counted for it: 5"):
         joint.release()
+
+
+def test_a_coordinator_that_leaves_a_query_of_the_moments_out_of_its_count_is_found_out(joint: Joint) -> None:
+    def fewer(value: dict[str, Any]) -> None:
+        south = next(site for site in value["sites"] if site["site"] == "south")
+        south["rounds"], south["answered"] = [0, 2, 3, 4, 5], [0, 2, 3, 4, 5]
+
+    edited_record(joint, fewer)
+    with pytest.raises(GateRefused, match="south: its ledger states rounds that were not counted for it: 1"):
+        joint.release()
+
+
+def test_a_query_that_was_never_answered_may_be_missing_with_its_mechanism_and_not_without(joint: Joint) -> None:
+    """The coordinator counts it all the same."""
+    rounds = [0, 1, 3, 4, 5]
+    edited_record(joint, lambda value: next(site for site in value["sites"] if site["site"] == "south").update({"answered": rounds}))
+    release, sgd = opened(joint, "south").booked
+    assert isinstance(release, MomentRelease)
+    booked = merged([*(release.alone(query.name) for query in release.queries if query.name != "energies"), sgd])
+    approvals = [joint.statement("north"), joint.statement("south")]
+    says(joint, "south", rounds=rounds)
+    with pytest.raises(GateRefused, match="south: its ledger booked other mechanisms than it was asked for"):
+        joint.release(approvals=approvals)
+    epsilon = epsilon_pld(booked, opened(joint, "south").delta)
+    says(joint, "south", rounds=rounds, mechanisms=[to_json(mechanism) for mechanism in booked], epsilon=epsilon)
+    assert joint.release(approvals=approvals, out="second").is_dir()
 
 
 @pytest.mark.parametrize(

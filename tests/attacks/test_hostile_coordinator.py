@@ -59,6 +59,12 @@ def test_a_plan_beyond_the_policy_is_refused(untouched: World, kind: str, change
     assert untouched.ask(kind, plan=untouched.changed(**changes)).code is code
 
 
+def test_a_study_that_trains_nothing_has_the_same_floor_for_the_noise_of_its_moments(untouched: World) -> None:
+    nothing = {"rounds": 0, "trainable": "none", "noise_multiplier": None}
+    assert untouched.ask("join", plan=untouched.changed(**nothing)).code is None
+    assert untouched.ask("moments", plan=untouched.changed(**nothing, moments_noise_multiplier=0.1)).code is Code.NOISE
+
+
 def test_an_app_that_the_site_has_not_approved_is_refused(untouched: World) -> None:
     untouched.sites["a"].write_policy(apps=["0" * 64])
     untouched.sites["a"].restart()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federation_cases import FACTS, Hospital, World, initial, study
+from federation_cases import FACTS, Hospital, World, initial, public_summaries, study
 
 from federated.coordinator import QuorumLost
 from federated.messages import Code, decode_reply, decode_request, encode_refusal, encode_reply
@@ -114,3 +114,21 @@ def test_an_answer_to_another_question_is_not_used(empty: World, tmp_path: Path)
     coordinator.run(initial(empty))
     assert "the answer is to another question" in (tmp_path / "study" / "events.jsonl").read_text()
     assert "c" not in coordinator.facts
+
+
+def test_a_site_cannot_grow_by_declaring_more_than_it_said_at_first(empty: World, tmp_path: Path) -> None:
+    """A thousand times the sums with a thousand times the declared patients: all of the moments would be the liar's."""
+    honest = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+
+    def grown(raw: bytes) -> bytes:
+        signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
+        _, arrays = decode_reply(honest["c"](raw), largest_bytes=1 << 30)
+        if signed.request.kind != "moments":
+            return encode_reply(request_sha256=signed.digest, facts=FACTS, arrays=arrays)
+        facts = FACTS.model_copy(update={"declared_patients": 1_000_000})
+        return encode_reply(request_sha256=signed.digest, facts=facts, arrays={SUMS: 1000 * arrays[SUMS]})
+
+    coordinator = study(empty, {**honest, "c": grown}, tmp_path / "study", rounds=0)
+    state = coordinator.run(initial(empty))
+    assert coordinator.answered.get("c", []) == []
+    assert state.arrays[MOMENTS + "counts"].sum() == pytest.approx(2 * len(public_summaries(empty.model).labels))

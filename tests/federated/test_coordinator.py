@@ -9,7 +9,7 @@ import pytest
 import torch
 from federation_cases import Handler, Hospital, World, initial, study
 
-from dpsynth.errors import ConfigError
+from dpsynth.errors import ArtifactError, ConfigError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd, merged
 from federated.combine import (
@@ -148,6 +148,47 @@ def test_a_refusal_after_which_the_round_may_be_booked_leaves_it_counted(empty: 
     coordinator.run(initial(empty))
     assert coordinator.asked["c"] == ALL
     assert coordinator.answered == {"a": ALL, "b": ALL, "c": [0, 1, 2, 3, 5]}
+
+
+def test_a_round_that_may_be_booked_stays_counted_whatever_is_said_of_it_later(empty: World, tmp_path: Path) -> None:
+    """No answer to the first question, and a refusal of the second: the first may have been booked."""
+    sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    honest, asked = sites["c"], []
+
+    def first_silent(raw: bytes) -> bytes:
+        signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
+        if signed.request.round != 4:
+            return honest(raw)
+        asked.append(raw)
+        return encode_refusal(Code.UNREACHABLE if len(asked) == 1 else Code.HOURS, request_sha256=signed.digest)
+
+    coordinator = study(empty, {**sites, "c": first_silent}, tmp_path / "study", quorum=3, retries=1)
+    with pytest.raises(QuorumLost, match="hours"):
+        coordinator.run(initial(empty))
+    assert len(asked) == 2
+    assert coordinator.asked["c"] == ALL[:-1]
+
+
+def test_a_refusal_of_another_question_uncounts_nothing(empty: World, tmp_path: Path) -> None:
+    sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    honest = sites["c"]
+
+    def old_refusal(raw: bytes) -> bytes:
+        signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
+        return encode_refusal(Code.HOURS, request_sha256="1" * 64) if signed.request.round == 4 else honest(raw)
+
+    coordinator = study(empty, {**sites, "c": old_refusal}, tmp_path / "study")
+    coordinator.run(initial(empty))
+    assert coordinator.asked["c"] == ALL
+    assert "the answer is to another question" in (tmp_path / "study" / "events.jsonl").read_text()
+
+
+def test_a_study_whose_count_is_lost_does_not_go_on(empty: World, tmp_path: Path) -> None:
+    sites = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    study(empty, sites, tmp_path / "study", rounds=0).run(initial(empty))
+    (tmp_path / "study" / "sites.json").unlink()
+    with pytest.raises(ArtifactError, match=r"sites\.json is missing"):
+        study(empty, sites, tmp_path / "study").run(initial(empty))
 
 
 def test_both_bounds_over_sites_are_those_of_their_mechanisms(empty: World, tmp_path: Path) -> None:

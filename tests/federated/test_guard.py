@@ -17,7 +17,9 @@ import federated.site as module
 from dpsynth.checks.accounting import ALWAYS, REQUIRED
 from dpsynth.data.split import split_patients
 from dpsynth.errors import ConfigError, SelfCheckFailed
+from dpsynth.model import moment_release
 from dpsynth.model.moment_release import QUERIES, Told, raw_counts, told_by
+from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.calibrate import mu_of
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, PoissonDpSgd, merged
 from dpsynth.privacy.noise import NoiseStream
@@ -300,3 +302,45 @@ def test_what_the_engine_proved_of_each_round_is_kept_for_the_checks(world: Worl
     assert all(found["ok"] for found in (*moments["findings"].values(), *train["findings"].values()))
     assert set(train["audits"]) == {"before training", "during training"}
     assert train["audits"]["during training"]["mechanism"]["steps"] == 2
+
+
+def test_every_round_has_a_key_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one key the noise of two rounds would be one noise, and their difference none."""
+    keys: list[bytes] = []
+    monkeypatch.setattr(module, "train_round", lambda *_, stream, **__: keys.append(stream._key) or {})
+    monkeypatch.setattr(module, "moments_round", lambda *_, stream, **__: keys.append(stream._key) or {})
+    for kind, number in (("moments", 0), ("moments", 1), ("train", 4), ("train", 5)):
+        assert world.ask(kind, number).outcome == "ok"
+    world.sites["a"].restart()
+    assert world.ask(study="second").outcome == "ok"
+    assert len(keys) == len(set(keys)) == 5
+
+
+def test_a_query_is_answered_once_whatever_its_message_is_called(world: World) -> None:
+    assert world.ask().outcome == "ok"
+    assert world.ask(message_id="again").code is Code.ORDER
+    assert world.ask("moments", 1).outcome == "ok"
+    assert world.ask("moments", 1, message_id="again-1").code is Code.ORDER
+    assert len(reserve_lines(world.sites["a"])) == 2
+
+
+def test_what_a_study_may_spend_adds_up_over_its_rounds(world: World) -> None:
+    site, first = world.sites["a"], world.model.release(world.plan)
+    two = epsilon_pld([first.alone(query) for query in QUERIES[:2]], 1e-5)
+    site.write_policy(study_epsilon=two * 1.01)
+    site.restart()
+    assert [world.ask("moments", number).code for number in range(4)] == [None, None, Code.STUDY_BUDGET, Code.STUDY_BUDGET]
+
+
+def test_memory_of_a_round_does_not_tell_how_many_patients_there_are(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator says how wide the rows of a query are; for all rows at once one hospital would have room and another none."""
+    seen: list[int] = []
+    real = moment_release.rows_of
+    monkeypatch.setattr(
+        moment_release, "rows_of", lambda query, images, *rest: seen.append(len(images.labels)) or real(query, images, *rest)
+    )
+    monkeypatch.setattr("dpsynth.model.noised_sums._AT_ONCE", 16)
+    for number in range(4):
+        assert world.ask("moments", number).outcome == "ok"
+    assert max(seen) == 16
+    assert sum(seen) > 4 * 60

@@ -56,12 +56,14 @@ TRAINED = {"findings": dict.fromkeys(REQUIRED, GOOD), "audits": {BEFORE: AUDIT, 
 ROUNDS = (0, 1, 4, 5)  # two queries of the moments, two rounds of training
 
 
-def charge(number: int) -> tuple[int, Charge]:
-    kept = {"purpose": "x", "config_sha256": "", "mechanisms": (ROUND,), "settled": True}
+def charge(number: int, *, settled: bool = True) -> tuple[int, Charge]:
+    kept = {"purpose": "x", "config_sha256": "", "mechanisms": (ROUND,), "settled": settled}
     return number, Charge(reservation=str(number), line=number, time=0.0, run_id=f"study/{number}/m-{number}", **kept)
 
 
-def proofs(tmp_path: Path, *, answers: dict[int, bytes | None], found: dict[int, dict[str, object]]) -> Proofs:
+def proofs(
+    tmp_path: Path, *, answers: dict[int, bytes | None], found: dict[int, dict[str, object]], open_rounds: tuple[int, ...] = ()
+) -> Proofs:
     study = Study(tmp_path)
     for number, reply in answers.items():
         message = study.message(f"m-{number}")
@@ -70,7 +72,7 @@ def proofs(tmp_path: Path, *, answers: dict[int, bytes | None], found: dict[int,
             message.note_proof(found[number])
         if reply is not None:
             message.answer("d" * 64, reply)
-    return proofs_of(study, [charge(number) for number in ROUNDS], largest_bytes=1 << 20)
+    return proofs_of(study, [charge(number, settled=number not in open_rounds) for number in ROUNDS], largest_bytes=1 << 20)
 
 
 FACTS = {"unit": "patient", "declared_patients": 1, "max_images_per_patient": 1, "delta": 1e-5, "charged": (), "ledger_epsilon": 1.0}
@@ -106,6 +108,19 @@ def test_the_worst_round_counts_and_a_round_that_lacks_a_proof_leaves_a_gap(tmp_
 
 def test_a_round_that_was_refused_or_cut_off_released_nothing_and_needs_no_proof(tmp_path: Path) -> None:
     failed = encode_refusal(Code.FAILED, request_sha256="0" * 64)
-    found = proofs(tmp_path, answers={0: failed, 1: failed, 4: given(), 5: None}, found={4: TRAINED})
+    found = proofs(tmp_path, answers={0: failed, 1: failed, 4: given(), 5: None}, found={4: TRAINED}, open_rounds=(5,))
     assert set(found.selfcheck) == {*ALWAYS, *REQUIRED}
     assert "released no moments" in found.selfcheck[ALWAYS[0]]["detail"]
+
+
+def test_a_closed_charge_whose_answer_is_gone_needs_a_proof(tmp_path: Path) -> None:
+    """It was kept, so it may have left; whoever deletes it and its proof hides what the noise was."""
+    moments = {"findings": dict.fromkeys(ALWAYS, GOOD), "audits": {}}
+    found = proofs(tmp_path, answers={0: given(), 1: None, 4: given(), 5: given()}, found={0: moments, 4: TRAINED, 5: TRAINED})
+    assert set(found.selfcheck) == set(REQUIRED)
+
+
+def test_a_query_without_its_noise_is_not_hidden_by_a_later_one(tmp_path: Path) -> None:
+    good, bad = ({"findings": {key: {**GOOD, "ok": ok} for key in ALWAYS}, "audits": {}} for ok in (True, False))
+    found = proofs(tmp_path, answers=dict.fromkeys(ROUNDS, given()), found={0: bad, 1: good, 4: TRAINED, 5: TRAINED})
+    assert not any(found.selfcheck[name]["ok"] for name in ALWAYS)

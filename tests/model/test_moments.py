@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -89,8 +90,8 @@ class _Sums:
     def __init__(self, answers: dict[str, np.ndarray] | None) -> None:
         self.answers, self.seen = answers, {}
 
-    def __call__(self, release: object, name: str, rows: np.ndarray, clip_norm: float) -> np.ndarray:
-        total = patient_sum(rows, release.labels, release.patients, release.num_classes, clip_norm)  # type: ignore[attr-defined]
+    def __call__(self, release: object, name: str, rows: Callable[[slice], np.ndarray], clip_norm: float) -> np.ndarray:
+        total = patient_sum(rows(slice(None)), release.labels, release.patients, release.num_classes, clip_norm)  # type: ignore[attr-defined]
         self.seen[name] = total
         return total if self.answers is None else self.answers[name]
 
@@ -170,7 +171,7 @@ def noise_p(noise_multiplier: float, claimed: MomentRelease) -> float:
         release = NoisedSums(labels=labels, patients=np.arange(50), num_classes=classes, mechanism=booked(noise_multiplier), stream=stream)
         for query in moment_queries(REFERENCE):
             exact = patient_sum(rows, labels, np.arange(50), classes, query.clip_norm)
-            draws.append((release.noised_sum(query.name, rows, query.clip_norm) - exact) / claimed.noise_stddev(query.name))
+            draws.append((release.noised_sum(query.name, rows.__getitem__, query.clip_norm) - exact) / claimed.noise_stddev(query.name))
     groups = len(moment_queries(REFERENCE)) * classes
     blocks = np.array(draws).reshape(60, groups, 40).transpose(1, 0, 2).reshape(groups, -1)
     correlation = np.corrcoef(blocks) - np.eye(len(blocks))
