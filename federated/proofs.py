@@ -28,7 +28,7 @@ class Proofs:
 def proofs_of(study: Study, charges: Sequence[tuple[int, Charge]], *, largest_bytes: int) -> Proofs:
     """Of each name the worst finding; the canaries of all rounds together.
 
-    Rounds whose kept answer is a refusal, or that have none, released nothing, so they prove nothing and lack nothing.
+    Rounds whose kept answer is a refusal, or that are open and have none, released nothing, so they prove nothing and lack nothing.
     """
     rounds = [(number, charge.settled, study.message(charge.run_id.split("/")[2])) for number, charge in charges]
     found = [(number, message.proof() or {}) for number, settled, message in rounds if _may_be_released(message, settled, largest_bytes)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dpsynth.config import Config, DataConfig, PretrainConfig
 from dpsynth.data.split import Split
 from dpsynth.model.denoiser import Denoiser
-from dpsynth.model.moment_release import Summaries, Told, fewest_axes, moment_queries, rows_by_part, told_before, width_of
+from dpsynth.model.moment_release import Summaries, Told, fewest_axes, moment_queries, noised_answer, told_before, width_of
 from dpsynth.model.moments import Moments, PublicReference, frequencies, public_reference
 from dpsynth.model.noised_sums import NoisedSums
 from dpsynth.privacy.audit import BEFORE, DURING, Audit
@@ -68,7 +68,7 @@ class Model:
         axes = float(values.pop("axes")[0]) if "axes" in values else None
         low = len(self.reference.principal.variances)
         impossible = [
-            axes is not None and not (axes.is_integer() and fewest_axes(self.reference) <= axes <= low),
+            axes is not None and not (axes.is_integer() and fewest_axes(low) <= axes <= low),
             "counts" in values and (values["counts"].min() < 0 or not values["counts"].any()),
             any(values[name].min() < _SMALLEST_RATIO for name in ("scales", "energies") if name in values),
         ]
@@ -187,7 +187,7 @@ def moments_round(
         record=monitor.record,
     )
     images = Summaries.of(training.images, training.labels, model.reference)
-    sums = release.noised_sum(query.name, rows_by_part(query.name, images, told, model.reference), query.clip_norm)
+    sums = noised_answer(query, images, told, model.reference, release)
     findings = monitor.findings()
     record(Proof(findings=findings, audits={}))
     selfcheck.require(findings, consequence="the charge stays")

@@ -147,7 +147,7 @@ def told_body(model: Model, number: int) -> dict[str, np.ndarray]:
     patients = np.arange(len(images.labels))
     for query in moment_queries(model.reference)[:number]:
         rows = rows_of(query.name, images, told, model.reference)
-        sums = patient_sum(rows, images.labels, patients, len(cells), query.clip_norm)
+        sums = patient_sum(rows.__getitem__, images.labels, patients, len(cells), query.clip_norm)
         told = told_by(query.name, sums, told, cells, model.reference, lambda _: 0.01)
     return told_arrays(told)
 
@@ -207,7 +207,7 @@ class Hospital:
         model, query = self.world.model, moment_queries(self.world.model.reference)[number]
         images = public_summaries(model)
         rows = rows_of(query.name, images, model.told(arrays, query.name), model.reference)
-        return patient_sum(rows, images.labels, np.arange(len(rows)), len(model.config.data.cells), query.clip_norm)
+        return patient_sum(rows.__getitem__, images.labels, np.arange(len(rows)), len(model.config.data.cells), query.clip_norm)
 
 
 def study(world: World, handlers: Mapping[str, Handler], folder: Path, **changes: object) -> Coordinator:

@@ -59,9 +59,9 @@ class Told:
 
     @property
     def size(self) -> float:
-        """Energy of all patients' residuals beside the public one; NaN where counts are all zero."""
+        """Energy of all patients' residuals beside the public one."""
         counts, energies = _known(self.counts), _known(self.energies)
-        return float(counts @ energies[:, -1] / counts.sum()) if counts.sum() else float("nan")
+        return float(counts @ energies[:, -1] / counts.sum())
 
     def moments(self, reference: PublicReference) -> Moments:
         """All of it as moments, once the last query has been told."""
@@ -95,15 +95,20 @@ def told_before(query: str, num_classes: int, reference: PublicReference) -> dic
     return {name: shape for earlier in QUERIES[: QUERIES.index(query)] for name, shape in shapes[earlier].items()}
 
 
-def fewest_axes(reference: PublicReference) -> int:
-    """Axes along which second moments are taken at least, so that the noise on them can be told."""
-    return min(_FEWEST_AXES, len(reference.principal.variances))
+def fewest_axes(all_axes: int) -> int:
+    """Along how many of so many axes second moments are taken at least, so that the noise on them can be told."""
+    return min(_FEWEST_AXES, all_axes)
+
+
+def _count_number(reference: PublicReference) -> float:
+    """What a patient adds to the count, beside sums of low frequencies."""
+    return COUNT_WEIGHT * reference.clip_low
 
 
 def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
     """The queries of the release with their clip norms."""
     norms = {
-        "means": float(np.hypot(COUNT_WEIGHT * reference.clip_low, reference.clip_low)),
+        "means": float(np.hypot(_count_number(reference), reference.clip_low)),
         "scales": reference.clip_scales,
         "energies": reference.clip_energies,
         "second_moments": reference.clip_second_moments,
@@ -113,7 +118,7 @@ def moment_queries(reference: PublicReference) -> tuple[GaussianQuery, ...]:
 
 def count_stddev(mechanism: MomentRelease, reference: PublicReference) -> float:
     """Standard deviation of the noise on the count of each class, in patients."""
-    return mechanism.noise_stddev("means") / (COUNT_WEIGHT * reference.clip_low)
+    return mechanism.noise_stddev("means") / _count_number(reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +156,9 @@ def rows_of(query: str, images: Summaries, told: Told, reference: PublicReferenc
         return ask[query](images, told, reference)
 
 
-def rows_by_part(query: str, images: Summaries, told: Told, reference: PublicReference) -> Callable[[slice], Array]:
-    """`rows_of` for a part of the images at a time."""
-    return lambda part: rows_of(query, images.part(part), told, reference)
+def noised_answer(query: GaussianQuery, images: Summaries, told: Told, reference: PublicReference, release: NoisedSums) -> Array:
+    """The noised sums (classes, width) of a query over all patients."""
+    return release.noised_sum(query.name, lambda part: rows_of(query.name, images.part(part), told, reference), query.clip_norm)
 
 
 def width_of(query: str, told: Told, reference: PublicReference) -> int:
@@ -202,14 +207,14 @@ def release_moments(
     groups = np.arange(num_classes) if labels_of_cells is None else labels_of_cells
     found, told = Summaries.of(images, labels, reference), Told()
     for query in moment_queries(reference):
-        sums = release.noised_sum(query.name, rows_by_part(query.name, found, told, reference), query.clip_norm)
+        sums = noised_answer(query, found, told, reference, release)
         told = told_by(query.name, sums, told, groups, reference, release.noise_stddev)
     return told.moments(reference)
 
 
 def _rows_of_means(images: Summaries, _: Told, reference: PublicReference) -> Array:
     kept = clipped(reference.principal.shaped(images.low - reference.centre), reference.clip_low)
-    return np.concatenate([np.full((len(kept), 1), COUNT_WEIGHT * reference.clip_low), kept], axis=1)
+    return np.concatenate([np.full((len(kept), 1), _count_number(reference)), kept], axis=1)
 
 
 def counts_of(raw: Array, *, stddev: float) -> Array:
@@ -219,12 +224,12 @@ def counts_of(raw: Array, *, stddev: float) -> Array:
 
 def raw_counts(sums: Array, reference: PublicReference) -> Array:
     """Noisy counts (classes,) in the noised sums of the means; negative ones are left so."""
-    return np.asarray(sums[:, 0] / (COUNT_WEIGHT * reference.clip_low))
+    return np.asarray(sums[:, 0] / _count_number(reference))
 
 
 def _means(sums: Array, groups: Int64, reference: PublicReference, stddev: float) -> tuple[Array, Array]:
     """Counts (classes,) and means (classes, low)."""
-    weight = COUNT_WEIGHT * reference.clip_low
+    weight = _count_number(reference)
     counts = counts_of(raw_counts(sums, reference), stddev=stddev / weight)
     joined, count = joined_sum(sums[:, 1:], counts)
     uncertain_count = (stddev / weight * joined / max(count, 1e-12)) ** 2
@@ -302,4 +307,4 @@ def _axes_above(noise_multiplier: float, variances: Array, *, patients: float) -
     """
     falling = variances[::-1]
     expected = patients * falling / np.cumsum(falling)  # of vectors as long as the clip norm, in units of its square
-    return max(min(_FEWEST_AXES, len(variances)), int(np.count_nonzero(expected >= _ABOVE_NOISE * noise_multiplier)))
+    return max(fewest_axes(len(variances)), int(np.count_nonzero(expected >= _ABOVE_NOISE * noise_multiplier)))

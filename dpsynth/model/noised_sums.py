@@ -42,16 +42,10 @@ class NoisedSums:
             raise ValueError("Expected a mechanism and a noise stream, or neither.")
 
     def noised_sum(self, name: str, rows: Callable[[slice], Array], clip_norm: float) -> Array:
-        """Sum over patients of the mean over their rows of class-indexed, clipped vectors: (classes, width).
-
-        rows: those of a part of the images, (images, width); a few are asked for at a time.
-        """
+        """Sum over patients of the mean over their rows of class-indexed, clipped vectors: (classes, width). rows: as for `patient_sum`."""
         if self.mechanism is not None and clip_norm != self.mechanism.query(name).clip_norm:
             raise ValueError(f"The clip norm of query {name!r} is not the booked one.")
-        weights = _image_weights(self.patients)
-        parts = [slice(start, start + _AT_ONCE) for start in range(0, max(len(self.labels), 1), _AT_ONCE)]
-        sums = (_class_sums(rows(part), self.labels[part], weights[part], self.num_classes, clip_norm) for part in parts)
-        total = reduce(np.add, sums)
+        total = patient_sum(rows, self.labels, self.patients, self.num_classes, clip_norm)
         noised = np.asarray(total + self.noise_stddev(name) * self._normal(name, total.size).reshape(total.shape))
         if self.record is not None:
             self.record(name, total, noised)
@@ -65,23 +59,20 @@ class NoisedSums:
         return np.zeros(size) if self.stream is None else self.stream.normal(f"moments/{name}", 0, size)
 
 
-def patient_sum(rows: Array, labels: Int64, patients: Int64, num_classes: int, clip_norm: float) -> Array:
-    """(classes, width): each patient adds a vector of norm at most `clip_norm`. Rows that are not finite count as zero."""
-    return _class_sums(rows, labels, _image_weights(patients), num_classes, clip_norm)
+def patient_sum(rows: Callable[[slice], Array], labels: Int64, patients: Int64, num_classes: int, clip_norm: float) -> Array:
+    """(classes, width): each patient adds a vector of norm at most `clip_norm`. Rows that are not finite count as zero.
 
-
-def _image_weights(patients: Int64) -> Array:
-    """One over the number of the patient's images, of each image."""
-    return np.asarray(1 / np.bincount(patients)[patients])
+    rows: those of a part of the images, (images, width); a few are asked for at a time.
+    """
+    weights = 1 / np.bincount(patients)[patients]
+    parts = [slice(start, start + _AT_ONCE) for start in range(0, max(len(labels), 1), _AT_ONCE)]
+    return reduce(np.add, (_class_sums(rows(part), labels[part], weights[part], num_classes, clip_norm) for part in parts))
 
 
 def _class_sums(rows: Array, labels: Int64, weights: Array, num_classes: int, clip_norm: float) -> Array:
     rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
     weighted = clipped(rows, clip_norm) * weights[:, None]
-    total = np.zeros((num_classes, rows.shape[1]))
-    for label in range(num_classes):
-        total[label] = weighted[labels == label].sum(axis=0)
-    return total
+    return np.stack([weighted[labels == label].sum(axis=0) for label in range(num_classes)])
 
 
 def clipped(rows: Array, norm: float) -> Array:

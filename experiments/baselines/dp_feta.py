@@ -68,7 +68,7 @@ def group_sums(task: Task, groups: Int64, number: int) -> Array:
     clipped = halved * np.minimum(1.0, norm / np.maximum(np.linalg.norm(halved, axis=1, keepdims=True), 1e-12))
     rows = np.concatenate([np.full((len(clipped), 1), COUNT_WEIGHT * norm), clipped], axis=1)
     cells = task.training.labels * number + groups[task.training.patients]
-    return patient_sum(rows, cells, task.training.patients, task.classes * number, query_norm(task.shape))
+    return patient_sum(rows.__getitem__, cells, task.training.patients, task.classes * number, query_norm(task.shape))
 
 
 def central_images(task: Task, release: MomentRelease) -> tuple[Float32, Int64, Array]:

@@ -40,7 +40,7 @@ def embedding_sums(task: Task, embedding: Embedding) -> Array:
     """Sums over patients (classes, 1 + FEATURES) of the weighted count and the embedding of a class's images."""
     parts = [embedding(part).double().numpy() for part in torch.split(torch.from_numpy(task.training.images), 512)]
     rows = np.concatenate([np.full((len(task.training.images), 1), COUNT_WEIGHT), np.concatenate(parts)], axis=1)
-    return patient_sum(rows, task.training.labels, task.training.patients, task.classes, query_norm())
+    return patient_sum(rows.__getitem__, task.training.labels, task.training.patients, task.classes, query_norm())
 
 
 def query_norm() -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federation_cases import Site, World, config, new_site
+from federation_cases import Site, World, config, new_site, told_body
 
 import federated.site as module
 from dpsynth.checks.accounting import ALWAYS, REQUIRED
@@ -29,7 +29,7 @@ from dpsynth.train.monitor import MomentMonitor, Monitor
 from dpsynth.train.run import noised_moments, standard_moments
 from dpsynth.train.selfcheck import Finding
 from federated import rounds
-from federated.messages import Code, decode_reply
+from federated.messages import Code, decode_reply, decode_request
 from federated.policy import config_of
 from federated.rounds import NET, SUMS, told_arrays
 
@@ -344,3 +344,17 @@ def test_memory_of_a_round_does_not_tell_how_many_patients_there_are(world: Worl
         assert world.ask("moments", number).outcome == "ok"
     assert max(seen) == 16
     assert sum(seen) > 4 * 60
+
+
+def test_a_round_goes_on_only_with_the_request_that_it_was_charged_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another question its noise would be used twice; the ledger knows which one it was, whatever the guard's other files say."""
+    site = world.sites["a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "moments_round", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+        assert world.ask("moments", 1).code is Code.FAILED
+    other = {**told_body(world.model, 1), "told.mean": np.zeros_like(told_body(world.model, 1)["told.mean"])}
+    raw = world.request("moments", 1, arrays=other)
+    digest = decode_request(raw, coordinators=(world.private.public_key(),), largest_bytes=len(raw)).digest
+    (kept,) = site.policy.state.rglob("request")
+    kept.write_text(digest)
+    assert world.tell(raw).code is Code.LOST
