@@ -17,6 +17,7 @@ from dpsynth.checks.run import check
 from dpsynth.errors import ArtifactError
 from dpsynth.generate import generate
 from dpsynth.model.generator import Generator
+from dpsynth.model.moment_release import count_stddev
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.progress import silent
@@ -39,6 +40,8 @@ def test_three_sites_train_a_generator_together(new_world: Callable[..., object]
     assert 9 < guarantee.epsilon <= 10
     assert generate(tmp_path / "run", progress=silent).count == 500
     generator = Generator.load(tmp_path / "run" / "train")
+    of_one = count_stddev(world.model.release(world.plan), world.model.reference)
+    assert generator.count_stddev == pytest.approx(of_one * 3**0.5), "small cells are named by the noise of all three sites"
     counted = replace(generator, gains=None).with_released_detail(world.federation.config.generate, progress=silent)
     np.testing.assert_array_equal(generator.gains, counted.gains)
     with pytest.raises(ArtifactError, match="do not take such a run"):
