@@ -128,6 +128,7 @@ def plan_of(federation: Federation) -> Plan:
     """The plan that goes to every site. Raises ConfigError."""
     config, (release, sgd) = federation.config, planned(federation)
     values: dict[str, Any] = {
+        "sites": federation.sites,
         "classes": config.data.classes,
         "attributes": config.data.cells.attributes,
         "spatial_shape": config.data.spatial_shape,

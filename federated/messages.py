@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpsynth.errors import RefusedError, SignatureError
 from dpsynth.model.moment_release import QUERIES
+from dpsynth.release.statement import plan_digest
 from dpsynth.signing import STATEMENT_TYPE, key_id, sign_statement, verify_envelope
 
 FIRST_TRAINING = len(QUERIES)  # number of the first round of DP-SGD; round n before it asks for query n of the moments
@@ -117,8 +118,12 @@ class _Message(BaseModel):
 
 
 class Plan(_Message):
-    """What a study wants of every site, fixed with its first message: data layout, model, and the mechanisms of all rounds."""
+    """What a study wants of every site, fixed with its first message: data layout, model, and the mechanisms of all rounds.
 
+    sites: who is asked. Each site's statement is bound to the digest, so none of them can be left out of the record afterwards.
+    """
+
+    sites: tuple[Name, ...] = Field(min_length=1, max_length=200)
     classes: tuple[Annotated[str, Field(min_length=1, max_length=80)], ...] = Field(min_length=1, max_length=64)
     attributes: tuple[tuple[str, tuple[str, ...]], ...] = Field(max_length=16)
     spatial_shape: tuple[Count, ...] = Field(min_length=2, max_length=3)
@@ -148,7 +153,7 @@ class Plan(_Message):
     @property
     def digest(self) -> str:
         """SHA-256 of its JSON form."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return plan_digest(self.model_dump(mode="json"))
 
 
 class ArraySpec(_Message):
@@ -180,7 +185,7 @@ class _WithArrays(_Message):
 class Request(_WithArrays):
     """One question to one site: round by round the queries of the moments, then DP-SGD; join touches no data and costs nothing."""
 
-    protocol: Literal[2] = 2
+    protocol: Literal[3] = 3
     kind: Literal["join", "moments", "train"]
     study: Name
     site: Name
@@ -190,9 +195,11 @@ class Request(_WithArrays):
     body_sha256: Digest
 
     @model_validator(mode="after")
-    def _round_of_kind(self) -> Request:
+    def _of_kind_and_plan(self) -> Request:
         if (self.kind == "train") != (self.round >= FIRST_TRAINING) or (self.kind == "join" and self.round > 0):
             raise ValueError(f"join has round 0, moments have rounds up to {FIRST_TRAINING - 1}, train has the later ones")
+        if self.site not in self.plan.sites:
+            raise ValueError("the plan does not name the site")
         return self
 
 
@@ -210,7 +217,7 @@ class Facts(_Message):
 class Reply(_WithArrays):
     """A guard's answer. What it says of the ledger is a claim; the record is the ledger."""
 
-    protocol: Literal[2] = 2
+    protocol: Literal[3] = 3
     outcome: Literal["ok", "refused"]
     code: Code | None
     reason: str

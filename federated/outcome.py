@@ -79,11 +79,9 @@ def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> 
         }
         for site in by_site
     ]
-    plan = coordinator.plan
     facts = {
         "study": federation.study,
-        "plan": plan.model_dump(mode="json"),
-        "plan_sha256": plan.digest,
+        "plan": coordinator.plan.model_dump(mode="json"),
         "rounds": state.round + 1 - FIRST_TRAINING,
         "spending": spent.to_json(),
         "sites": sites,

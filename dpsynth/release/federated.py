@@ -101,8 +101,7 @@ def _page(run: RunFolder, config: Config, candidates: Candidates, question: Site
         count=len(candidates.images),
         site=False,
         cells=[asdict(row) for row in load_cell_rows(run)],
-        sites=sites.rows(),
-        overlapping=question.run.spending.overlapping,
+        federation=sites.view(),
         provenance={"images (SHA-256)": question.images_sha256, "study": question.run.study, "plan (SHA-256)": question.run.plan_sha256},
     )
     return render(view, images=candidates.images, labels=candidates.labels, classes=config.data.classes)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpsynth.artifacts import json_bytes
 from dpsynth.checks.family import needed
@@ -21,7 +21,7 @@ from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import Mechanism, MomentRelease, PoissonDpSgd, from_json, merged
 from dpsynth.release.gate import Allowed, Refused
-from dpsynth.release.statement import Digest, Name, SiteStatement
+from dpsynth.release.statement import Name, SiteStatement, plan_digest
 
 _TOLERANCE = 1e-3  # between two computations of one epsilon
 _REFUSING = ("fail", "inconclusive")
@@ -59,9 +59,27 @@ class FederatedRun(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     study: Name
-    plan_sha256: Digest
+    plan: dict[str, Any]
     sites: tuple[SiteRecord, ...]
     spending: Spending
+
+    @model_validator(mode="after")
+    def _with_named_sites(self) -> FederatedRun:
+        named = self.plan.get("sites")
+        if not isinstance(named, list) or not {site.site for site in self.sites} <= {str(name) for name in named}:
+            raise ValueError("the plan does not name every site of the record")
+        return self
+
+    @property
+    def plan_sha256(self) -> str:
+        """Digest of the plan, to which every site's statement is bound, and with it to the names of all sites."""
+        return plan_digest(self.plan)
+
+    @property
+    def uncharged(self) -> tuple[str, ...]:
+        """Sites that the plan names and that were asked for nothing, or refused everything, by the coordinator's count."""
+        charged = {site.site for site in self.charged}
+        return tuple(str(name) for name in self.plan["sites"] if name not in charged)
 
     @property
     def charged(self) -> tuple[SiteRecord, ...]:

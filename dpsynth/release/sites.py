@@ -1,6 +1,7 @@
 """The hospitals of a federated release: their signed statements going in, lying in the bundle, and verified by whoever has it.
 
-federation.json         what the coordinator counted: by site the rounds and mechanisms, epsilon of one site and of all together
+federation.json         the plan that the sites signed for, which names them all, and what the coordinator counted: by site the rounds and
+                        mechanisms, epsilon of one site and of all together
 sites/NAME.dsse.json    the site's signed statement
 sites/NAME.pub          its public key, by which the statement is verified; compare it with the one that the site gives out
 """
@@ -65,11 +66,16 @@ class FederatedSites:
         found = [f"{row['site']}: epsilon {row['epsilon']:.2f} in this study; approved these images" for row in self.rows()]
         return [
             *found,
+            *(f"{name}: named in the study, and not asked for anything by the coordinator's count" for name in self.run.uncharged),
             f"a patient of one site loses epsilon {spent.disjoint:.2f} at most, one whom all sites hold {spent.overlapping:.2f}",
         ]
 
+    def view(self) -> dict[str, Any]:
+        """For the report."""
+        return {"sites": self.rows(), "uncharged": list(self.run.uncharged), "overlapping": self.run.spending.overlapping}
+
     def rows(self) -> list[dict[str, Any]]:
-        """For the report, a row for each site."""
+        """A row for each site that spoke."""
         return [
             {
                 "site": name,
@@ -123,6 +129,11 @@ def _claimed_key(envelope: object) -> str:
         return str(envelope["signatures"][0]["keyid"])  # type: ignore[index]
     except (KeyError, IndexError, TypeError):
         return ""
+
+
+def uncharged_of(folder: Path) -> tuple[str, ...]:
+    """Sites that a bundle's study names and that were asked for nothing, by the coordinator's count. Raises ArtifactError."""
+    return federated_run(read_json(folder / RECORD)).uncharged if (folder / RECORD).is_file() else ()
 
 
 def statements_of(folder: Path) -> dict[str, SiteStatement]:

@@ -6,6 +6,8 @@ listed here is refused. What the checks measured on patients has no place to sta
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -83,6 +85,11 @@ class SiteStatement(BaseModel):
     def epsilons(self) -> tuple[float, float]:
         """epsilon and ledger_epsilon as numbers."""
         return float(self.epsilon), float(self.ledger_epsilon)
+
+
+def plan_digest(plan: Mapping[str, Any]) -> str:
+    """SHA-256 by which a statement names the plan of its study, given as JSON has it."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def plain(epsilon: float) -> float | str:

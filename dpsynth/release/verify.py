@@ -14,7 +14,7 @@ from dpsynth.errors import ArtifactError, SignatureError
 from dpsynth.privacy.guarantee import Guarantee, round_up
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.release.bundle import MANIFEST, PREDICATE_TYPE, SIGNATURE, release_files
-from dpsynth.release.sites import SITES, site_problems, statements_of
+from dpsynth.release.sites import SITES, site_problems, statements_of, uncharged_of
 from dpsynth.signing import key_id, load_public, verify_envelope
 
 
@@ -43,6 +43,10 @@ def verified(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | Non
     sites = [
         f"site       {site} approved these images; key {identity[:16]}, {'as you have it' if site in names else 'as the release names it'}"
         for site, identity in sorted(statement["predicate"].get(SITES, {}).items())
+    ]
+    sites += [
+        f"site       {_printable(site)} is named in the study; the coordinator says that it released nothing"
+        for site in uncharged_of(folder)
     ]
     return [
         f"release    {_printable(title)!r}, {statement['predicate']['release']}, {statement['predicate']['images']} synthetic images",

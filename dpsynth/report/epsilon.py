@@ -49,15 +49,15 @@ def epsilon_report(
     site: bool,
     provenance: Mapping[str, str],
     cells: Sequence[Mapping[str, Any]] = (),
-    sites: Sequence[Mapping[str, Any]] = (),
-    overlapping: float = 0.0,
+    federation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The view model. `site=False` makes the public card, in which non-public verdicts keep only their outcome.
 
     required: names of the checks without which the policy releases nothing. decision: {"allowed": bool, "reasons": [...]}.
     budget: the ledger's {"epsilon", "delta", "spent", "left", "gate_attempts", "max_gate_attempts"}; none when there are several ledgers.
     cells: of a generator with attributes, rows of {"name", "noisy_patients", "stddev", "images"}.
-    sites: of images that several hospitals trained, a row for each with its word; overlapping: epsilon of a patient whom all hold.
+    federation: of images that several hospitals trained: {"sites": a row for each with its word, "uncharged": names of those that were
+    asked for nothing, "overlapping": epsilon of a patient whom all hold}.
     """
     private = math.isfinite(guarantee.epsilon)
     return {
@@ -93,8 +93,7 @@ def epsilon_report(
         "lower_bounds": _lower_bounds(verdicts, guarantee) if site else [],
         "cells": [{**row, "small": row["noisy_patients"] < FEWEST_PATIENTS} for row in cells],
         "fewest_patients": FEWEST_PATIENTS,
-        "sites": [dict(row) for row in sites],
-        "overlapping": overlapping,
+        **({"sites": [], "uncharged": [], "overlapping": 0.0} if federation is None else federation),
         "decision": dict(decision),
         "provenance": dict(provenance),
     }

@@ -27,7 +27,7 @@ from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, merged, to_j
 from dpsynth.progress import silent
 from dpsynth.release.bundle import MANIFEST, SIGNATURE
 from dpsynth.release.statement import SiteStatement, open_site_statement, sign_site_statement, site_statement
-from dpsynth.release.verify import ledger_anchors, verify
+from dpsynth.release.verify import ledger_anchors, verified, verify
 from dpsynth.signing import generate_key, load_private, load_public, sign_statement, verify_envelope
 from federated.candidates import pack
 from federated.policy import load_policy
@@ -298,7 +298,8 @@ def test_candidates_of_a_study_that_the_site_never_joined_are_not_checked(joint:
 
 def test_candidates_of_another_plan_are_not_checked(joint: Joint) -> None:
     record = joint.run / "train" / "federation.json"
-    write_json(record, {**read_json(record), "plan_sha256": "0" * 64})
+    known = read_json(record)
+    write_json(record, {**known, "plan": {**known["plan"], "learning_rate": 0.5}})
     RunFolder.open(joint.run).complete("train", facts={})
     sealed(joint)
     joint.candidates.unlink()
@@ -491,6 +492,38 @@ def test_a_site_that_was_left_out_of_the_bundle_is_missed(joint: Joint, out: Pat
     resigned(joint, out, "federation.json")
     problems = verify(out, joint.coordinator_key.with_name("signing.pub"))
     assert "sites: south: it speaks for a study in which it was not charged" in problems
+
+
+def without_south(value: dict[str, Any]) -> None:
+    """Out of the coordinator's count, with what it was charged; what the rest claims is made to fit."""
+    value["sites"] = [site for site in value["sites"] if site["site"] != "south"]
+    value["spending"]["overlapping"] = value["spending"]["disjoint"]
+
+
+def test_a_refusing_site_cannot_be_taken_out_of_the_study_unseen(joint: Joint) -> None:
+    """Its name is in the plan to which the other sites' statements are bound, so a plan without it is not the one that they approved."""
+    key = joint.coordinator_key.with_name("signing.pub")
+    assert not any("is named in the study" in line for line in verified(joint.release(out="whole"), key))
+    edited_record(joint, without_south)
+    out = joint.release(approvals=[joint.statement("north")])
+    assert verify(out, key) == []
+    assert any("south is named in the study" in line for line in verified(out, key))
+    assert "Named in the study, without a word here: south." in (out / "report.html").read_text()
+    assert "south: named in the study" in (out / "README.md").read_text()
+
+    def unnamed(value: dict[str, Any]) -> None:
+        without_south(value)
+        value["plan"]["sites"] = ["north"]
+
+    edited_record(joint, unnamed)
+    with pytest.raises(GateRefused, match="north: its statement is about another study or plan"):
+        joint.release(approvals=[joint.statement("north")], out="again")
+
+
+def test_a_record_of_a_site_that_the_plan_does_not_name_is_none(joint: Joint) -> None:
+    edited_record(joint, lambda value: value["plan"].update(sites=["north"]))
+    with pytest.raises(ArtifactError, match="record of a federated study"):
+        joint.release()
 
 
 def test_another_key_beside_the_statement_is_named(joint: Joint, out: Path) -> None:

@@ -270,7 +270,7 @@ def statement(world: World, **changes: Any) -> dict[str, Any]:
         {"study": "../../etc"},
         {"message_id": "a/b"},
         {"message_id": "A" * 81},
-        {"protocol": 1},
+        {"protocol": 2},
         {"site": None},
         {"body_sha256": "0" * 64},
         {"extra": 1},
@@ -284,6 +284,15 @@ def statement(world: World, **changes: Any) -> dict[str, Any]:
 def test_a_signed_message_outside_the_schema_is_refused(untouched: World, changes: dict[str, Any]) -> None:
     raw, head = untouched.request(), sign_statement(statement(untouched, **changes), untouched.private)
     assert untouched.tell(reframed(raw, head=json.dumps(head).encode())).code is Code.MALFORMED
+
+
+@pytest.mark.parametrize("sites", [["b", "c"], [], ["../a"], None])
+def test_a_study_that_does_not_name_the_site_is_refused(untouched: World, sites: list[str] | None) -> None:
+    """Its word would be bound to a list of sites in which it does not stand."""
+    good = statement(untouched)
+    bad = {**good, "predicate": {**good["predicate"], "plan": {**good["predicate"]["plan"], "sites": sites}}}
+    head = json.dumps(sign_statement(bad, untouched.private)).encode()
+    assert untouched.tell(reframed(untouched.request(), head=head)).code is Code.MALFORMED
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, 1e300, "1", True, None])
