@@ -31,7 +31,11 @@ class Federation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     study: Name = Field(description="Name of the study, new for each one.")
-    sites: tuple[Name, ...] = Field(min_length=1, max_length=200, description="The sites that are asked; no others are. The same for the whole study: each site signs for all of them.")
+    sites: tuple[Name, ...] = Field(
+        min_length=1,
+        max_length=200,
+        description="The sites that are asked; no others are. The same for the whole study: each site signs for all of them.",
+    )
     quorum: Count = Field(description="Fewest usable answers with which a round counts.")
     rounds: Annotated[int, Field(ge=0)] = Field(
         description="Rounds of DP-SGD after those of the moments; by default what `config.diffusion.steps` need, 0 if nothing is trained."
