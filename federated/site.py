@@ -127,7 +127,9 @@ class Guard:
             code = error.code if isinstance(error, Refused) else Code.BUDGET if isinstance(error, BudgetExceeded) else Code.FAILED
             _LOG.warning("%s round %d: %s", request.study, request.round, error)
             reply = encode_refusal(code, request_sha256=signed.digest)
-            if study.is_full() and self._charge(request) is None:
+            charge = self._charge(request)
+            # Kept in place of a closed charge's answer, which is gone, a refusal would say that none ever left.
+            if charge.settled if charge is not None else study.is_full():
                 message.forget()
                 return reply
         message.answer(signed.digest, reply)

@@ -31,7 +31,9 @@ from dpsynth.train.selfcheck import Finding
 from federated import rounds
 from federated.messages import Code, decode_reply, decode_request
 from federated.policy import config_of
+from federated.proofs import proofs_of
 from federated.rounds import NET, SUMS, told_arrays
+from federated.site import charges_of
 
 
 def booked(site: Site) -> list[tuple[str, bool]]:
@@ -143,6 +145,18 @@ def test_what_cannot_go_on_stays_charged_and_is_refused(world: World, monkeypatc
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert world.tell(message).code is Code.LOST
     assert [run_id for run_id, _ in booked(site)] == ["study/4/train-4"]
+
+
+def test_asking_again_for_an_answer_that_is_gone_does_not_make_it_one_that_never_left(world: World) -> None:
+    """Else a refusal would stand in its place, and the checks would ask for no proof of the round."""
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    shutil.rmtree(site.guard.journal.folder / "studies" / "study" / "messages" / "moments-0")
+    assert world.ask().code is Code.LOST
+    assert world.ask().code is Code.LOST
+    study, *_ = site.guard.journal.known("study") or pytest.fail("the study is known")
+    ((number, charge),) = charges_of(site.guard.ledger, "study")
+    assert not proofs_of(study, [(number, charge)], largest_bytes=1 << 30).selfcheck, "what left is not proved"
 
 
 def test_rounds_go_forward_only_and_may_leave_gaps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
