@@ -116,10 +116,13 @@ def train(
 ) -> None:
     """Reserve the budget, train the generator, settle. Run the same command again to resume after a crash."""
     from dpsynth.config import load_config
+    from dpsynth.plan import plan as make_plan
     from dpsynth.train.run import train as train_generator
     from dpsynth.trained import default_ledger
 
     settings = load_config(config)
+    for warning in make_plan(settings).warnings:
+        _warn(warning)
     with progress_bars() as progress:
         guarantee = train_generator(
             settings,
@@ -212,6 +215,22 @@ def release(
 
 
 @app.command()
+def refuse(
+    run: RunArgument,
+    because: Annotated[str, typer.Option("--because", metavar="WHO: WHY", help="Who looked, and why; stays in the ledger.")],
+    ledger: LedgerOption = None,
+) -> None:
+    """Note in the ledger that a person looked and refused these images: they can then never be released, whoever asks later."""
+    from dpsynth.release.run import refuse as note_refusal
+
+    who, _, why = (part.strip() for part in because.partition(":"))
+    if not (who and why):
+        raise UsageError(f"Expected --because 'WHO: WHY', found {because!r}.")
+    note_refusal(run, ledger_path=ledger, who=who, why=why)
+    print("Refused, and noted in the ledger. Other images need a new `dpsynth generate` or a new run.")
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder.")],
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Public key of the releasing site.")],
@@ -297,6 +316,9 @@ def ledger_show(
     print(f"{summary['data_name']} ({summary['unit']}): budget epsilon {summary['epsilon']} at delta {summary['delta']:.3g}")
     for row in summary["charges"]:
         print(f"line {row['line']:>4}  {row['time']}  {row['state']:<9} epsilon alone {_figure(row['epsilon'])}  {row['purpose']}")
+    for row in summary["decisions"]:
+        words = "; ".join(f"{name}: {why}" for name, why in row["words"].items()) or "no flag was accepted"
+        print(f"{row['time']}  {row['decision']:<8}  images {row['candidates_sha256'][:16]} of run {row['run_id']}; {words}")
     print(f"spent {_figure(summary['spent'])}, left {_figure(summary['left'])}, gate attempts {summary['gate_attempts']}")
 
 

@@ -51,6 +51,7 @@ class Plan:
     expected: tuple[Expectation, ...]  # at the run's epsilon, then at others; empty where nothing was measured
     expected_of_real: Expectation  # the same figures of real images
     missing: str  # what the policy needs and this machine lacks; empty when nothing
+    warnings: tuple[str, ...]  # why nothing may come of it, or less than one hopes
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--format json`; infinity becomes the string "inf"."""
@@ -72,6 +73,10 @@ def plan(config: Config) -> Plan:
     rates = tpr_at_fpr(mechanisms, fprs)
     sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
     table = load_expectations()
+    fewest = FEWEST_OF_GROUPS if "groups" in config.gate.required else FEWEST_CONTROL
+    control = config.data.declared_patients * config.data.control_fraction
+    per_cell = config.data.declared_patients * (1 - config.data.control_fraction) / len(config.data.cells)
+    missing = policy_needs.missing(config.gate)
     return Plan(
         epsilon=math.inf if config.privacy.unsafe_non_private else config.privacy.epsilon,
         delta=delta,
@@ -83,17 +88,36 @@ def plan(config: Config) -> Plan:
         steps=sgd.steps if sgd else 0,
         trainable=config.diffusion.trainable if sgd else "none",
         expected_batch=sgd.expected_batch_size if sgd else 0.0,
-        expected_control=config.data.declared_patients * config.data.control_fraction,
-        fewest_control=FEWEST_OF_GROUPS if "groups" in config.gate.required else FEWEST_CONTROL,
+        expected_control=control,
+        fewest_control=fewest,
         attributes=tuple(config.data.attributes),
         cells=len(config.data.cells),
-        patients_per_cell=config.data.declared_patients * (1 - config.data.control_fraction) / len(config.data.cells),
+        patients_per_cell=per_cell,
         seconds=_seconds(config, sgd),
         memory_bytes=_memory(config),
         expected=_expected(config, table, delta),
         expected_of_real=table.real,
-        missing=policy_needs.missing(config.gate),
+        missing=missing,
+        warnings=tuple(_warnings(config, control=control, fewest=fewest, per_cell=per_cell, missing=missing)),
     )
+
+
+def _warnings(config: Config, *, control: float, fewest: int, per_cell: float, missing: str) -> list[str]:
+    found = []
+    if control < fewest:
+        found.append(f"about {control:.0f} control patients; below {fewest} the checks cannot tell and nothing is released")
+    if missing:
+        found.append(f"no run can be checked or released here, and `train` will refuse: {missing}")
+    if config.data.attributes and per_cell < FEWEST_PATIENTS:
+        found.append(
+            f"cells of fewer than {FEWEST_PATIENTS} patients mostly show what their label has in common; merge values, bands or classes"
+        )
+    if config.method == "moments" and "fidelity" in config.gate.required:
+        found.append(
+            "images of method moments are smooth, so that the required check of fidelity stops most releases of them (docs/checks.md); "
+            "choose method diffusion, or leave fidelity out of gate.required"
+        )
+    return found
 
 
 def _expected(config: Config, table: Expectations, delta: float) -> tuple[Expectation, ...]:
@@ -153,18 +177,10 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
                 f"a test that wrongly accuses {fpr:.1%} of non-participants finds at most {tpr:.1%} of participants",
             )
         )
-    if plan_.expected_control < plan_.fewest_control:
-        few = f"about {plan_.expected_control:.0f} control patients; below {plan_.fewest_control}"
-        text = f"{few} the checks cannot tell and nothing is released"
-        rows.append(("warning", text))
-    if plan_.missing:
-        rows.append(("warning", f"no run can be checked or released here, and `train` will refuse: {plan_.missing}"))
     if plan_.attributes:
         names = ", ".join(("label", *plan_.attributes))
         rows.append(("cells", f"{plan_.cells} of {names}; on average {plan_.patients_per_cell:.0f} training patients each"))
-    if plan_.attributes and plan_.patients_per_cell < FEWEST_PATIENTS:
-        text = f"cells of fewer than {FEWEST_PATIENTS} patients mostly show what their label has in common; merge values, bands or classes"
-        rows.append(("warning", text))
+    rows += [("warning", text) for text in plan_.warnings]
     rows += _describe_expected(plan_)
     rows.append(("time", f"about {plan_.seconds / 60:.1f} minutes on 2 cores (estimate)"))
     rows.append(("memory", f"about {plan_.memory_bytes / 2**30:.1f} GiB (estimate)"))

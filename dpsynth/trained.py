@@ -21,11 +21,12 @@ FEDERATION = "federation.json"  # of a run that several hospitals trained: their
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A trained generator's claim with its charge in the ledger."""
+    """A trained generator's claim with its charge in the ledger. conditions: digest of what each image was trained as."""
 
     guarantee: Guarantee
     ledger: Ledger
     charge: Charge
+    conditions: str
 
 
 def default_ledger(data: DataConfig) -> Path:
@@ -46,12 +47,13 @@ def load_trained(run: RunFolder, data: DataConfig, *, ledger_path: Path | None) 
         )
     ledger = Ledger.load(ledger_path or default_ledger(data))
     charge = booking(run, ledger)
-    if booked_digest(run, str(_record(run).get("conditions"))) != charge.config_sha256:
+    conditions = str(_record(run).get("conditions"))
+    if booked_digest(run, conditions) != charge.config_sha256:
         raise LedgerError(
             "The configuration of this run is not the one that the ledger noted before training. Restore config.yaml of the run folder; "
             "another policy needs another run."
         )
-    return Trained(guarantee=read_claim(run), ledger=ledger, charge=charge)
+    return Trained(guarantee=read_claim(run), ledger=ledger, charge=charge, conditions=conditions)
 
 
 def is_federated(run_path: Path) -> bool:

@@ -33,6 +33,7 @@ from dpsynth.progress import Progress
 from dpsynth.release.gate import Allowed, Question, decide
 from dpsynth.report.epsilon import epsilon_report
 from dpsynth.report.html import render
+from dpsynth.report.policy import policy_rows
 from dpsynth.train.second_opinion import prv_epsilon
 from federated.candidates import Carried, unpack
 from federated.journal import Study
@@ -42,7 +43,9 @@ from federated.site import Guard, charges_of
 
 _FOLDER, _PAGE = "check", "report.html"
 _ANSWERING = Answering(
-    command="dpsynth-site approve POLICY CANDIDATES --key KEY --out FILE", words="Your name and words stay at the site (reviews.json)."
+    command="dpsynth-site approve POLICY CANDIDATES --key KEY --out FILE",
+    words="Your name and words stay at the site (reviews.json).",
+    refusing="dpsynth-site refuse POLICY CANDIDATES --key KEY --out FILE",
 )
 
 
@@ -220,6 +223,7 @@ def _report(guard: Guard, work: Joined, question: Question, answer: object) -> s
         title=f"Candidates of the study {header.study} at {guard.policy.site}",
         count=len(candidates.images),
         site=True,
+        policy=policy_rows(guard.policy.gate),
         provenance={"images (SHA-256)": header.images_sha256, "plan (SHA-256)": header.plan_sha256},
     )
     return render(view, images=candidates.images, labels=candidates.labels, classes=guard.policy.data.classes)

@@ -31,27 +31,32 @@ def similar_pairs(images: Float32, patients: Int64, *, progress: Progress) -> li
     return found
 
 
-def doubles(images: Float32, patients: Int64, names: Sequence[str], *, progress: Progress) -> list[Finding]:
-    """One finding for each pair of patients with a similar pair: one person, when all images of the smaller series have a double in the
-    other and there are at least two; otherwise near-duplicate images. Proposed to go: the images of the smaller series that matched."""
+def doubles(images: Float32, patients: Int64, ids: Sequence[str], names: Sequence[str], *, progress: Progress) -> list[Finding]:
+    """One finding for each pair of patients, numbered as in `ids`, with a similar pair of images: one person, when all images of the
+    smaller series have a double in the other and there are at least two; otherwise near-duplicate images. Proposed to go: the images of
+    the smaller series that matched."""
     by_people: dict[tuple[int, int], list[tuple[int, int, float]]] = defaultdict(list)
     for first, second, value in similar_pairs(images, patients, progress=progress):
         a, b = (first, second) if patients[first] < patients[second] else (second, first)
         by_people[int(patients[a]), int(patients[b])].append((a, b, value))
     counts = np.bincount(patients)
-    return [_finding(pairs, sizes=(int(counts[p]), int(counts[q])), names=names) for (p, q), pairs in sorted(by_people.items())]
+    return [
+        _finding(pairs, people=(ids[p], ids[q]), sizes=(int(counts[p]), int(counts[q])), names=names)
+        for (p, q), pairs in sorted(by_people.items())
+    ]
 
 
-def _finding(pairs: list[tuple[int, int, float]], *, sizes: tuple[int, int], names: Sequence[str]) -> Finding:
+def _finding(pairs: list[tuple[int, int, float]], *, people: tuple[str, str], sizes: tuple[int, int], names: Sequence[str]) -> Finding:
     side = 1 if sizes[1] <= sizes[0] else 0
     matched = sorted({(a, b)[side] for a, b, _ in pairs})
     whole = len(matched) == sizes[side] >= 2
     strongest = max(pairs, key=lambda pair: pair[2])
+    merge = "; if it is one person, give both one id in the table rather than leave images out" if whole else ""
     return Finding(
         kind=Kind.PERSON if whole else Kind.DOUBLE,
         images=tuple(names[row] for row in sorted({a for a, _, _ in pairs} | {b for _, b, _ in pairs})),
         proposed=tuple(names[row] for row in matched),
-        detail=f"{len(matched)} of {sizes[side]} images of one patient have a double among the {sizes[1 - side]} of another; "
-        f"correlation up to {strongest[2]:.4f}",
+        detail=f"{len(matched)} of {sizes[side]} images of patient {people[side]} have a double among the {sizes[1 - side]} of patient "
+        f"{people[1 - side]}; correlation up to {strongest[2]:.4f}{merge}",
         rows=(strongest[0], strongest[1]),
     )

@@ -80,7 +80,7 @@ class Audit:
 
 
 def _first(names: list[str]) -> str:
-    return f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
+    return f": {'; '.join(names[:5])}{'; ...' if len(names) > 5 else ''}" if names else ""
 
 
 def audit(config: Config, *, out: Path, progress: Progress) -> Audit:
@@ -97,10 +97,13 @@ def audit(config: Config, *, out: Path, progress: Progress) -> Audit:
     names = [record.name for record in usable]
     numbers = {patient: number for number, patient in enumerate(dict.fromkeys(record.patient_id for record in usable))}
     patients = np.array([numbers[record.patient_id] for record in usable], dtype=np.int64)
-    findings += [finding for record in cohort.records for finding in _of_table(record, cohort.classes, config.data)]
+    shown = {row: number for number, row in enumerate(rows)}
+    for row, record in enumerate(cohort.records):
+        found = _of_table(record, cohort.classes, config.data)
+        findings += [replace(finding, rows=(shown[row],) if row in shown else ()) for finding in found]
     accuracy = 0.0
     if usable:
-        findings += doubles(images, patients, names, progress=progress)
+        findings += doubles(images, patients, list(numbers), names, progress=progress)
         found, accuracy = _doubtful(images, usable, patients, config.data.classes, progress)
         findings += found
     result = Audit(

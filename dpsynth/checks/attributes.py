@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Bool, Evidence, Features
 from dpsynth.checks.family import false_alarms, relied_on
-from dpsynth.checks.statistics import auc_interval, coin_flip_ranks_p, difference_of_rates, nearest, smallest_detectable_auc, standardised
+from dpsynth.checks.statistics import (
+    auc_interval,
+    coin_flip_ranks_p,
+    difference_of_rates,
+    nearest,
+    only_above,
+    smallest_detectable_auc,
+    standardised,
+)
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 
@@ -167,7 +175,7 @@ def attributes(evidence: Evidence, features: Features, gate: GateConfig, *, rng:
         accusation=f"the images tell more about patients who were trained on than about others, {text}; {seen}",
     )
     if detectable > gate.largest_membership_auc:
-        few = f"with {min(len(ours), len(theirs))} pool patients a side only an AUC above {detectable:.2f} could be seen"
+        few = f"with {min(len(ours), len(theirs))} pool patients a side {only_above(detectable)}"
         return replace(verdict, outcome=Outcome.INCONCLUSIVE, reason=few)
     return verdict
 

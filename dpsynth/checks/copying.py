@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.stats import hypergeom, norm
 
 from dpsynth.checks.evidence import Evidence, Features
 from dpsynth.checks.family import strictest
@@ -37,6 +37,8 @@ _PLAIN = SCREENED / 2  # of that quantile: an exact copy that comes so near woul
 _LEAST_SEEN = 0.5  # share of pool patients of whom an exact copy is plain, below which the check cannot tell
 _WAYS = ("whole images", "slices along the first axis", "slices along the second axis", "slices along the third axis")
 SCREENED_BELOW = "part of the usual ratio below which a person must look"  # among the figures
+_MOST_TO_LOOK_AT = 10, 0.005  # patients, and share of them: more who are approached so closely are no doubtful cases for a person
+_POWER = 0.8
 _LEAST_SIDES = 4  # times the patients that are needed, on each side of the pool
 
 
@@ -46,7 +48,8 @@ def copies_needed(level: float) -> int:
 
 
 def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np.random.Generator) -> Verdict:
-    """Accuses by the test on distinct patients; FLAG by the screening; INCONCLUSIVE when too few patients could show anything."""
+    """Accuses by the test on distinct patients; FLAG by the screening, FAIL when it shows more patients than a person should be asked to
+    excuse; INCONCLUSIVE when too few patients could show anything."""
     pool, inside = evidence.pool, evidence.inside
     usual = usual_ratios(features.real_approaches)
     found = features.synthetic_approaches.relative_to(usual)
@@ -63,8 +66,8 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
     listed = tuple((row, ids[nearest[row]]) for row in shown)
     counts = f"{a} pool patients in training and {b} outside approached more closely than chance"
     could = (
-        f"about {needed} copied pool patients, {_all_copied(evidence, needed)} among all of training, would have been seen by the test, "
-        f"and any image nearer than {SCREENED:g} of the usual by the screening{_unseen(real, seen)}"
+        f"about {needed} copied pool patients{_all_copied(evidence, needed)} would have been seen by the test, and any image nearer "
+        f"than {SCREENED:g} of the usual by the screening{_unseen(real, seen)}"
     )
     outcome, reason = Outcome.PASS, f"no evidence ({counts}, p {p:.2g}); {could}"
     if listed:
@@ -81,15 +84,19 @@ def copying(evidence: Evidence, features: Features, gate: GateConfig, *, rng: np
             Outcome.INCONCLUSIVE,
             f"too little could be seen{_unseen(real, seen)}{too}: look for doubles with `dpsynth audit`",
         )
-    low, high = clopper_pearson(a, max(a + b, 1), 0.95)
+    most = max(_MOST_TO_LOOK_AT[0], int(_MOST_TO_LOOK_AT[1] * len(ids)))
+    people = len({patient for _, patient in listed})
+    if people > most:
+        said = f"{_flag(listed, evidence)}; these are {people} patients, and more than {most} are no doubtful cases"
+        outcome, reason = Outcome.FAIL, f"{said}; {counts}, p {p:.2g}; {could}"
     return Verdict(
         check="copying",
         question=QUESTION,
         outcome=outcome,
         statistic_name="share of training patients among approached pool patients",
-        statistic=a / (a + b) if a + b else 0.5,
-        interval=(low, high) if a + b else (0.0, 1.0),
-        threshold=0.5,
+        statistic=a / (a + b) if a + b else None,
+        interval=clopper_pearson(a, a + b, 0.95) if a + b else None,
+        threshold=None,
         confidence_level=0.95,
         false_alarm_rate=gate.family_error,
         reason=reason,
@@ -140,9 +147,12 @@ def _unseen(real: Approaches, seen: float) -> str:
     return patients + (f"; nothing could be told by {', '.join(ways)}, which are too alike" if ways and seen >= _LEAST_SEEN else "")
 
 
-def _all_copied(evidence: Evidence, needed: int) -> int:
-    """How many of all training patients are copied when that many of the pool are."""
-    return int(np.ceil(needed * evidence.training.num_patients / max(int(evidence.in_pool.sum()), 1)))
+def _all_copied(evidence: Evidence, needed: int) -> str:
+    """How many of all training patients, whoever they are, must be copied so that with power 0.8 that many are of the pool."""
+    patients, pool = evidence.training.num_patients, int(evidence.inside.sum())
+    copied = np.arange(needed, patients + 1)
+    enough = copied[hypergeom.sf(needed - 1, patients, pool, copied) >= _POWER]
+    return f", or with probability {_POWER:g} {enough[0]} among all of training," if len(enough) else ""
 
 
 def _flag(listed: tuple[tuple[int, str], ...], evidence: Evidence) -> str:

@@ -72,8 +72,9 @@ def _rows(columns: Mapping[str, NDArray[np.str_]], wanted: Mapping[str, str]) ->
 
 def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: Callable[[], Arms]) -> Verdict:
     """FLAG when the loss of AUC in some group is surely above the policy's margin, the intervals widened for the number of groups, or
-    when a group is surely drawn less than half as often as it was trained on; INCONCLUSIVE without attributes or without a group that
-    can be judged. Each of the two rules errs in at most half of the stated rate, over all groups. The worst group is named at the site."""
+    when a group is surely drawn less than half as often as it was trained on; PASS when it surely is not in any judged group;
+    INCONCLUSIVE between, without attributes and without a group that can be judged. Each of the two rules errs in at most half of the
+    stated rate, over all groups. The worst group is named at the site."""
     groups = subgroups(evidence)
     if not groups or impossible(evidence):
         return _verdict(Outcome.INCONCLUSIVE, impossible(evidence) or "no attribute is declared, so no subgroup is known", gate, {})
@@ -99,10 +100,12 @@ def fairness(evidence: Evidence, features: Features, gate: GateConfig, *, arms: 
     gap, low, high = judged[worst]
     widest = max((upper - lower) / 2 for _, lower, upper in judged.values())
     surely = [name for name, (_, _, upper) in judged.items() if upper < -gate.utility_margin]
+    unsure = [name for name, (_, lower, _) in judged.items() if lower < -gate.utility_margin and name not in surely]
     reason = f"Loss above {gate.utility_margin:g} for: {'; '.join(surely)}. " if surely else ""
+    reason += f"Loss above {gate.utility_margin:g} cannot be excluded for: {'; '.join(unsure)}. " if unsure else ""
     reason += f"Worst subgroup {worst}: AUC {gap:+.3f} against real images ({low:+.3f} to {high:+.3f})"
     reason += f". The difference is known to ± {widest:.3f} or better in all {len(judged)} groups that were judged{left_out}"
-    outcome = Outcome.FLAG if surely or missing else Outcome.PASS
+    outcome = Outcome.FLAG if surely or missing else Outcome.INCONCLUSIVE if unsure else Outcome.PASS
     return _verdict(outcome, reason, gate, figures, small, worst=judged[worst])
 
 

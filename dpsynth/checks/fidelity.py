@@ -16,7 +16,7 @@ from scipy import stats
 
 from dpsynth.checks.evidence import Features
 from dpsynth.checks.gaussian_distance import frechet_distance
-from dpsynth.checks.statistics import kid, neighbourhoods_from, pairwise, share_interval
+from dpsynth.checks.statistics import neighbourhoods_from, pairwise, share_interval
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 
@@ -79,7 +79,7 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, 
     figures |= {f"{name}, real": float(values.mean()) for name, values in real.items() if name in _MEASURES}
     for name, part in parts.items():
         figures |= {f"{name} as part of real{key}": v for key, v in (("", part.value), (", low", part.low), (", high", part.high))}
-    figures |= {**sides.kid(), **distances, "images a side": float(size), **(description or {})}
+    figures |= {**distances, "images a side": float(size), **(description or {})}
     return _verdict(features, gate, outcome, f"{finding}{text}; as part of real: {shown}{unsaid}", parts["precision"], figures)
 
 
@@ -134,9 +134,6 @@ class _Sides:
             control_thumbnails=features.control_thumbnails[control],
             synthetic_thumbnails=features.synthetic_thumbnails[synthetic],
         )
-
-    def kid(self) -> dict[str, float]:
-        return {"kid, synthetic": kid(self.control, self.synthetic), "kid, real": kid(self.control, self.training)}
 
     def draws(self, rng: np.random.Generator) -> tuple[dict[str, Array], dict[str, Array]]:
         """Figures by name over random draws of each side, (draws,), of synthetic and of real images against the same control patients."""

@@ -27,14 +27,13 @@ def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
     """Accuses when an audit refutes the curve of its mechanism, Bonferroni over the two; INCONCLUSIVE when one is missing.
 
     Without DP-SGD there is nothing to test, which the verdict says; it stops no release."""
-    blank = Verdict.nothing_found(
+    verdict = Verdict.nothing_found(
         "mechanism",
         question=QUESTION,
         statistic_name="lower bound on the epsilon of DP-SGD",
         limitation=LIMITATION,
         false_alarm_rate=gate.family_error,
     )
-    verdict = replace(blank, threshold=None)
     if not evidence.uses_sgd:
         reason = "nothing was trained by DP-SGD, so canaries have nothing to test; the noise of the moments is tested in accounting"
         return replace(verdict, tested=False, false_alarm_rate=0.0, confidence_level=0.0, reason=reason)

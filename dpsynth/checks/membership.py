@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dpsynth.checks.evidence import Bool, Evidence, Features
 from dpsynth.checks.family import strictest
-from dpsynth.checks.statistics import auc_interval, coin_flip_p, nearest, smallest_detectable_auc, standardised
+from dpsynth.checks.statistics import auc_interval, coin_flip_p, nearest, only_above, smallest_detectable_auc, standardised
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 from dpsynth.privacy.lower_bounds import one_run_epsilon
@@ -89,7 +89,7 @@ def membership(evidence: Evidence, gate: GateConfig, *, scores: Callable[[], Arr
     if found.detectable > gate.largest_membership_auc:
         outcome, reason = (
             Outcome.INCONCLUSIVE,
-            f"with {int((~inside).sum())} pool patients outside training only an AUC above {found.detectable:.2f} could be seen",
+            f"with {int((~inside).sum())} pool patients outside training {only_above(found.detectable)}",
         )
     refuted = ", which refutes the claim" if found.epsilon > evidence.epsilon else ""
     return Verdict(
@@ -99,7 +99,7 @@ def membership(evidence: Evidence, gate: GateConfig, *, scores: Callable[[], Arr
         statistic_name="AUC of the membership score",
         statistic=found.auc,
         interval=(found.low, found.high),
-        threshold=0.5,
+        threshold=None,
         confidence_level=0.95,
         false_alarm_rate=gate.family_error,
         reason=reason,

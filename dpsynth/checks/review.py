@@ -64,10 +64,11 @@ _ASKED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """How a person answers: the command up to its option --accept, and what becomes of the words."""
+    """How a person answers: the command up to its option --accept, what becomes of the words, and the command that refuses."""
 
     command: str
     words: str
+    refusing: str
 
 
 def review_page(evidence: Evidence, verdicts: Sequence[Verdict], *, required: Collection[str], answering: Answering) -> str:
@@ -84,6 +85,7 @@ def review_page(evidence: Evidence, verdicts: Sequence[Verdict], *, required: Co
             stopped=[v for v in verdicts if v.check in required and v.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)],
             command=" \\\n    ".join([answering.command, *(f"--accept {question['option']}" for question in flagged)]),
             words=answering.words,
+            refusing=answering.refusing,
             pairs=_pairs(evidence, by_name["copying"]) if "copying" in by_name else _section([], 0),
             content=_content(evidence, screening) if screening else _section([], 0),
             sample=_sample(evidence, np.flatnonzero(screening.sample)) if screening else _section([], 0),

@@ -18,18 +18,19 @@ from dpsynth.checks.screening import screen_candidates
 from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import CONTENT, REVIEW, VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
+from dpsynth.data.attributes import by_cell, conditions_digest
 from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range, withheld
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, restore_split
-from dpsynth.errors import ArtifactError
+from dpsynth.errors import ArtifactError, LedgerError
 from dpsynth.model.generator import Generator
 from dpsynth.privacy.audit import CANARIES
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress, say_nothing
-from dpsynth.trained import load_trained
+from dpsynth.trained import Trained, load_trained
 
 _UNFINISHED = "unfinished_check"  # in the run's folder, while a check is going on
 SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
@@ -49,7 +50,7 @@ def check(
     config = parse_config(run.config_text, base=run.path)
     encoder_of(config.gate.encoder)  # what it lacks is said before the attempt is booked
     trained = load_trained(run, config.data, ledger_path=ledger_path)
-    split = _split(run, config, trained.ledger, trained.charge.coins_sha256, progress)
+    split = _split(run, config, trained, progress)
     unfinished = UnfinishedCheck(run.path / _UNFINISHED)
     attempt = _attempt(unfinished, run, trained.ledger, trained.charge.run_id, note)
     candidates = load_candidates(run)
@@ -95,7 +96,10 @@ def check(
 def _answering(run_path: Path, ledger_path: Path | None) -> Answering:
     ledger = "" if ledger_path is None else f" --ledger {shlex.quote(str(ledger_path))}"
     words = "Your name and words go into the release, for everybody to read: name no patient, and no image that resembles one."
-    return Answering(command=f"dpsynth release {shlex.quote(str(run_path))} OUT --key KEY{ledger}", words=words)
+    run = shlex.quote(str(run_path))
+    return Answering(
+        command=f"dpsynth release {run} OUT --key KEY{ledger}", words=words, refusing=f"dpsynth refuse {run} --because 'NAME: WHY'{ledger}"
+    )
 
 
 def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id: str, note: Callable[[str], object]) -> int:
@@ -111,12 +115,15 @@ def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id
     return attempt
 
 
-def _split(run: RunFolder, config: Config, ledger: Ledger, committed: str, progress: Progress) -> Split:
-    """The patients as they were trained on: the same images, by the ledger's fingerprint, and the same sides."""
-    cohort = read_cohort(config.data)
+def _split(run: RunFolder, config: Config, trained: Trained, progress: Progress) -> Split:
+    """The patients as they were trained on: the same images, by the ledger's fingerprint, the same attributes, and the same sides."""
+    cohort, ledger = read_cohort(config.data), trained.ledger
     require_data(cohort, config.data, ledger, progress=progress)
     images = prepare(cohort, config.data, progress=progress)
+    salt = bytes.fromhex(ledger.genesis["digest_salt"])
+    if conditions_digest(by_cell(images, config.data), config.data, salt=salt) != trained.conditions:
+        raise LedgerError("The attributes of the patients are not those that the ledger noted before training. Restore the table.")
     split = restore_split(images, read_json(run.folder("train") / "site" / "split.json"))
-    if split.commitment != committed:
+    if split.commitment != trained.charge.coins_sha256:
         raise ArtifactError("The patients' coins are not those that the ledger noted before training. Restore train/site/split.json.")
     return split

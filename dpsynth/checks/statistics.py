@@ -180,6 +180,11 @@ def smallest_detectable_auc(num_training: int, num_control: int, *, false_alarm_
     return float(0.5 + (stats.norm.ppf(1 - false_alarm_rate) + stats.norm.ppf(power)) * stddev)
 
 
+def only_above(detectable: float) -> str:
+    """What a test says that is too weak, of the smallest AUC that it would have seen."""
+    return f"only an AUC above {detectable:.2f} could be seen" if detectable < 1 else "no AUC could be seen"
+
+
 def clopper_pearson(successes: int, trials: int, confidence_level: float) -> tuple[float, float]:
     """Exact interval of a rate."""
     if trials == 0:

@@ -87,7 +87,7 @@ class Verdict:
             statistic_name=statistic_name,
             statistic=None,
             interval=None,
-            threshold=0.5,
+            threshold=None,
             confidence_level=0.95,
             false_alarm_rate=false_alarm_rate,
             reason="",

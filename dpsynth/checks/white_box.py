@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dpsynth.checks.evidence import Evidence, first_images
 from dpsynth.checks.family import false_alarms, relied_on
 from dpsynth.checks.membership import attack
+from dpsynth.checks.statistics import only_above
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import LARGEST_SIGMA, GateConfig
 from dpsynth.data.cohort import Float32, Int64
@@ -74,7 +75,7 @@ def white_box(evidence: Evidence, gate: GateConfig, *, rng: np.random.Generator,
         lower_bound=found.epsilon,
     )
     if found.detectable > gate.largest_membership_auc:
-        few = f"with {len(inside)} pool patients only an AUC above {found.detectable:.2f} could be seen"
+        few = f"with {len(inside)} pool patients {only_above(found.detectable)}"
         return replace(verdict, outcome=Outcome.INCONCLUSIVE, reason=few)
     return verdict
 

@@ -18,11 +18,11 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpsynth.artifacts import storage_errors, sync_folder, write_bytes
 from dpsynth.errors import BudgetExceeded, LedgerError, LedgerTampered
@@ -31,8 +31,9 @@ from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, from_json, to_jso
 from dpsynth.privacy.unit import PrivacyUnit
 
 SCHEMA = 1
+Decision = Literal["released", "refused"]
 _NOTHING = "0" * 64  # the hash before the first line
-_TYPES = ("genesis", "reserve", "resume", "settle", "gate", "verdicts", "recovered")
+_TYPES = ("genesis", "reserve", "resume", "settle", "gate", "verdicts", "decision", "recovered")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +209,16 @@ class Ledger:
             for charge in self.charges()
         ]
         gates = sum(1 for line in self._sound() if line.entry and line.entry["type"] == "gate")
+        decisions = [
+            {
+                "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["time"])),
+                **{name: entry[name] for name in ("run_id", "candidates_sha256", "decision", "words")},
+            }
+            for entry in self.decisions()
+        ]
         keep = {name: genesis[name] for name in ("data_name", "unit", "epsilon", "delta", "max_gate_attempts")}
         left = max(self.budget_epsilon - spent, 0.0) if math.isfinite(spent) else 0.0
-        return {**keep, "charges": rows, "spent": _plain(spent), "left": _plain(left), "gate_attempts": gates}
+        return {**keep, "charges": rows, "spent": _plain(spent), "left": _plain(left), "gate_attempts": gates, "decisions": decisions}
 
     def require_data(self, digest: str) -> None:
         """Raise LedgerError unless the ledger was opened for data with this digest."""
@@ -292,6 +300,21 @@ class Ledger:
         """Digest of what the last finished checks of a run found; None when there were none."""
         found = [line.entry["sha256"] for line in self._sound() if line.entry and _is(line.entry, "verdicts", run_id)]
         return found[-1] if found else None
+
+    def record_decision(self, run_id: str, *, candidates_sha256: str, decision: Decision, words: Mapping[str, str]) -> None:
+        """Note what a person decided on these images: for a release the words on each accepted flag, for a refusal who and why."""
+        fields = {"run_id": run_id, "candidates_sha256": candidates_sha256, "decision": decision, "words": dict(words)}
+        with self._locked():
+            self._append("decision", fields, lines=self._recovered())
+
+    def decisions(self) -> tuple[dict[str, Any], ...]:
+        """All of them, as they were noted."""
+        return tuple(line.entry for line in self._sound() if line.entry and line.entry["type"] == "decision")
+
+    def refusal(self, candidates_sha256: str) -> str:
+        """Who refused these images and why; empty when nobody did. A refusal is for good."""
+        said = [entry for entry in self.decisions() if entry["candidates_sha256"] == candidates_sha256 and entry["decision"] == "refused"]
+        return "; ".join(f"{who}: {why}" for entry in said for who, why in entry["words"].items())
 
     def record_gate_attempt(self, run_id: str) -> int:
         """Book one more look of the gate at a generator's images; returns its number. Raises BudgetExceeded past the cap."""

@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class Release:
     ledger_head: tuple[int, str] | None  # none when several hospitals trained: each site's statement names its own
     settings: ReleaseConfig
     detector: Detector | None = None
+    policy: Sequence[Mapping[str, Any]] = ()  # rows of `policy_rows`; none when several hospitals trained, each with its own
     no_detector: str = ""  # why there is none though it was asked for
     sites: FederatedSites | None = None
 
@@ -108,7 +109,7 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
     write_bytes(folder / "labels.csv", table.getvalue().encode())
     write_json(folder / "guarantee.json", release.guarantee.to_json())
     outcomes = [verdict.to_public_json() for verdict in release.verdicts]
-    public = {"required": list(release.required), "verdicts": outcomes, "reviews": release.reviews}
+    public = {"required": list(release.required), "verdicts": outcomes, "reviews": release.reviews, "policy": list(release.policy)}
     write_json(folder / "verdicts.json", public)
     write_bytes(folder / "report.html", release.report_html.encode())
     write_bytes(folder / "DISCLOSURE.txt", DISCLOSURE.encode())

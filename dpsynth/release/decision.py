@@ -27,6 +27,7 @@ class Case:
     """A checked run, ready to be judged."""
 
     run: RunFolder
+    run_id: str
     config: Config
     ledger: Ledger
     candidates: Candidates
@@ -74,9 +75,11 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         checked_sha256=checked,
         candidates_sha256=candidates_digest(run),
         reviews=reviews,
+        refusal=ledger.refusal(candidates_digest(run)),
     )
     return Case(
         run=run,
+        run_id=run_id,
         config=config,
         ledger=ledger,
         candidates=load_candidates(run),

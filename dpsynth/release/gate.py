@@ -46,6 +46,7 @@ class Question:
     checked_sha256: str
     candidates_sha256: str
     reviews: Mapping[str, str]
+    refusal: str = ""  # who refused these very images and why, as the ledger has it
 
 
 def decide(question: Question) -> Allowed | Refused:
@@ -87,7 +88,7 @@ def _check_reasons(verdicts: Sequence[Verdict], required: Sequence[str], reviews
 
 
 def _attempt_reasons(question: Question) -> list[str]:
-    reasons = []
+    reasons = [f"these images were refused by a person ({question.refusal}); draw or train again"] if question.refusal else []
     if not 1 <= question.attempt <= question.max_attempts:
         reasons.append(f"attempt {question.attempt} of {question.max_attempts} allowed")
     if question.checked_sha256 != question.candidates_sha256:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dpsynth.privacy.guarantee import Guarantee
 
 DISCLOSURE = """\
-These images are SYNTHETIC. They were drawn by a computer program and show no real person.
+These images are SYNTHETIC. They were drawn by a computer program; none of them was taken of a person.
 
 They must not be used for diagnosis, and must not be presented as images of patients. Every file is marked as synthetic in its
 own format; the marks can be lost when a file is converted, so keep this notice and the manifest with the images.
@@ -63,7 +63,7 @@ def data_card(
     return f"""\
 # {title}
 
-{sum(counts.values())} synthetic images. They show no real person and are not for diagnosis.
+{sum(counts.values())} synthetic images, drawn by a computer program; none was taken of a person. Not for diagnosis.
 
 ## Privacy
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from dpsynth.artifacts import write_bytes, write_json
 from dpsynth.checks.family import needed
 from dpsynth.checks.verdict import Outcome
-from dpsynth.errors import GateRefused, UsageError
+from dpsynth.errors import ArtifactError, GateRefused, UsageError
 from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.decision import Case, load_case
 from dpsynth.release.gate import Allowed, Refused, decide
 from dpsynth.report.epsilon import epsilon_report
 from dpsynth.report.html import render
+from dpsynth.report.policy import policy_rows
 from dpsynth.signing import load_private
 
 
@@ -45,6 +46,10 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         raise GateRefused(
             "The gate refuses the release: " + "; ".join(answer.reasons) + f". `dpsynth report {run_path}` shows the details."
         )
+    if out.exists():
+        raise ArtifactError(f"Expected {out} not to exist. Name another folder.")
+    candidates = case.question.candidates_sha256
+    case.ledger.record_decision(case.run_id, candidates_sha256=candidates, decision="released", words=reviews)
     head = case.ledger.head()
     release_id = hashlib.sha256(f"{case.question.candidates_sha256}:{head[1]}".encode()).hexdigest()[:16]
     package = Release(
@@ -61,10 +66,18 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         report_html=_page(case, _view(case, answer, site=False)),
         ledger_head=head,
         settings=case.config.release,
+        policy=policy_rows(case.config.gate),
         detector=case.detector,
         no_detector=case.no_detector,
     )
     return write_release(package, out=out, private=private, progress=progress)
+
+
+def refuse(run_path: Path, *, ledger_path: Path | None, who: str, why: str) -> None:
+    """Note in the ledger that a person looked at a checked run's images and refused them: for good, whatever the checks found."""
+    case = load_case(run_path, ledger_path=ledger_path, reviews={})
+    candidates = case.question.candidates_sha256
+    case.ledger.record_decision(case.run_id, candidates_sha256=candidates, decision="refused", words={who: why})
 
 
 def _view(case: Case, answer: Allowed | Refused, *, site: bool) -> dict[str, object]:
@@ -83,6 +96,8 @@ def _view(case: Case, answer: Allowed | Refused, *, site: bool) -> dict[str, obj
         count=len(case.candidates.images),
         site=site,
         cells=[asdict(row) for row in case.cells],
+        policy=policy_rows(case.config.gate),
+        reviews=case.question.reviews,
         provenance={"candidates (SHA-256)": case.question.candidates_sha256, "ledger head": f"line {lines}, {head}"},
     )
 

@@ -50,6 +50,8 @@ def epsilon_report(
     provenance: Mapping[str, str],
     cells: Sequence[Mapping[str, Any]] = (),
     federation: Mapping[str, Any] | None = None,
+    policy: Sequence[Mapping[str, Any]] = (),
+    reviews: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The view model. `site=False` makes the public card, in which non-public verdicts keep only their outcome.
 
@@ -58,6 +60,8 @@ def epsilon_report(
     cells: of a generator with attributes, rows of {"name", "noisy_patients", "stddev", "images"}.
     federation: of images that several hospitals trained: {"sites": a row for each with its word, "uncharged": names of those that were
     asked for nothing, "overlapping": epsilon of a patient whom all hold}.
+    policy: rows of `policy_rows`; none of a federation, whose sites have policies of their own. reviews: by flagged check, who accepted it
+        and why.
     """
     private = math.isfinite(guarantee.epsilon)
     return {
@@ -88,7 +92,12 @@ def epsilon_report(
         "curve": _curve(guarantee),
         "unprotected": list(guarantee.unprotected),
         "not_claimed": list(_NOT_CLAIMED),
-        "verdicts": [{**_verdict(verdict, site=site), "required": verdict.check in required} for verdict in verdicts],
+        "verdicts": [
+            {**_verdict(verdict, site=site), "required": verdict.check in required, "accepted": (reviews or {}).get(verdict.check, "")}
+            for verdict in verdicts
+        ],
+        "accepted": sorted(reviews or {}),
+        "policy": [dict(row) for row in policy],
         "family": {"checks": [verdict.check for verdict in verdicts if verdict.family], "error": _family_error(verdicts)},
         "lower_bounds": _lower_bounds(verdicts, guarantee) if site else [],
         "cells": [{**row, "small": row["noisy_patients"] < FEWEST_PATIENTS} for row in cells],

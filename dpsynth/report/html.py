@@ -21,7 +21,7 @@ def render(view: Mapping[str, Any], *, images: NDArray[np.uint8], labels: NDArra
     """The page for a view model of `epsilon_report`, with a curve and a sheet of sample images (synthetic ones only)."""
     environment = templates("dpsynth.report")
     environment.filters["number"] = _number
-    environment.filters["percent"] = lambda value: f"{100 * float(value):.3g} %"
+    environment.filters["percent"] = _percent
     sheet, shown = sample_sheet(images, labels, num_classes=len(classes))
     return environment.get_template("report.html.j2").render(
         view=view,
@@ -29,6 +29,10 @@ def render(view: Mapping[str, Any], *, images: NDArray[np.uint8], labels: NDArra
         sheet=base64.b64encode(sheet).decode(),
         shown=[classes[label] for label in shown],
     )
+
+
+def _percent(value: float) -> str:
+    return "less than 0.001 %" if 0 < value < 1e-5 else f"{100 * value:.3g} %"
 
 
 def _number(value: object) -> str:

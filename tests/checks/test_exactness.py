@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from evidence_cases import evidence_of, features_of, image_set
 from scipy import stats
 from test_decisions import GATE, Hospital, points
 
+import dpsynth.checks.copying as copying_module
 import dpsynth.checks.fidelity as fidelity_module
 import dpsynth.checks.groups as groups_module
 import dpsynth.checks.mechanism as mechanism_module
@@ -141,6 +143,34 @@ def test_the_screening_begins_where_it_is_said_to() -> None:
     evidence, features = with_ratios([0.8 * 0.59, 0.8 * 0.61, 0.8 * 0.3, 0.9])
     listed = copying(evidence, features, GATE, rng=np.random.default_rng(0)).listed
     assert listed == ((2, "p2"), (0, "p0"))
+
+
+@pytest.mark.parametrize(("images", "patients", "outcome"), [(10, 10, Outcome.FLAG), (11, 11, Outcome.FAIL), (40, 1, Outcome.FLAG)])
+def test_more_copied_patients_than_a_person_can_excuse_fail_whoever_they_are(images: int, patients: int, outcome: Outcome) -> None:
+    """The test counts patients of the pool alone; sixty copied others must not leave on one word. One patient copied often is one case."""
+    evidence, features = with_ratios([0.1] * images + [0.9] * (40 - images))
+    found = features.synthetic_approaches
+    features = replace(
+        features, synthetic_approaches=replace(found, patient=np.where(found.ratio < 0.5, found.patient % patients, found.patient))
+    )
+    verdict = copying(evidence, features, GATE, rng=np.random.default_rng(0))
+    assert len(verdict.listed) == images
+    assert verdict.outcome is outcome
+
+
+def test_the_number_that_would_be_seen_among_all_of_training_has_power() -> None:
+    """Of so many copied training patients, drawn at random, at least as many as are needed are of the pool in 8 of 10."""
+    sets = [image_set(np.zeros((n, 1, 4, 4)), np.zeros(n), prefix=prefix) for n, prefix in ((300, "t"), (60, "c"))]
+    evidence = evidence_of(*sets)
+    inside = np.arange(360) < 60
+    evidence = replace(evidence, in_pool=inside | (np.arange(360) >= 300))
+    said = copying_module._all_copied(evidence, 8)
+    copied = int(re.findall(r"0\.8 (\d+) among", said)[0])
+    rng = np.random.default_rng(0)
+    seen = [(rng.permutation(300)[:number] < 60).sum() >= 8 for number in (copied, copied - 3) for _ in range(4000)]
+    assert np.mean(seen[:4000]) > 0.785
+    assert np.mean(seen[4000:]) < 0.79
+    assert copying_module._all_copied(replace(evidence, in_pool=np.arange(360) >= 300), 8) == ""
 
 
 def test_the_interval_of_a_share_is_that_of_a_jackknife_of_four_figures() -> None:

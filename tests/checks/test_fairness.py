@@ -97,6 +97,17 @@ def test_a_subgroup_that_is_drawn_badly_has_less_precision_beyond_its_interval()
     assert in_balls(near, far).mean() == neighbourhoods(near, far).precision
 
 
+def test_a_loss_that_cannot_be_excluded_is_no_pass() -> None:
+    """Forty control patients a group: nothing is sure there, and a release that requires fairness must not leave on it."""
+    rng = np.random.default_rng(0)
+    whole, sexes, _ = cohort(100, rng)
+    verdict = judged(whole, np.where(sexes == "F", 0.8, 2.0), rng)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "Loss above 0.1 cannot be excluded for: " in verdict.reason
+    assert verdict.interval is not None
+    assert verdict.interval[0] < -0.1
+
+
 @pytest.mark.parametrize(("repetitions", "most"), [(5, 0), pytest.param(200, 11, marks=pytest.mark.slow, id="200")])
 def test_groups_that_are_served_alike_raise_no_flag(repetitions: int, most: int) -> None:
     """A flag without cause in 2.5 % of releases at the most: more than 11 of 200 once in 100."""

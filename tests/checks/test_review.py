@@ -22,7 +22,7 @@ from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.data.candidates import to_unit_range
 
 REQUIRED = ("copying", "fidelity", "content")
-ANSWERING = Answering(command="dpsynth release run OUT --key KEY", words="Your words go somewhere.")
+ANSWERING = Answering(command="dpsynth release run OUT --key KEY", words="Your words go somewhere.", refusing="dpsynth refuse run")
 INJECTION = '<script>alert("x")</script><img src=http://evil onerror=alert(1)>'
 SHAPES = [(1, 12, 9), (3, 12, 9), (1, 12, 9, 7)]
 

@@ -35,6 +35,7 @@ from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefu
 from dpsynth.generate import generate
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import silent
+from dpsynth.release.decision import load_case
 from dpsynth.release.metadata import require_expected_metadata
 from dpsynth.release.run import release, report
 from dpsynth.release.verify import ledger_anchor, verify
@@ -239,6 +240,11 @@ def test_a_person_is_shown_what_was_flagged_on_a_page_that_no_release_can_carry(
     with pytest.raises(GateRefused, match=r"copying: flagged, and nobody has accepted it \(look at check/review.html first\)"):
         let_out(clinic)
     out = let_out(clinic, reviews={"copying": "Dr A: planted by a test"})
+    (decided,) = Ledger.load(clinic / "ledger").decisions()
+    assert (decided["decision"], decided["words"]) == ("released", {"copying": "Dr A: planted by a test"})
+    card = (out / "report.html").read_text()
+    assert "since a person accepted what was flagged: copying" in card
+    assert "accepted by Dr A: planted by a test" in card
     for name, content in contents(out).items():
         assert "review" not in name
         assert b"MRN-" not in content, name
@@ -249,6 +255,35 @@ def test_a_person_is_shown_what_was_flagged_on_a_page_that_no_release_can_carry(
     shutil.copy(page, out / page.name)
     with pytest.raises(GateRefused, match=r"review\.html: an unexpected file name"):
         require_expected_metadata(out, ())
+
+
+def test_a_person_who_refuses_is_heard_for_good_and_for_these_images_alone(clinic: Path) -> None:
+    run, ledger = str(clinic / "run"), str(clinic / "ledger")
+    with pytest.raises(UsageError, match="WHO: WHY"):
+        CliRunner().invoke(app, ["refuse", run, "--because", "no name", "--ledger", ledger], catch_exceptions=False)
+    assert not Ledger.load(clinic / "ledger").decisions()
+    said = CliRunner().invoke(app, ["refuse", run, "--because", "Dr B: image 3 is my patient", "--ledger", ledger])
+    assert said.exit_code == 0, said.output
+    with pytest.raises(GateRefused, match=r"refused by a person \(Dr B: image 3 is my patient\)"):
+        let_out(clinic)
+    assert "refused   images" in CliRunner().invoke(app, ["ledger", "show", ledger]).stdout
+    assert "Dr B: image 3 is my patient" in report(clinic / "run", ledger_path=clinic / "ledger").read_text()
+    assert Ledger.load(clinic / "ledger").refusal("0" * 64) == ""
+    generate(clinic / "run", progress=silent, target=OTHER_MIX)
+    checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+    case = load_case(clinic / "run", ledger_path=clinic / "ledger", reviews={})
+    assert not case.question.refusal, "that was said of other images"
+
+
+def test_a_release_says_by_which_policy_it_was_judged(clinic: Path) -> None:
+    out = let_out(clinic)
+    rows = {row["setting"]: row for row in json.loads((out / "verdicts.json").read_text())["policy"]}
+    assert (rows["required"]["value"], rows["required"]["changed"]) == ("accounting", True)
+    assert (rows["utility_margin"]["value"], rows["utility_margin"]["changed"]) == ("0.1", False)
+    assert rows["content.saturated"]["default"] == "0.5, 0.9"
+    page = (out / "report.html").read_text()
+    assert "in places not what dpsynth asks by itself" in page
+    assert "! accounting" in page
 
 
 def seal(clinic: Path, stage: str) -> None:

@@ -16,6 +16,7 @@ from PIL import Image as Pillow
 import dpsynth.train.run as train_module
 from dpsynth import cli
 from dpsynth.artifacts import RunFolder
+from dpsynth.checks.run import check
 from dpsynth.config import Config, ReleaseConfig, load_config
 from dpsynth.data.candidates import Candidates, load_candidates, load_cell_rows
 from dpsynth.data.fingerprint import open_ledger
@@ -136,6 +137,20 @@ def test_cells_with_few_patients_are_named_by_numbers_that_were_released(run: Pa
     about_cells = [warning for warning in warnings if "noise ±" in warning]
     assert [warning.split(":")[0] for warning in about_cells] == small
     assert all("withheld" in warning for warning in warnings if warning not in about_cells)
+
+
+def test_attributes_that_were_changed_after_training_are_not_checked(run: Path, clinic: Path) -> None:
+    """Else whoever owns the table could give a group that is served badly another name."""
+    table = clinic / "xrays" / "table.csv"
+    kept, ledger = table.read_text(), run.parent / "ledger"
+    generate(run, progress=silent)
+    table.write_text(kept.replace("lesion,M,", "lesion,F,", 3))
+    try:
+        with pytest.raises(LedgerError, match="attributes of the patients are not those"):
+            check(run, ledger_path=ledger, progress=silent)
+    finally:
+        table.write_text(kept)
+    assert Ledger.load(ledger).summary()["gate_attempts"] == 0
 
 
 def test_attributes_stay_with_their_images_in_a_release(
