@@ -172,7 +172,7 @@ class RunFolder:
         for leftover in folder.rglob(".*.tmp"):  # of a write that was killed
             leftover.unlink()
         files = {str(path.relative_to(folder)): sha256_file(path) for path in _files(folder)}
-        inputs = {name: sha256_file(self.path / name / _RECORD) for name in needs}
+        inputs = {name: self.digest(name) for name in needs}
         write_json(folder / _RECORD, {"files": files, "needs": inputs, "facts": dict(facts or {})})
 
     def require(self, stage: str) -> StageRecord:
@@ -192,9 +192,13 @@ class RunFolder:
             raise ArtifactError(f"{stage}/{name} was added after the step finished. Remove it.")
         for name, digest in record.needs.items():
             self.require(name)
-            if sha256_file(self.path / name / _RECORD) != digest:
+            if self.digest(name) != digest:
                 raise ArtifactError(f"{name!r} was run again after {stage!r}. Run `dpsynth {stage}` again.")
         return record
+
+    def digest(self, stage: str) -> str:
+        """SHA-256 of the record of a finished stage, which holds those of its files."""
+        return sha256_file(self.path / stage / _RECORD)
 
     def reset(self, stage: str) -> None:
         """Remove a stage and everything made from it, to do it again."""

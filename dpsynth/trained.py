@@ -53,6 +53,13 @@ def load_trained(run: RunFolder, data: DataConfig, *, ledger_path: Path | None) 
             "The configuration of this run is not the one that the ledger noted before training. Restore config.yaml of the run folder; "
             "another policy needs another run."
         )
+    if not charge.settled:
+        raise LedgerError("The training of this run was never closed in the ledger. Run `dpsynth train` again; it goes on.")
+    if run.digest("train") != charge.outcome_sha256:
+        raise LedgerError(
+            "The generator is not the one that the ledger noted when training ended, or what its training proved was changed. Restore the "
+            "folder train, or train again."
+        )
     return Trained(guarantee=read_claim(run), ledger=ledger, charge=charge, conditions=conditions)
 
 

@@ -24,9 +24,10 @@ def verdict(check: str, outcome: Outcome = Outcome.PASS) -> Verdict:
 
 
 def numbers_of(verdict: Mapping[str, Any]) -> list[str]:
-    """What a stored verdict measured, as it would be printed."""
+    """What a stored verdict measured, as it would be printed, if it has three digits or more: shorter ones come by chance elsewhere."""
     found = (verdict["statistic"], *(verdict["interval"] or ()), *verdict["figures"].values(), *verdict["ratios"])
-    return [f"{number:.4g}" for number in found if number is not None]
+    printed = [f"{number:.4g}" for number in found if number is not None]
+    return [text for text in printed if len(text.split("e")[0].replace(".", "").strip("-0")) >= 3]
 
 
 def guarantee() -> Guarantee:

@@ -156,7 +156,8 @@ def _all_copied(evidence: Evidence, needed: int) -> str:
 
 
 def _flag(listed: tuple[tuple[int, str], ...], evidence: Evidence) -> str:
-    control = sum(patient in set(evidence.control.patient_ids) for _, patient in listed)
+    controls = set(evidence.control.patient_ids)
+    control = sum(patient in controls for _, patient in listed)
     numbers = ", ".join(str(image) for image, _ in listed[:5]) + (", ..." if len(listed) > 5 else "")
     leak = f"; {control} of them resemble control patients, who were never to be trained on" if control else ""
     return f"{len(listed)} synthetic images ({numbers}) are nearer to a patient than people are to each other: a person must look{leak}"

@@ -124,7 +124,13 @@ def _missing(groups: list[Subgroup], evidence: Evidence) -> list[str]:
     """Groups that are not small among patients and surely drawn less than half as often as they were trained on."""
     common = [g for g in groups if len(np.unique(evidence.control.patients[g.control])) >= SMALLEST_GROUP]
     upper = {g.name: clopper_pearson(int(g.synthetic.sum()), len(g.synthetic), _confidence(len(common)))[1] for g in common}
-    return [g.name for g in common if upper[g.name] < LEAST_SHARE * float(g.training.mean())]
+    return [g.name for g in common if upper[g.name] < LEAST_SHARE * _share(g, evidence)]
+
+
+def _share(group: Subgroup, evidence: Evidence) -> float:
+    """Of the training patients, each of whom counts once however many images they have: so the generator learnt the shares."""
+    patients = evidence.training.patients
+    return float((group.training / np.bincount(patients)[patients]).sum() / evidence.training.num_patients)
 
 
 def _loss(group: Subgroup, evidence: Evidence, arms: Arms, confidence: float) -> tuple[float, float, float]:

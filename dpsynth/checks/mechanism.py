@@ -21,6 +21,7 @@ LIMITATION = (
 )
 HEADLINE = "one run, curve"
 _WHERE = {BEFORE: "before training, on a toy net", DURING: "during training, with this run's own noise and steps"}
+_TOLERANCE = 1e-3  # between two computations of one epsilon
 
 
 def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
@@ -43,6 +44,10 @@ def mechanism(evidence: Evidence, gate: GateConfig) -> Verdict:
     audits = {name: Audit.from_json(evidence.canaries[name]) for name in (BEFORE, DURING)}
     bounds = {name: audit.lower_bounds(evidence.delta) for name, audit in audits.items()}
     claimed = {name: audit.claimed(evidence.delta) for name, audit in audits.items()}
+    if claimed[DURING] > evidence.epsilon * (1 + _TOLERANCE):
+        own = f"{claimed[DURING]:.2f}, above the {evidence.epsilon:.2f} of the whole run"
+        said = f"the canaries of training are of a mechanism of epsilon {own}"
+        return replace(verdict, outcome=Outcome.FAIL, reason=said)
     p = min(1.0, len(audits) * min(audit.p_value() for audit in audits.values()))
     texts = [
         f"{name} epsilon is at least {bounds[name][HEADLINE]:.2f} where {claimed[name]:.2f} is booked for DP-SGD alone" for name in audits

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from dpsynth import __version__
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.encoders import encoder_of
@@ -17,9 +19,9 @@ from dpsynth.checks.review import Answering, review_page
 from dpsynth.checks.screening import screen_candidates
 from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import CONTENT, REVIEW, VERDICTS, Verdict
-from dpsynth.config import Config, parse_config
+from dpsynth.config import Config, GenerateConfig, parse_config
 from dpsynth.data.attributes import by_cell, conditions_digest
-from dpsynth.data.candidates import candidates_digest, load_candidates, to_unit_range, withheld
+from dpsynth.data.candidates import Candidates, load_candidates, to_8_bit, to_unit_range, withheld
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
@@ -29,10 +31,12 @@ from dpsynth.model.generator import Generator
 from dpsynth.privacy.audit import CANARIES
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
-from dpsynth.progress import Progress, say_nothing
+from dpsynth.progress import Progress, say_nothing, silent
 from dpsynth.trained import Trained, load_trained
 
 _UNFINISHED = "unfinished_check"  # in the run's folder, while a check is going on
+_DRAWN_AGAIN = 100  # images of the candidates
+_LARGEST_DIFFERENCE = 1.0  # of 255, on average over an image: another machine rounds otherwise
 SEED = 0  # of the tests' own draws; fixed, so that asking again cannot be a second try
 
 
@@ -52,10 +56,10 @@ def check(
     trained = load_trained(run, config.data, ledger_path=ledger_path)
     split = _split(run, config, trained, progress)
     unfinished = UnfinishedCheck(run.path / _UNFINISHED)
-    attempt = _attempt(unfinished, run, trained.ledger, trained.charge.run_id, note)
-    candidates = load_candidates(run)
+    candidates, generator = load_candidates(run), Generator.load(run.folder("train"))
+    require_drawn(candidates, generator, config.generate)
+    attempt = _attempt(unfinished, candidates.sha256, trained.ledger, trained.charge.run_id, note)
     synthetic = to_unit_range(candidates.images)
-    generator = Generator.load(run.folder("train"))
     screening = screen_candidates(
         candidates, generator.cells, generator.moments, config.gate.content, sample_key=split.key, progress=progress
     )
@@ -79,8 +83,10 @@ def check(
         withheld=withheld(run),
     )
     verdicts = run_checks(evidence, config.gate, seed=SEED, progress=progress, keep=unfinished)
+    if load_candidates(run).sha256 != candidates.sha256:
+        raise ArtifactError("The candidates were changed while they were checked. Restore them and run `dpsynth check` again.")
     run.reset("check")
-    facts = {"attempt": attempt, "candidates_sha256": candidates_digest(run)}
+    facts = {"attempt": attempt, "candidates_sha256": candidates.sha256}
     record = run.folder("check") / VERDICTS
     write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
     page = review_page(evidence, verdicts, required=needed(config.gate.required), answering=_answering(run_path, ledger_path))
@@ -102,10 +108,28 @@ def _answering(run_path: Path, ledger_path: Path | None) -> Answering:
     )
 
 
-def _attempt(unfinished: UnfinishedCheck, run: RunFolder, ledger: Ledger, run_id: str, note: Callable[[str], object]) -> int:
+def require_drawn(candidates: Candidates, generator: Generator, settings: GenerateConfig) -> None:
+    """Raise ArtifactError unless images of a random sample are those that the generator draws from their seeds. No patient is looked at.
+
+    Whoever puts other images in their place would have judged, and released, what has no guarantee. The sample is of no fixed seed.
+    """
+    rng = np.random.default_rng()
+    rows = rng.permutation(len(candidates.images))[:_DRAWN_AGAIN]
+    chosen = candidates.kept(np.isin(np.arange(len(candidates.images)), rows))
+    cells = generator.cells.index(chosen.labels, chosen.conditions())
+    again = to_8_bit(generator.sample(cells, chosen.seeds, settings, progress=silent)).astype(np.int16)
+    apart = np.abs(again - chosen.images).reshape(len(again), -1).mean(axis=1)
+    if (apart > _LARGEST_DIFFERENCE).any():
+        raise ArtifactError(
+            f"{int((apart > _LARGEST_DIFFERENCE).sum())} of {len(again)} candidates are not what the generator draws from their seeds. "
+            "Run `dpsynth generate` again."
+        )
+
+
+def _attempt(unfinished: UnfinishedCheck, candidates_sha256: str, ledger: Ledger, run_id: str, note: Callable[[str], object]) -> int:
     """The attempt that a killed check of the same candidates had booked, or a new one, booked before anything is looked at. Patients and
     coins are those of the run's booking by now."""
-    subject = {"run_id": run_id, "candidates_sha256": candidates_digest(run), "dpsynth": __version__}
+    subject = {"run_id": run_id, "candidates_sha256": candidates_sha256, "dpsynth": __version__}
     attempt = unfinished.attempt(subject, booked=ledger.gate_attempts(run_id))
     goes_on = attempt is not None
     if attempt is None:

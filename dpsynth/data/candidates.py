@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
+from dpsynth.artifacts import RunFolder, read_json, write_bytes, write_json
 from dpsynth.errors import ArtifactError
 
 WITHHELD = "withheld"  # public fact of the stage
@@ -19,12 +20,16 @@ _ATTRIBUTE = "attribute_"  # begins the name of an attribute's array
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """images: (n, channel, *space) uint8; labels, seeds: (n,); attributes: by name the value of each image, (n,)."""
+    """images: (n, channel, *space) uint8; labels, seeds: (n,); attributes: by name the value of each image, (n,).
+
+    sha256: of the bytes that these were read from, so that what is judged and what is named are one; empty when they were not read.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     seeds: NDArray[np.uint64]
     attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    sha256: str = ""
 
     def kept(self, rows: NDArray[np.bool_]) -> Candidates:
         """Those of the rows (n,) that are true."""
@@ -60,9 +65,13 @@ def load_candidates(run: RunFolder) -> Candidates:
     """Read the candidates of a run. Raises ArtifactError when they were not drawn or were changed."""
     run.require("generate")
     try:
-        with np.load(run.folder("generate") / FILE, allow_pickle=False) as arrays:
+        content = (run.folder("generate") / FILE).read_bytes()
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             attributes = {name.removeprefix(_ATTRIBUTE): arrays[name] for name in arrays.files if name.startswith(_ATTRIBUTE)}
-            return Candidates(images=arrays["images"], labels=arrays["labels"], seeds=arrays["seeds"], attributes=attributes)
+            return Candidates(
+                images=arrays["images"], labels=arrays["labels"], seeds=arrays["seeds"], attributes=attributes,
+                sha256=hashlib.sha256(content).hexdigest(),
+            )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"Expected readable candidates in {FILE}: {error}. Run `dpsynth generate` again.") from error
 
@@ -95,8 +104,3 @@ def load_cell_rows(run: RunFolder) -> tuple[CellRow, ...]:
         return tuple(CellRow(**row) for row in read_json(path))
     except TypeError as error:
         raise ArtifactError(f"Expected rows of cells in {CELLS}. Run `dpsynth generate` again.") from error
-
-
-def candidates_digest(run: RunFolder) -> str:
-    """SHA-256 of the file of candidates: what was checked must be what is released."""
-    return sha256_file(run.folder("generate") / FILE)

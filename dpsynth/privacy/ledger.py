@@ -62,6 +62,7 @@ class Charge:
     config_sha256: str
     mechanisms: tuple[Mechanism, ...]
     settled: bool
+    outcome_sha256: str = ""  # of what came of it, noted when it was settled
     coins_sha256: str = ""  # of key and control fraction, which say who is trained on, noted before training
 
 
@@ -278,7 +279,7 @@ class Ledger:
                 raise LedgerError("The run's mechanisms or settings differ from those that were reserved. Start a new run.")
             self._append("resume", {"reservation": reservation}, lines=lines)
 
-    def settle(self, reservation: str, *, mechanisms: Sequence[Mechanism]) -> None:
+    def settle(self, reservation: str, *, mechanisms: Sequence[Mechanism], outcome_sha256: str = "") -> None:
         """Replace a reservation by what was executed: the same mechanisms, at most with fewer DP-SGD steps.
 
         Sound only when the stop did not depend on the data (a crash, an operator's decision).
@@ -289,7 +290,7 @@ class Ledger:
             if not _at_most(mechanisms, charge.mechanisms):
                 raise LedgerError("A settlement may only lower the steps of the reserved mechanisms.")
             fields = {"reservation": reservation, "mechanisms": [to_json(mechanism) for mechanism in mechanisms]}
-            self._append("settle", fields, lines=lines)
+            self._append("settle", {**fields, "outcome_sha256": outcome_sha256}, lines=lines)
 
     def record_verdicts(self, run_id: str, sha256: str) -> None:
         """Note the digest of what the checks found, so that verdicts edited later are known as such."""
@@ -532,7 +533,7 @@ def _charges(lines: tuple[Line, ...]) -> tuple[Charge, ...]:
             executed = tuple(from_json(value) for value in entry["mechanisms"])
             if not _at_most(executed, charges[name].mechanisms):
                 raise LedgerError(f"line {line.number}: the settlement is not part of the reservation")
-            charges[name] = replace(charges[name], mechanisms=executed, settled=True)
+            charges[name] = replace(charges[name], mechanisms=executed, settled=True, outcome_sha256=str(entry.get("outcome_sha256", "")))
     return tuple(charges.values())
 
 

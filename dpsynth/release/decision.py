@@ -11,7 +11,7 @@ from dpsynth.artifacts import RunFolder, read_json, sha256_file
 from dpsynth.checks.noted import looked_at
 from dpsynth.checks.verdict import VERDICTS, Verdict
 from dpsynth.config import Config, parse_config
-from dpsynth.data.candidates import Candidates, CellRow, candidates_digest, load_candidates, load_cell_rows
+from dpsynth.data.candidates import Candidates, CellRow, load_candidates, load_cell_rows
 from dpsynth.detector.model import FILE as DETECTOR
 from dpsynth.detector.model import NO_DETECTOR, Detector
 from dpsynth.errors import ArtifactError
@@ -55,6 +55,7 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         raise ArtifactError(f"The verdicts of this run cannot be read ({error}). Run `dpsynth check` again.") from error
     if result.get("files") != looked_at(run):
         raise ArtifactError("The review page, its list, the detector or the counts of cells are not those of the check. Run it again.")
+    candidates = load_candidates(run)
     question = Question(
         # What the ledger says of the data set stands above the run folder; other runs may have been charged since.
         guarantee=replace(
@@ -73,16 +74,16 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         attempt=ledger.gate_attempts(run_id),
         max_attempts=int(ledger.genesis["max_gate_attempts"]),
         checked_sha256=checked,
-        candidates_sha256=candidates_digest(run),
+        candidates_sha256=candidates.sha256,
         reviews=reviews,
-        refusal=ledger.refusal(candidates_digest(run)),
+        refusal=ledger.refusal(candidates.sha256),
     )
     return Case(
         run=run,
         run_id=run_id,
         config=config,
         ledger=ledger,
-        candidates=load_candidates(run),
+        candidates=candidates,
         cells=load_cell_rows(run),
         detector=detector_of(run),
         no_detector=no_detector_of(run, config),

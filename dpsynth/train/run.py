@@ -100,15 +100,15 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
 
 
 def _finish(run: RunFolder, ledger: Ledger) -> Guarantee:
-    """Settle, destroy the secrets, close the stage: what of this a killed run has done already is not done again."""
+    """Destroy the secrets, close the stage, settle with its digest: what of this a killed run has done already is not done again."""
+    charge = booking(run, ledger)
     if not run.is_complete("train"):
-        charge = booking(run, ledger)
-        if not charge.settled:
-            ledger.settle(charge.reservation, mechanisms=charge.mechanisms)
         for secret in (_KEY, _CHECKPOINT):
             (run.folder("train/site") / secret).unlink(missing_ok=True)
         run.complete("train", facts={"reservation": charge.reservation})
     run.require("train")
+    if not charge.settled:
+        ledger.settle(charge.reservation, mechanisms=charge.mechanisms, outcome_sha256=run.digest("train"))
     return read_claim(run)
 
 

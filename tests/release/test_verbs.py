@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from cases import numbers_of
 from PIL import Image as Pillow
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import dpsynth.checks.evidence as evidence_module
@@ -218,6 +219,7 @@ def with_copies(clinic: Path) -> list[np.ndarray]:
 
 def test_a_person_is_shown_what_was_flagged_on_a_page_that_no_release_can_carry(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "train_and_predict", quick)
+    monkeypatch.setattr(checks_run, "require_drawn", lambda *_: None)
     copies, page = with_copies(clinic), clinic / "run" / "check" / "review.html"
     said = CliRunner().invoke(app, ["check", str(clinic / "run"), "--ledger", str(clinic / "ledger")])
     assert f"A person must look, since copying is flagged: {page}. It shows patients and must not leave." in said.stdout
@@ -338,6 +340,19 @@ def lower_epsilon(clinic: Path) -> None:
     seal(clinic, "train")
 
 
+def other_weights(clinic: Path) -> None:
+    """Moments of the very patients, without noise, in place of those that were released."""
+    path = clinic / "run" / "train" / "weights.safetensors"
+    arrays = load_file(path)
+    save_file({name: array + array.dtype.type(0.1) for name, array in arrays.items()}, path)
+    seal(clinic, "train")
+
+
+def a_better_proof(clinic: Path) -> None:
+    edit_json(clinic / "run" / "train" / "site" / "selfcheck.json", lambda value: value.update(more={"ok": True}))
+    seal(clinic, "train")
+
+
 def other_images(clinic: Path) -> None:
     run = RunFolder.open(clinic / "run")
     candidates = load_candidates(run)
@@ -427,7 +442,9 @@ def a_policy_cut_short(clinic: Path) -> None:
         (other_counts_of_cells, "not those of the check"),
         (a_policy_cut_short, "configuration of this run is not the one that the ledger noted"),
         (a_milder_policy, "configuration of this run is not the one that the ledger noted"),
-        (lower_epsilon, "booked other mechanisms"),
+        (lower_epsilon, "not the one that the ledger noted when training ended"),
+        (other_weights, "not the one that the ledger noted when training ended"),
+        (a_better_proof, "not the one that the ledger noted when training ended"),
         (other_images, "not those that were checked"),
         (a_better_verdict, "not those that the ledger noted"),
         (verdicts_left_out, "not those that the ledger noted"),
@@ -443,7 +460,31 @@ def test_a_spoilt_run_is_not_released(clinic: Path, fault: Callable[[Path], None
     assert not (clinic / "out").exists()
 
 
-def test_the_ledger_not_the_run_folder_says_whom_the_guarantee_protects(clinic: Path) -> None:
+@pytest.fixture
+def unnoted(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The wall of the ledger's digest of the training is taken away, so that the next one is tested."""
+    known = RunFolder.open(clinic / "run").digest("train")
+    digest = RunFolder.digest
+    monkeypatch.setattr(RunFolder, "digest", lambda run, stage: known if stage == "train" else digest(run, stage))
+    return clinic
+
+
+def test_an_epsilon_that_was_not_booked_is_not_released(unnoted: Path) -> None:
+    lower_epsilon(unnoted)
+    with pytest.raises(GateRefused, match="booked other mechanisms"):
+        let_out(unnoted)
+
+
+def test_a_run_whose_training_was_never_closed_is_not_released(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was killed before the ledger noted what came of it; the same command closes it."""
+    (charge,) = Ledger.load(clinic / "ledger").charges()
+    monkeypatch.setattr(Ledger, "charge", lambda *_: replace(charge, settled=False))
+    with pytest.raises(LedgerError, match="never closed"):
+        let_out(clinic)
+
+
+def test_the_ledger_not_the_run_folder_says_whom_the_guarantee_protects(unnoted: Path) -> None:
+    clinic = unnoted
     edit_json(clinic / "run" / "train" / "guarantee.json", lambda value: value.update(unit="image", data_name="another hospital"))
     seal(clinic, "train")
     released = json.loads((let_out(clinic) / "guarantee.json").read_text())
@@ -481,9 +522,10 @@ def test_a_check_that_cannot_begin_costs_no_attempt(clinic: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("changed", [{"key": b"w" * 32}, {"control_fraction": 0.45}])
-def test_coins_that_were_not_committed_to_before_training_are_refused(clinic: Path, changed: dict[str, Any]) -> None:
+def test_coins_that_were_not_committed_to_before_training_are_refused(unnoted: Path, changed: dict[str, Any]) -> None:
     """Whoever owns the run folder draws the split again until the checks like it, or calls patients control who were trained on: the
     ledger knows coins and fraction of the training."""
+    clinic = unnoted
     path = clinic / "run" / "train" / "site" / "split.json"
     config, own = load_config(clinic / "config.yaml"), json.loads(path.read_text())
     images = prepare(read_cohort(config.data), config.data, progress=silent)
@@ -551,6 +593,7 @@ def test_an_interrupted_check_goes_on_under_its_own_attempt_and_says_the_same(in
 def test_an_interrupted_check_of_anything_else_is_another_attempt(interrupted: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     unfinished = interrupted / "run" / "unfinished_check" / "unfinished.json"
     if change == "other candidates":
+        monkeypatch.setattr(checks_run, "require_drawn", lambda *_: None)
         run = RunFolder.open(interrupted / "run")
         candidates = load_candidates(run)
         save_candidates(run, replace(candidates, images=candidates.images[::-1]))
@@ -574,7 +617,29 @@ def test_a_damaged_part_of_an_interrupted_check_is_computed_again(interrupted: P
     assert verdicts_of(interrupted) == first
 
 
-def test_training_images_among_the_candidates_fail_through_the_verb_whatever_the_policy_requires(clinic: Path) -> None:
+def test_images_that_the_generator_did_not_draw_are_not_judged(clinic: Path) -> None:
+    """They have no guarantee, whatever the checks say of them. Three of a hundred; no attempt is spent."""
+    with_copies(clinic)
+    before = Ledger.load(clinic / "ledger").summary()["gate_attempts"]
+    with pytest.raises(ArtifactError, match="3 of 100 candidates are not what the generator draws"):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+    assert Ledger.load(clinic / "ledger").summary()["gate_attempts"] == before
+
+
+def test_images_that_are_exchanged_while_they_are_checked_are_not_released(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(*_: object, **__: object) -> tuple[()]:
+        with_copies(clinic)
+        return ()
+
+    monkeypatch.setattr(checks_run, "run_checks", meanwhile)
+    with pytest.raises(ArtifactError, match="changed while they were checked"):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+
+
+def test_training_images_among_the_candidates_fail_through_the_verb_whatever_the_policy_requires(
+    clinic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks_run, "require_drawn", lambda *_: None)
     run, config = RunFolder.open(clinic / "run"), load_config(clinic / "config.yaml")
     images = prepare(read_cohort(config.data), config.data, progress=silent)
     training = set(json.loads((clinic / "run" / "train" / "site" / "split.json").read_text())["training"])

@@ -230,9 +230,11 @@ def test_a_run_does_not_go_on_with_other_attributes(clinic: Path, tmp_path: Path
 def test_plan_says_how_many_cells_there_are_and_warns_of_small_ones(clinic: Path) -> None:
     (clinic / "config.yaml").write_text(CONFIG.replace("METHOD", "moments"))
     config = load_config(clinic / "config.yaml")
-    rows = dict(describe(plan(config)))
-    assert rows["cells"] == "8 of label, sex, age; on average 40 training patients each"
-    assert "cells of fewer than 50 patients" in rows["warning"]
+    found = plan(config)
+    assert dict(describe(found))["cells"] == "8 of label, sex, age; on average 40 training patients each"
+    assert any("cells of fewer than 50 patients" in warning for warning in found.warnings)
+    assert any("method moments are smooth" in warning for warning in found.warnings)
+    assert [text for name, text in describe(found) if name == "warning"] == list(found.warnings)
     assert "cells" not in dict(describe(plan(Config(method="moments"))))
 
 
