@@ -47,7 +47,7 @@ def proofs_of(study: Study, charges: Sequence[tuple[int, Charge]], *, largest_by
     complete = bool(trained) and all({BEFORE, DURING} <= set(audits) for audits in trained)
     canaries = {}
     if complete:
-        canaries = {BEFORE: trained[-1][BEFORE], DURING: together([Audit.from_json(audits[DURING]) for audits in trained]).to_json()}
+        canaries = {name: together([Audit.from_json(audits[name]) for audits in trained]).to_json() for name in (BEFORE, DURING)}
     return Proofs(selfcheck=findings, canaries=canaries, uses_sgd=bool(trained))
 
 

@@ -145,6 +145,7 @@ def edited_record(joint: Joint, change: Callable[[dict[str, Any]], None]) -> Non
         (lambda joint: says(joint, "south", required=["accounting", "mechanism", "membership"]), "did not require the check 'copying'"),
         (lambda joint: says(joint, "south", attempt=3), "south: attempt 3 of 2 allowed"),
         (lambda joint: says(joint, "south", outcomes={"copying": "fail"}), "south: copying: fail"),
+        (lambda joint: says(joint, "south", outcomes={"copying": "inconclusive"}), "south: copying: inconclusive"),
         (lambda joint: says(joint, "south", ledger_epsilon="inf"), "south: it states epsilon inf for its whole ledger"),
         (lambda joint: says(joint, "south", ledger_epsilon=1.0), "for its whole ledger, of which this study is a part"),
         (lambda joint: says(joint, "south", delta=1e-3), "south: it counts at delta 0.001"),
@@ -158,6 +159,15 @@ def test_no_release_without_every_sites_word_on_these_images(joint: Joint, fault
     with pytest.raises(DpsynthError, match=words):
         joint.release()
     assert not (joint.folder / "out").exists()
+
+
+def test_a_study_that_requires_nothing_cannot_let_a_site_leave_out_what_no_policy_can(
+    joint: Joint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpsynth.release.federated.required_checks", lambda _: ())
+    says(joint, "south", required=["accounting", "mechanism", "membership"])
+    with pytest.raises(GateRefused, match="south: it did not require the check 'copying'"):
+        joint.release()
 
 
 def test_a_site_that_was_charged_and_is_silent_stops_the_release(joint: Joint) -> None:

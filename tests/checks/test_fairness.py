@@ -11,6 +11,7 @@ from scipy import stats
 from test_decisions import GATE
 
 from dpsynth.checks.arms import Arms
+from dpsynth.checks.delong import auc_difference
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.fairness import fairness, subgroups
 from dpsynth.checks.statistics import clopper_pearson, in_balls, neighbourhoods
@@ -68,6 +69,55 @@ def test_a_subgroup_that_is_hardly_drawn_is_named(share: float, missing: bool) -
     verdict = judged(replace(whole, synthetic_attributes=drawn), np.full(500, 2.0), rng)
     assert verdict.outcome is (Outcome.FLAG if missing else Outcome.PASS), verdict.reason
     assert ("less than half as often as among training images: sex F" in verdict.reason) is missing
+
+
+@pytest.mark.parametrize(("share", "missing"), [(0.2, False), (0.05, True)])
+def test_a_group_with_many_images_of_each_patient_is_drawn_as_its_patients_are_counted(share: float, missing: bool) -> None:
+    """One in five is a woman, of whom there are five images each: half of the images. The generator learns one in five."""
+    rng = np.random.default_rng(2)
+    sides = []
+    for prefix in ("p", "c"):
+        patients = np.concatenate([np.repeat(np.arange(80), 5), np.arange(80, 400)])
+        sex = np.where(patients < 80, "F", "M")
+        labels = rng.integers(0, 2, 400)[patients]
+        attributes = tuple({"sex": value} for value in sex)
+        sides.append(image_set(rng.uniform(-1, 1, (len(patients), 1, 4, 4)), labels, patients, prefix=prefix, attributes=attributes))
+    whole = evidence_of(*sides, rng.uniform(-1, 1, (1000, 1, 4, 4)), rng.integers(0, 2, 1000))
+    whole = replace(whole, synthetic_attributes={"sex": np.where(rng.random(1000) < share, "F", "M")})
+    real = predictions(whole.control.labels, np.full(len(whole.control.labels), 2.0), rng)
+    arms = Arms(synthetic=real, real=real, both=real, synthetic_by_real=predictions(whole.synthetic_labels, np.full(1000, 2.0), rng))
+    encoded = features_of(rng.normal(size=(1000, 6)), rng.normal(size=(400, 6)), rng.normal(size=(400, 6)))
+    assert ("drawn less than half as often" in fairness(whole, encoded, GATE, arms=lambda: arms).reason) is missing
+
+
+def test_the_interval_of_a_group_is_widened_for_all_groups_that_are_judged() -> None:
+    rng = np.random.default_rng(3)
+    whole, _, labels = cohort(400, rng)
+    real = predictions(labels, np.full(400, 2.0), rng)
+    arms = Arms(synthetic=predictions(labels, np.full(400, 1.6), rng), real=real, both=real, synthetic_by_real=real)
+    encoded = features_of(*(rng.normal(size=(400, 6)) for _ in range(3)))
+    verdict = fairness(whole, encoded, GATE, arms=lambda: arms)
+    found = subgroups(whole)
+    assert len([name for name in verdict.figures if name.endswith("AUC gap")]) == len(found) == 8
+    for group in found:
+        rows = np.flatnonzero(group.control)
+        by_formula = auc_difference(arms.synthetic[rows], real[rows], labels[rows], whole.control.patients[rows])
+        low, high = by_formula.interval(1 - 0.025 / 8)
+        assert (verdict.figures[f"{group.name}: AUC gap, low"], verdict.figures[f"{group.name}: AUC gap, high"]) == pytest.approx(
+            (low, high)
+        )
+
+
+def test_a_group_that_is_hardly_drawn_is_flagged_where_none_can_be_judged() -> None:
+    rng = np.random.default_rng(4)
+    whole, _, _ = cohort(100, rng)
+    one_label = np.zeros(100, dtype=np.int64)
+    one_label[:3] = 1  # too few of a class to judge anybody
+    whole = replace(whole, control=replace(whole.control, labels=one_label))
+    drawn = {**whole.synthetic_attributes, "sex": np.full(100, "M")}
+    verdict = judged(replace(whole, synthetic_attributes=drawn), np.full(100, 2.0), rng)
+    assert "no subgroup has" in verdict.reason
+    assert verdict.outcome is Outcome.FLAG
 
 
 def test_a_subgroup_that_is_drawn_badly_has_less_precision_beyond_its_interval() -> None:

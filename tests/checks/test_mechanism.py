@@ -53,6 +53,16 @@ def test_its_power_is_that_of_this_run_and_survives_an_accusation() -> None:
         assert verdict.figures[f"power to see half of the noise, {DURING}"] == power_at_half_noise(audits[DURING], LEVEL)
 
 
+def test_canaries_of_a_mechanism_that_costs_more_than_the_run_claims_fail() -> None:
+    """They name their mechanism themselves: an audit of little noise, rightly guessed, refutes nothing about that mechanism."""
+    careless = dp_sgd(0.4, 0.5, 20)
+    audits = {BEFORE: audited(TOY, 3000, 0), DURING: audited(careless, 1000, 0)}
+    canaries = {name: audit.to_json() for name, audit in audits.items()}
+    verdict = decide_family([mechanism(evidence_of(canaries=canaries), GATE)], GATE.family_error)[0]
+    assert verdict.outcome is Outcome.FAIL
+    assert "above the 8.00 of the whole run" in verdict.reason
+
+
 def test_without_dp_sgd_it_says_that_there_was_nothing_to_test() -> None:
     verdict = decide_family([mechanism(evidence_of(uses_sgd=False), GATE)], GATE.family_error)[0]
     assert verdict.outcome is Outcome.PASS

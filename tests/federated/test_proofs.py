@@ -106,6 +106,20 @@ def test_the_worst_round_counts_and_a_round_that_lacks_a_proof_leaves_a_gap(tmp_
     assert not set(REQUIRED) & set(forgotten.selfcheck), "of a charged round without any trace nobody knows what left"
 
 
+@pytest.mark.parametrize("part", [BEFORE, DURING])
+@pytest.mark.parametrize("bad", [4, 5])
+def test_the_canaries_of_every_round_count(tmp_path: Path, part: str, bad: int) -> None:
+    """An engine that lost its noise in one round, or was faulty when one began."""
+    careless = audit(np.random.default_rng(3), noise=0.1)
+    faulty = {**TRAINED, "audits": {BEFORE: AUDIT, DURING: AUDIT, part: careless.to_json()}}
+    found = proofs(tmp_path, answers={4: given(), 5: given()}, found={4: TRAINED, 5: TRAINED, bad: faulty})
+    sound = Audit.from_json(AUDIT)
+    whole = {name: Audit.from_json(found.canaries[name]) for name in (BEFORE, DURING)}
+    assert whole[part].correct == sound.correct + careless.correct > 2 * sound.correct
+    assert whole[DURING if part == BEFORE else BEFORE].correct == 2 * sound.correct
+    assert whole[part].cases == 2000
+
+
 def test_a_round_that_was_refused_or_cut_off_released_nothing_and_needs_no_proof(tmp_path: Path) -> None:
     failed = encode_refusal(Code.FAILED, request_sha256="0" * 64)
     found = proofs(tmp_path, answers={0: failed, 1: failed, 4: given(), 5: None}, found={4: TRAINED}, open_rounds=(5,))

@@ -35,6 +35,7 @@ from dpsynth.data.split import split_patients
 from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, UsageError
 from dpsynth.generate import generate
 from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import silent
 from dpsynth.release.decision import load_case
 from dpsynth.release.metadata import require_expected_metadata
@@ -624,6 +625,49 @@ def test_images_that_the_generator_did_not_draw_are_not_judged(clinic: Path) -> 
     with pytest.raises(ArtifactError, match="3 of 100 candidates are not what the generator draws"):
         checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
     assert Ledger.load(clinic / "ledger").summary()["gate_attempts"] == before
+
+
+def test_the_checks_are_given_what_training_and_drawing_left(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not asked for is not missed: without canaries or with another pool nothing would fail."""
+    seen: list[evidence_module.Evidence] = []
+    keys: list[bytes] = []
+    screened, loaded = checks_run.screen_candidates, checks_run.load_trained
+    sgd = PoissonDpSgd(noise_multiplier=1.0, clip_norm=1.0, sampling_probability=0.1, steps=2, declared_patients=300)
+
+    def load(*given: Any, **named: Any) -> Any:
+        trained = loaded(*given, **named)
+        return replace(trained, guarantee=replace(trained.guarantee, mechanisms=(*trained.guarantee.mechanisms, sgd)))
+
+    def screen(*given: Any, sample_key: bytes, **named: Any) -> Any:
+        keys.append(sample_key)
+        return screened(*given, sample_key=sample_key, **named)
+
+    def stop(evidence: evidence_module.Evidence, *_: object, **__: object) -> None:
+        seen.append(evidence)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks_run, "run_checks", stop)
+    monkeypatch.setattr(checks_run, "screen_candidates", screen)
+    monkeypatch.setattr(checks_run, "load_trained", load)
+    run = RunFolder.open(clinic / "run")
+    run.complete("generate", needs=("train",), facts={"count": 100, "withheld": 7})
+    with pytest.raises(KeyboardInterrupt):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+    (evidence,) = seen
+    known = json.loads((clinic / "run" / "train" / "site" / "split.json").read_text())
+    config = load_config(clinic / "config.yaml")
+    images = prepare(read_cohort(config.data), config.data, progress=silent)
+    split = split_patients(images, control_fraction=known["control_fraction"], key=bytes.fromhex(known["key"]))
+    assert evidence.training.patient_ids == split.training.patient_ids
+    assert evidence.control.patient_ids == split.control.patient_ids
+    np.testing.assert_array_equal(evidence.in_pool, split.in_pool)
+    assert 0 < split.in_pool.mean() < 1, "else nobody would be trained on without a coin"
+    assert evidence.uses_sgd
+    assert evidence.withheld == 7
+    claim = json.loads((clinic / "run" / "train" / "guarantee.json").read_text())
+    assert evidence.delta == claim["accounting"]["delta"]
+    assert evidence.epsilon == pytest.approx(claim["accounting"]["pld"])
+    assert keys == [bytes.fromhex(known["key"])]
 
 
 def test_images_that_are_exchanged_while_they_are_checked_are_not_released(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
