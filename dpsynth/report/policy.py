@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dpsynth.checks.family import needed
 from dpsynth.config import GateConfig
 
 
@@ -27,7 +28,7 @@ _NONE = "none"
 
 def _flat(gate: GateConfig) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, value in gate.model_dump(mode="json").items():
+    for name, value in {**gate.model_dump(mode="json"), "required": needed(gate.required)}.items():
         parts = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
         found |= {key: _text(part) for key, part in parts.items() if part is not None and key != "encoder.path"}
     return found

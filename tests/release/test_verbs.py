@@ -281,7 +281,7 @@ def test_a_person_who_refuses_is_heard_for_good_and_for_these_images_alone(clini
 def test_a_release_says_by_which_policy_it_was_judged(clinic: Path) -> None:
     out = let_out(clinic)
     rows = {row["setting"]: row for row in json.loads((out / "verdicts.json").read_text())["policy"]}
-    assert (rows["required"]["value"], rows["required"]["changed"]) == ("accounting", True)
+    assert (rows["required"]["value"], rows["required"]["changed"]) == ("accounting, mechanism, membership, copying", True)
     assert (rows["utility_margin"]["value"], rows["utility_margin"]["changed"]) == ("0.1", False)
     assert rows["content.saturated"]["default"] == "0.5, 0.9"
     page = (out / "report.html").read_text()
