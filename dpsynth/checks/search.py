@@ -103,7 +103,9 @@ def approaches(
             note = partial(_note, progress, done, len(kinds) * len(real))
             search = partial(_searched, queries, _blocks(real, patients, rows, kind, note), excluded)
             nearest, done = nearest.or_of(Nearest(**keep(f"search {number}-{part}", search))), done + len(rows)
-        parts.append(Approaches.among(nearest, item, kind=number))
+        found = Approaches.among(nearest, item, kind=number)
+        nothing = np.linalg.norm(queries, axis=1) < 0.5  # a copy of what has nothing to compare is told from nobody
+        parts.append(replace(found, copy=np.where(nothing, np.inf, found.copy)))
     return Approaches(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].__dict__})
 
 

@@ -161,6 +161,17 @@ def test_a_copy_that_is_mirrored_and_moved_is_as_near_as_one_that_is_moved(chang
         assert (ratios < 0.5).all()
 
 
+def test_of_images_that_differ_in_colour_alone_no_copy_could_be_told() -> None:
+    """Thumbnails are grey: everybody is blank there, as far from each other as a stranger, and an exact copy is no nearer."""
+    rng = np.random.default_rng(0)
+    red = rng.uniform(-0.5, 0.5, (40, 1, 16, 16)).astype(np.float32)
+    real = np.concatenate([red, -red, 0 * red], axis=1)
+    found = approaches(real, real, np.arange(40), own=np.arange(40), progress=silent)
+    assert copying_module.visible(found) == 0.0
+    grey = np.repeat(red, 3, axis=1)
+    assert copying_module.visible(approaches(grey, grey, np.arange(40), own=np.arange(40), progress=silent)) > 0.9
+
+
 def test_the_mean_that_is_taken_off_is_of_all_patients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training patients come first: a mean of the first ones alone would depend on the coins."""
     rng = np.random.default_rng(5)
