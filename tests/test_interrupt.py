@@ -32,7 +32,7 @@ importlib.import_module({command!r}).main()
     ],
 )
 def test_ctrl_c_says_what_stays_charged_and_how_to_go_on(command: str, arguments: list[str], place: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("method: moments\n")
+    (tmp_path / "config.yaml").write_text("data: {declared_patients: 5000}\n")  # of which nothing is to be warned
     code = _WAIT.format(command=command, arguments=arguments, place=place)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -28,7 +28,14 @@ from federated.proofs import proofs_of
 from federated.simulate import InProcess, coordinator_of, run_study
 
 
-def test_three_sites_train_a_generator_together(new_world: Callable[..., object], tmp_path: Path) -> None:
+def test_three_sites_train_a_generator_together(new_world: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise: list[float] = []
+    made = Generator.of
+    monkeypatch.setattr(
+        Generator,
+        "of",
+        lambda *given, count_stddev, **named: noise.append(count_stddev) or made(*given, count_stddev=count_stddev, **named),
+    )
     world = new_world("a", "b", "c")
     transport = InProcess({name: site.guard.handle for name, site in world.sites.items()})
     coordinator = coordinator_of(world.federation, private=world.private, transport=transport, folder=tmp_path / "study")
@@ -41,7 +48,7 @@ def test_three_sites_train_a_generator_together(new_world: Callable[..., object]
     assert generate(tmp_path / "run", progress=silent).count == 500
     generator = Generator.load(tmp_path / "run" / "train")
     of_one = count_stddev(world.model.release(world.plan), world.model.reference)
-    assert generator.count_stddev == pytest.approx(of_one * 3**0.5), "small cells are named by the noise of all three sites"
+    assert noise == pytest.approx([of_one * 3**0.5]), "small cells are named by the noise of all three sites"
     counted = replace(generator, gains=None).with_released_detail(world.federation.config.generate, progress=silent)
     np.testing.assert_array_equal(generator.gains, counted.gains)
     with pytest.raises(ArtifactError, match="do not take such a run"):
