@@ -26,7 +26,7 @@ from dpsynth.checks.burned_text import LIMITS, SMALLEST_SIDE, readable, text_sco
 from dpsynth.config import Config, DataConfig
 from dpsynth.data.attributes import require_columns, value_problem, with_values
 from dpsynth.data.cohort import Cohort, Float32, Int64, Record
-from dpsynth.data.exclusions import COLUMNS, has_permission, require_permission_column, without_excluded
+from dpsynth.data.exclusions import COLUMNS, has_permission, read_exclusions, require_permission_column, without_excluded
 from dpsynth.data.preprocess import Preprocess, require_in_range
 from dpsynth.data.source import listed
 from dpsynth.data.validate import decoded, label_problem, require_some_label
@@ -41,7 +41,8 @@ SCHEMA = 1
 @dataclass(frozen=True, kw_only=True)
 class Audit:
     """What was found. label_accuracy: mean recall of the classifier that judged the labels, 0 when none could be trained. text_images: how
-    many images are large enough for text. not_looked_for: why no fault of a kind could be found, whatever there is."""
+    many images are large enough for text. not_looked_for: why no fault of a kind could be found, whatever there is. left_out: by reason,
+    how many images the owner has left out already."""
 
     findings: tuple[Finding, ...]
     groups: tuple[Group, ...]
@@ -51,13 +52,15 @@ class Audit:
     text_reader: str
     text_images: int
     not_looked_for: Mapping[Kind, str]
+    left_out: Mapping[str, int]
 
     def lines(self) -> list[str]:
         """A line for each kind, and for the small subgroups."""
         counts = Counter(finding.kind for finding in self.findings)
         small = [group.name for group in self.groups if group.small]
         found = [self._line(kind, counts[kind]) for kind in Kind]
-        return [f"{self.images} images of {self.patients} patients", *found, f"{len(small):>5}  small subgroups" + _first(small)]
+        before = [f"{sum(self.left_out.values())} images were left out before"] if self.left_out else []
+        return [f"{self.images} images of {self.patients} patients", *before, *found, f"{len(small):>5}  small subgroups" + _first(small)]
 
     def _line(self, kind: Kind, count: int) -> str:
         reason = self.not_looked_for.get(kind)
@@ -73,6 +76,7 @@ class Audit:
             "text_reader": self.text_reader,
             "text_images": self.text_images,
             "label_accuracy": self.label_accuracy,
+            "left_out": dict(self.left_out),
             "not_looked_for": {kind.name.lower(): reason for kind, reason in self.not_looked_for.items()},
             "findings": [finding.to_json() for finding in self.findings],
             "groups": [{**asdict(group), "small": group.small} for group in self.groups],
@@ -114,6 +118,7 @@ def audit(config: Config, *, out: Path, progress: Progress) -> Audit:
         label_accuracy=accuracy,
         text_reader=config.gate.content.text,
         text_images=text_images,
+        left_out=Counter(read_exclusions(config.data.exclusions).values()) if config.data.exclusions else {},
         not_looked_for=_not_looked_for(config.data, text_images=text_images, accuracy=accuracy, patients=patients),
     )
     write_json(out / RECORD, result.to_json(), private=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,27 @@ def test_what_is_excluded_is_out_before_anything_is_decoded(clinic: tuple[Path, 
     every = [name for name in (folder / "xrays").iterdir() if name.suffix == ".png"]
     with (folder / "audit" / "exclusions.csv").open() as file:
         assert len(every) - len(kept) == sum(1 for _ in file) - 1
+
+
+def test_an_audit_after_exclusions_says_what_was_left_out_and_why(clinic: tuple[Path, dict[str, set[str]], Audit]) -> None:
+    folder, planted, first = clinic
+    one, other = sorted(planted["PERMISSION"])[:2]
+    text = f"image,reason\n{one},no consent\n{other},no consent\n"
+    again = audit(with_exclusions(folder, text), out=folder / "again", progress=silent)
+    assert again.left_out == {"no consent": 2}
+    assert not first.left_out
+    assert "2 images were left out before" in again.lines()
+    assert json.loads((folder / "again" / "audit.json").read_text())["left_out"] == {"no consent": 2}
+    assert "<td>no consent</td><td>2</td>" in (folder / "again" / "audit.html").read_text()
+
+
+def test_a_second_id_is_named_by_both_ids(clinic: tuple[Path, dict[str, set[str]], Audit]) -> None:
+    """Or the owner could not merge them in the table, which protects the person as one."""
+    findings = [finding for finding in clinic[2].findings if finding.kind is Kind.PERSON]
+    assert findings
+    for finding in findings:
+        assert len(re.findall(r"of patient \S+", finding.detail)) == 2
+        assert "give both one id in the table" in finding.detail
 
 
 def test_images_without_permission_are_refused_until_they_are_excluded(clinic: tuple[Path, dict[str, set[str]], Audit]) -> None:
