@@ -31,7 +31,7 @@ from dpsynth.model.generator import Generator
 from dpsynth.privacy.audit import CANARIES
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
-from dpsynth.progress import Progress, say_nothing, silent
+from dpsynth.progress import Progress, say_nothing
 from dpsynth.trained import Trained, load_trained
 
 _UNFINISHED = "unfinished_check"  # in the run's folder, while a check is going on
@@ -57,7 +57,7 @@ def check(
     split = _split(run, config, trained, progress)
     unfinished = UnfinishedCheck(run.path / _UNFINISHED)
     candidates, generator = load_candidates(run), Generator.load(run.folder("train"))
-    require_drawn(candidates, generator, config.generate)
+    require_drawn(candidates, generator, config.generate, progress=progress)
     attempt = _attempt(unfinished, candidates.sha256, trained.ledger, trained.charge.run_id, note)
     synthetic = to_unit_range(candidates.images)
     screening = screen_candidates(
@@ -108,7 +108,7 @@ def _answering(run_path: Path, ledger_path: Path | None) -> Answering:
     )
 
 
-def require_drawn(candidates: Candidates, generator: Generator, settings: GenerateConfig) -> None:
+def require_drawn(candidates: Candidates, generator: Generator, settings: GenerateConfig, *, progress: Progress) -> None:
     """Raise ArtifactError unless images of a random sample are those that the generator draws from their seeds. No patient is looked at.
 
     Whoever puts other images in their place would have judged, and released, what has no guarantee. The sample is of no fixed seed.
@@ -117,7 +117,7 @@ def require_drawn(candidates: Candidates, generator: Generator, settings: Genera
     rows = rng.permutation(len(candidates.images))[:_DRAWN_AGAIN]
     chosen = candidates.kept(np.isin(np.arange(len(candidates.images)), rows))
     cells = generator.cells.index(chosen.labels, chosen.conditions())
-    again = to_8_bit(generator.sample(cells, chosen.seeds, settings, progress=silent)).astype(np.int16)
+    again = to_8_bit(generator.sample(cells, chosen.seeds, settings, progress=progress)).astype(np.int16)
     apart = np.abs(again - chosen.images).reshape(len(again), -1).mean(axis=1)
     if (apart > _LARGEST_DIFFERENCE).any():
         raise ArtifactError(

@@ -220,7 +220,7 @@ def with_copies(clinic: Path) -> list[np.ndarray]:
 
 def test_a_person_is_shown_what_was_flagged_on_a_page_that_no_release_can_carry(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "train_and_predict", quick)
-    monkeypatch.setattr(checks_run, "require_drawn", lambda *_: None)
+    monkeypatch.setattr(checks_run, "require_drawn", lambda *_, **__: None)
     copies, page = with_copies(clinic), clinic / "run" / "check" / "review.html"
     said = CliRunner().invoke(app, ["check", str(clinic / "run"), "--ledger", str(clinic / "ledger")])
     assert f"A person must look, since copying is flagged: {page}. It shows patients and must not leave." in said.stdout
@@ -594,7 +594,7 @@ def test_an_interrupted_check_goes_on_under_its_own_attempt_and_says_the_same(in
 def test_an_interrupted_check_of_anything_else_is_another_attempt(interrupted: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     unfinished = interrupted / "run" / "unfinished_check" / "unfinished.json"
     if change == "other candidates":
-        monkeypatch.setattr(checks_run, "require_drawn", lambda *_: None)
+        monkeypatch.setattr(checks_run, "require_drawn", lambda *_, **__: None)
         run = RunFolder.open(interrupted / "run")
         candidates = load_candidates(run)
         save_candidates(run, replace(candidates, images=candidates.images[::-1]))
@@ -683,7 +683,7 @@ def test_images_that_are_exchanged_while_they_are_checked_are_not_released(clini
 def test_training_images_among_the_candidates_fail_through_the_verb_whatever_the_policy_requires(
     clinic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks_run, "require_drawn", lambda *_: None)
+    monkeypatch.setattr(checks_run, "require_drawn", lambda *_, **__: None)
     run, config = RunFolder.open(clinic / "run"), load_config(clinic / "config.yaml")
     images = prepare(read_cohort(config.data), config.data, progress=silent)
     training = set(json.loads((clinic / "run" / "train" / "site" / "split.json").read_text())["training"])
