@@ -122,7 +122,7 @@ def require_drawn(candidates: Candidates, generator: Generator, settings: Genera
     if (apart > _LARGEST_DIFFERENCE).any():
         raise ArtifactError(
             f"{int((apart > _LARGEST_DIFFERENCE).sum())} of {len(again)} candidates are not what the generator draws from their seeds. "
-            "Run `dpsynth generate` again."
+            "Remove the run's folder generate and draw again here: `dpsynth generate`."
         )
 
 
