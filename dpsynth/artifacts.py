@@ -89,6 +89,12 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"Expected valid JSON in {path.name}: {error}.") from error
 
 
+def require_new(path: Path, *, kind: str = "folder") -> None:
+    """Raise ArtifactError when something is there already: nothing that was written is ever written over."""
+    if path.exists():
+        raise ArtifactError(f"Expected {path} not to exist. Name another {kind}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
     """What a finished stage wrote: files with SHA-256, digests of the stages it was made from, public facts."""

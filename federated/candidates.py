@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dpsynth.artifacts import RunFolder, write_bytes
+from dpsynth.artifacts import RunFolder, require_new, write_bytes
 from dpsynth.cells import Cells
 from dpsynth.config import DataConfig, parse_config
 from dpsynth.data.candidates import FILE, Candidates, load_candidates, withheld
@@ -69,8 +69,7 @@ class Carried:
 
 def pack(run_path: Path, *, out: Path, private: Ed25519PrivateKey) -> Header:
     """Write the candidates of a federated run to `out`. Raises ArtifactError when they were not drawn, or when something is there."""
-    if out.exists():
-        raise ArtifactError(f"Expected {out} not to exist. Name another file.")
+    require_new(out, kind="file")
     run = RunFolder.open(run_path)
     counted, config, candidates = load_federated_run(run), parse_config(run.config_text, base=run.path), load_candidates(run)
     moments = Generator.load(run.folder("train")).moments

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from dpsynth.artifacts import write_json
+from dpsynth.artifacts import require_new, write_json
 from dpsynth.checks.verdict import Outcome
-from dpsynth.errors import ArtifactError, GateRefused, UsageError
+from dpsynth.errors import GateRefused, UsageError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import to_json
 from dpsynth.release.gate import Question, Refused, decide
@@ -47,8 +47,7 @@ def _signed(
     guard: Guard, work: Joined, question: Question, *, decision: Literal["approved", "refused"], key_path: Path, out: Path
 ) -> SiteStatement:
     private = load_private(key_path)
-    if out.exists():
-        raise ArtifactError(f"Expected {out} not to exist. Name another file.")
+    require_new(out, kind="file")
     policy, header, delta = guard.policy, work.carried.header, question.guarantee.delta
     lines, head = guard.ledger.head()
     statement = site_statement(

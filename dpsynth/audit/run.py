@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpsynth import __version__
-from dpsynth.artifacts import write_bytes, write_json
+from dpsynth.artifacts import require_new, write_bytes, write_json
 from dpsynth.audit.doubles import doubles
 from dpsynth.audit.finding import Finding, Kind
 from dpsynth.audit.labels import doubtful_labels
@@ -30,7 +30,7 @@ from dpsynth.data.exclusions import COLUMNS, has_permission, read_exclusions, re
 from dpsynth.data.preprocess import Preprocess, require_in_range
 from dpsynth.data.source import listed
 from dpsynth.data.validate import decoded, label_problem, require_some_label
-from dpsynth.errors import ArtifactError, DataError
+from dpsynth.errors import DataError
 from dpsynth.model.descriptors import descriptors
 from dpsynth.progress import Progress, silent
 
@@ -90,8 +90,7 @@ def _first(names: list[str]) -> str:
 def audit(config: Config, *, out: Path, progress: Progress) -> Audit:
     """Write audit.html, audit.json and exclusions.csv into the new folder `out`. Raises ArtifactError when something is there, DataError
     for data that cannot be listed."""
-    if out.exists():
-        raise ArtifactError(f"Expected {out} not to exist. Name another folder.")
+    require_new(out)
     cohort = without_excluded(listed(config.data), config.data)
     require_some_label(cohort, config.data)
     require_permission_column(cohort, config.data)

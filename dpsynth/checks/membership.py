@@ -7,7 +7,6 @@ coins, so flipping the coins again gives the exact null; and the same coins give
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +27,6 @@ LIMITATION = (
     "in a patient's other images alone and stronger attacks can escape it; the differential privacy bound is what limits those. Its lower "
     "bound on epsilon says what the attack has shown, not how much there is."
 )
-_FLIPS, _FLIPS_A_LEVEL = 9999, 20  # so many, and so many that the smallest p is a twentieth of the level: else nothing could accuse
 _GUESSED = 0.1  # of the pool, those with the highest scores, are called in
 
 
@@ -68,7 +66,7 @@ def attack(scores: Array, inside: Bool, *, delta: float, level: float, rng: np.r
     order = np.lexsort((rng.random(len(scores)), -scores))  # equal scores in random order: the pool lists those in training first
     correct = int(inside[order[:guesses]].sum())
     return Attack(
-        p=coin_flip_p(scores, inside, rng=rng, flips=max(_FLIPS, math.ceil(_FLIPS_A_LEVEL / level))),
+        p=coin_flip_p(scores, inside, rng=rng, level=level),
         auc=auc,
         low=low,
         high=high,

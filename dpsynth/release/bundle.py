@@ -17,7 +17,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dpsynth import __version__
-from dpsynth.artifacts import sha256_file, storage_errors, write_bytes, write_json
+from dpsynth.artifacts import require_new, sha256_file, storage_errors, write_bytes, write_json
 from dpsynth.checks.verdict import Verdict
 from dpsynth.config import ReleaseConfig
 from dpsynth.data.candidates import Candidates, to_unit_range
@@ -28,7 +28,7 @@ from dpsynth.data.nifti import write_nifti
 from dpsynth.data.raster import write_png
 from dpsynth.detector.model import FILE as DETECTOR
 from dpsynth.detector.model import NO_DETECTOR, Detector
-from dpsynth.errors import ArtifactError, GateRefused
+from dpsynth.errors import GateRefused
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress
 from dpsynth.release.gate import Allowed
@@ -72,8 +72,7 @@ class Release:
 
 def write_release(release: Release, *, out: Path, private: Ed25519PrivateKey, progress: Progress) -> Path:
     """Write the signed folder at `out`. Raises ArtifactError when something is there, StorageError when it cannot be written."""
-    if out.exists():
-        raise ArtifactError(f"Expected {out} not to exist. Name another folder.")
+    require_new(out)
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from dpsynth.artifacts import write_bytes, write_json
+from dpsynth.artifacts import require_new, write_bytes, write_json
 from dpsynth.checks.family import needed
 from dpsynth.checks.verdict import Outcome
-from dpsynth.errors import ArtifactError, GateRefused, UsageError
+from dpsynth.errors import GateRefused, UsageError
 from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.decision import Case, load_case
@@ -46,8 +46,7 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         raise GateRefused(
             "The gate refuses the release: " + "; ".join(answer.reasons) + f". `dpsynth report {run_path}` shows the details."
         )
-    if out.exists():
-        raise ArtifactError(f"Expected {out} not to exist. Name another folder.")
+    require_new(out)
     candidates = case.question.candidates_sha256
     case.ledger.record_decision(case.run_id, candidates_sha256=candidates, decision="released", words=reviews)
     head = case.ledger.head()

@@ -8,6 +8,8 @@ from typing import Any
 from dpsynth.checks.family import needed
 from dpsynth.config import GateConfig
 
+_NONE = "none"
+
 
 def policy_rows(gate: GateConfig) -> list[dict[str, Any]]:
     """A row {"setting", "value", "default", "changed"} for each setting of the gate. Of an encoder the hash is told, not the path."""
@@ -21,9 +23,6 @@ def policy_rows(gate: GateConfig) -> list[dict[str, Any]]:
         }
         for name in dict.fromkeys([*defaults, *values])
     ]
-
-
-_NONE = "none"
 
 
 def _flat(gate: GateConfig) -> dict[str, str]:

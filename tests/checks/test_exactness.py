@@ -69,6 +69,19 @@ def test_the_rank_test_is_exact_by_enumeration_and_never_certain(seed: int) -> N
     assert coin_flip_p(np.arange(60.0), np.arange(60) >= 30, rng=rng, flips=99) == 1 / 100
 
 
+def test_more_flips_follow_only_where_few_reach_and_the_test_stays_exact() -> None:
+    telling = np.arange(60) >= 30
+    assert coin_flip_p(np.arange(60.0), telling, rng=np.random.default_rng(0), flips=99, level=0.01) == 1 / 2001
+    assert round(1 / (coin_flip_p(np.zeros(60), telling, rng=np.random.default_rng(0), flips=99, level=0.01))) == 1
+    rng, found = np.random.default_rng(1), []
+    for _ in range(2000):
+        scores, inside = rng.normal(size=40), rng.random(40) < 0.5
+        found.append(coin_flip_p(scores, inside, rng=rng, flips=99, level=0.01))
+    assert all(round(100 * p, 9) == round(100 * p) for p in found if p > 0.25), "those whom nothing speaks against cost no more flips"
+    for level in (0.002, 0.01, 0.05, 0.2):
+        assert stats.binom.sf(sum(p <= level for p in found) - 1, len(found), level) > 1e-3
+
+
 def test_equal_scores_prove_no_epsilon_in_whatever_order_patients_are_listed() -> None:
     found = [attack(np.zeros(400), np.arange(400) < 200, delta=1e-5, level=0.0125, rng=np.random.default_rng(s)) for s in range(20)]
     assert all(one.p == 1 for one in found)
