@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +18,14 @@ from dpsynth.checks.accounting import accounting
 from dpsynth.checks.family import decide_family
 from dpsynth.checks.mechanism import mechanism
 from dpsynth.checks.verdict import Outcome, Verdict
-from dpsynth.config import GateConfig
+from dpsynth.config import EncoderConfig, GateConfig
 from dpsynth.privacy.accountant import account, tpr_at_fpr
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, NonPrivate, PoissonDpSgd
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.report.epsilon import epsilon_report
 from dpsynth.report.html import render
+from dpsynth.report.policy import policy_rows
 
 RELEASE = MomentRelease(noise_multiplier=1.0, queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
 SGD = PoissonDpSgd(noise_multiplier=1.5, clip_norm=0.1, sampling_probability=0.1, steps=40, declared_patients=500)
@@ -271,3 +273,11 @@ def test_no_patient_of_the_screening_is_in_the_report() -> None:
     for site in (True, False):
         for secret in ("MRN-7", "0.0815"):
             assert secret not in page(view(site=site)) + json.dumps(view(site=site))
+
+
+def test_the_policy_tells_an_encoders_hash_and_never_where_it_lies() -> None:
+    encoder = EncoderConfig(path=Path("/home/dr-a/radimagenet.onnx"), sha256="a" * 64)
+    rows = {row["setting"]: row for row in policy_rows(GateConfig(encoder=encoder))}
+    assert (rows["encoder.sha256"]["value"], rows["encoder.sha256"]["changed"]) == ("a" * 64, True)
+    assert "dr-a" not in json.dumps(rows)
+    assert not any(row["changed"] for row in policy_rows(GateConfig()))
