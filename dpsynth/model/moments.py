@@ -219,5 +219,6 @@ def sample_moment_images(moments: Moments, labels: Int64, seeds: NDArray[np.uint
 
 
 def _root(covariance: Array) -> Array:
+    """The symmetric one: the signs of eigenvectors differ between machines, and images of one seed must not."""
     values, vectors = np.linalg.eigh(covariance)
-    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T)

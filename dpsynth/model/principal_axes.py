@@ -26,8 +26,12 @@ class PrincipalAxes:
 
     @classmethod
     def of(cls, residuals: Array, *, smallest: float) -> PrincipalAxes:
-        """Of vectors (n, d) around their mean; no variance is below `smallest`, nor below a small part of their mean."""
+        """Of vectors (n, d) around their mean; no variance is below `smallest`, nor below a small part of their mean.
+
+        The largest entry of an axis is positive: sites of a federation find their axes each on its own machine, and add sums along them.
+        """
         values, axes = np.linalg.eigh(residuals.T @ residuals / len(residuals))
+        axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(len(axes))])
         return cls(axes=axes, variances=np.maximum(values, max(float(values.mean()) * _SMALLEST_PART, smallest)))
 
     def shaped(self, residuals: Array) -> Array:

@@ -49,16 +49,17 @@ class WienerFilter(nn.Module):
     def noisy_images(self, normal: Tensor, sigma: float, labels: Tensor) -> Tensor:
         """Images of the classes with noise of `sigma` on them, from standard normal numbers of the same shape (n, channel, *space).
 
-        What the probability flow (Karras et al. 2022) makes of a Gaussian from far above, in closed form.
+        What the probability flow (Karras et al. 2022) makes of a Gaussian from far above, in closed form. The root of the covariance is
+        the symmetric one: the signs of eigenvectors differ between machines, and images of one seed must not.
         """
         normal = normal.flatten(1)
         coefficients = normal * (self.get_buffer("diagonal")[labels] + sigma**2).sqrt()
         place, vectors = self.get_buffer("low"), self.get_buffer("vectors")
-        along = normal[:, place] * (self.get_buffer("values")[labels] + sigma**2).sqrt()
-        low = torch.empty_like(along)
+        stddev = (self.get_buffer("values") + sigma**2).sqrt()
+        low = torch.empty_like(normal[:, place])
         for label, mean in enumerate(self.get_buffer("mean")):
             rows = labels == label
-            low[rows] = mean + along[rows] @ vectors[label].T
+            low[rows] = mean + normal[rows][:, place] @ vectors[label] * stddev[label] @ vectors[label].T
         coefficients[:, place] = low
         return self._cosine(coefficients.view(-1, *self.shape), inverse=True)
 

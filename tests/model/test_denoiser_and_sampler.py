@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def test_noisy_images_have_the_mean_and_covariance_of_their_class_and_of_the_noi
         assert np.abs(found[0] - mean).max() < 1e-5
         root = (found[1:] - found[0]).T  # linear in the normal numbers
         assert np.abs(root @ root.T - covariance - sigma**2 * np.eye(size)).max() < 1e-4
+
+
+def test_another_machine_draws_the_same_noisy_images(other_signs: Callable[[], None]) -> None:
+    normal, labels = torch.randn(3, 1, 8, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1])
+    here = WienerFilter(moments((1, 8, 12))).noisy_images(normal, 0.7, labels)
+    other_signs()
+    assert torch.allclose(WienerFilter(moments((1, 8, 12))).noisy_images(normal, 0.7, labels), here, atol=1e-5)
 
 
 def test_noisy_images_are_where_the_flow_of_the_filter_leads() -> None:

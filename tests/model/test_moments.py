@@ -252,6 +252,15 @@ def test_sampled_images_have_the_moments() -> None:
     assert np.allclose(few, images[:3], atol=1e-6)
 
 
+def test_another_machine_finds_the_same_axes_and_draws_the_same_images(other_signs: Callable[[], None]) -> None:
+    found = release_moments(PUBLIC, np.arange(200) % 2, np.arange(200), num_classes=2, mechanism=None, reference=REFERENCE, stream=None)
+    labels, seeds = np.array([0, 1, 1]), np.arange(3, dtype=np.uint64)
+    here = sample_moment_images(found, labels, seeds, texture=True)
+    other_signs()
+    assert np.allclose(public_reference(PUBLIC, low_frequencies=LOW).principal.axes, REFERENCE.principal.axes)
+    assert np.allclose(sample_moment_images(found, labels, seeds, texture=True), here, atol=1e-6)
+
+
 def test_volumes_and_colour() -> None:
     for shape in ((1, 8, 8, 8), (3, 8, 8)):
         images = smooth_images(40, shape, 6)
