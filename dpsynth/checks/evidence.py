@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.checks.encoders import Encoder
-from dpsynth.checks.features import encode
+from dpsynth.checks.features import encode, out_of_focus
 from dpsynth.checks.kept import Keep, keep_nothing
 from dpsynth.checks.screening import Screening
 from dpsynth.checks.search import Approaches, approaches
@@ -21,6 +21,7 @@ from dpsynth.progress import Progress
 
 Array = NDArray[np.float64]
 Bool = NDArray[np.bool_]
+_BLURRED = 200  # enough to tell a share of a half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,8 @@ class Features:
     """Encoder features and thumbnails, of one image a patient since tests count patients; and what lies next to what.
 
     synthetic_approaches: of every synthetic image among all patients (numbered as in `Evidence.pool`). real_approaches: of each
-    first image of the pool among all other patients: how near people come to each other by chance.
+    first image of the pool among all other patients: how near people come to each other by chance. blurred: of images of the first
+    training patients out of focus, or None; an encoder that takes them for sharp ones cannot judge fidelity.
     """
 
     synthetic: Array
@@ -81,6 +83,7 @@ class Features:
     synthetic_approaches: Approaches
     real_approaches: Approaches
     encoder: str  # its name
+    blurred: Array | None = None
 
 
 def compute_features(evidence: Evidence, *, encoder: Encoder, progress: Progress, keep: Keep = keep_nothing) -> Features:
@@ -107,6 +110,7 @@ def compute_features(evidence: Evidence, *, encoder: Encoder, progress: Progress
         synthetic_approaches=found.of(0, len(evidence.synthetic)),
         real_approaches=found.of(len(evidence.synthetic), len(evidence.synthetic) + len(firsts)),
         encoder=encoder.name,
+        blurred=encoded(out_of_focus(training[:_BLURRED]), "images out of focus"),
     )
 
 

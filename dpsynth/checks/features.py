@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from dpsynth.checks.encoders import Encoder, bundled
@@ -46,3 +47,9 @@ def _as_picture(images: Tensor, side: int) -> Tensor:
 def mirrored(images: Float32) -> Float32:
     """The images flipped left to right (the second spatial axis)."""
     return np.ascontiguousarray(np.flip(images, axis=3))
+
+
+def out_of_focus(images: Float32) -> Float32:
+    """Images (n, channel, *space) blurred by a Gaussian whose standard deviation is a tenth of each side: nothing small is left of them."""
+    stddev = (0.0, 0.0, *(side / 10 for side in images.shape[2:]))
+    return np.asarray(gaussian_filter(images, stddev, mode="nearest"), dtype=np.float32)

@@ -16,7 +16,7 @@ from scipy import stats
 
 from dpsynth.checks.evidence import Features
 from dpsynth.checks.gaussian_distance import frechet_distance
-from dpsynth.checks.statistics import neighbourhoods_from, pairwise, share_interval
+from dpsynth.checks.statistics import neighbourhoods, neighbourhoods_from, pairwise, share_interval
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import GateConfig
 
@@ -28,6 +28,7 @@ _FEWEST = 30
 _MOST = 1000
 _DRAWS = 100
 _PART = 0.8  # of the rows, in each draw
+_TAKEN_FOR_SHARP = 0.5  # of the precision and of the coverage that sharp real images reach
 _MEASURES = ("precision", "recall", "density", "coverage")
 _DECIDING = {
     "precision": "too few synthetic images look real",
@@ -54,7 +55,8 @@ class Part:
 
 def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, description: Mapping[str, float] | None = None) -> Verdict:
     """FAIL when precision, spread, coverage or the distance to the nearest other image, as part of what real images reach, lies surely
-    below the policy's limit; INCONCLUSIVE when one lies below and not surely, or with few images.
+    below the policy's limit; INCONCLUSIVE when one lies below and not surely, with few images, or when the encoder takes real images that
+    are out of focus for sharp ones.
 
     `description` holds further figures, which are reported and decide nothing.
     """
@@ -75,12 +77,15 @@ def fidelity(features: Features, gate: GateConfig, *, rng: np.random.Generator, 
     shown = ", ".join(f"{name} {part.value:.3f} ± {part.half_width:.3f} (limit {part.limit:g})" for name, part in parts.items())
     distances, unsaid = _frechet(features)
     outcome, finding = _decided(parts)
+    focus, unfocused = _out_of_focus(features)
+    if outcome is Outcome.PASS and focus and min(focus.values()) >= _TAKEN_FOR_SHARP:
+        outcome, finding = Outcome.INCONCLUSIVE, "the encoder takes images out of focus for sharp ones and can judge none; name another: "
     figures = {f"{name}, synthetic": float(values.mean()) for name, values in ours.items() if name in _MEASURES}
     figures |= {f"{name}, real": float(values.mean()) for name, values in real.items() if name in _MEASURES}
     for name, part in parts.items():
         figures |= {f"{name} as part of real{key}": v for key, v in (("", part.value), (", low", part.low), (", high", part.high))}
-    figures |= {**distances, "images a side": float(size), **(description or {})}
-    return _verdict(features, gate, outcome, f"{finding}{text}; as part of real: {shown}{unsaid}", parts["precision"], figures)
+    figures |= {**distances, **focus, "images a side": float(size), **(description or {})}
+    return _verdict(features, gate, outcome, f"{finding}{text}; as part of real: {shown}{unfocused}{unsaid}", parts["precision"], figures)
 
 
 def _decided(parts: Mapping[str, Part]) -> tuple[Outcome, str]:
@@ -176,6 +181,18 @@ def _apart(distances: Array) -> float:
     from their mean as real ones and look real; the encoder takes their noise for texture."""
     np.fill_diagonal(distances, np.inf)
     return float(np.median(distances.min(axis=1)))
+
+
+def _out_of_focus(features: Features) -> tuple[dict[str, float], str]:
+    """What images out of focus reach, as part of what sharp ones do, with words for it: whether the encoder could see any fault."""
+    if features.blurred is None:
+        return {}, ""
+    size = min(len(features.control), len(features.blurred))
+    control = features.control[:size]
+    real, found = neighbourhoods(control, features.training[:size]), neighbourhoods(control, features.blurred[:size])
+    parts = {name: getattr(found, name) / max(getattr(real, name), 1e-9) for name in ("precision", "coverage")}
+    words = "; real images out of focus would reach " + ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
+    return {f"{name} of images out of focus as part of real": value for name, value in parts.items()}, words
 
 
 def _frechet(features: Features) -> tuple[dict[str, float], str]:

@@ -9,11 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evidence_cases import evidence_of, image_set
 
 from dpsynth.checks import suite
 from dpsynth.checks.encoders import Encoder, bundled, encoder_of
+from dpsynth.checks.evidence import compute_features
 from dpsynth.checks.features import encode
-from dpsynth.config import EncoderConfig, GateConfig, load_config
+from dpsynth.checks.fidelity import fidelity
+from dpsynth.checks.verdict import Outcome
+from dpsynth.config import DataConfig, EncoderConfig, GateConfig, PhantomConfig, load_config
+from dpsynth.data.preprocess import prepare
+from dpsynth.data.source import read_cohort
 from dpsynth.errors import ArtifactError, ConfigError, UsageError
 from dpsynth.policy_needs import missing, require_present
 from dpsynth.progress import silent
@@ -88,6 +94,22 @@ def test_the_suite_compares_by_the_encoder_of_the_policy(tmp_path: Path, monkeyp
         with pytest.raises(InterruptedError):
             suite.run_checks(None, gate, seed=0, progress=silent)
     assert used == [encoder_of(config), bundled()]
+
+
+@pytest.mark.parametrize("blind", [True, False], ids=["mean of each channel", "bundled"])
+def test_images_out_of_focus_are_put_before_every_encoder(blind: bool, tmp_path: Path) -> None:
+    """A policy can declare a network that sees no more than how bright a picture is; it must not decide what looks real."""
+    mean = network([node(b"GlobalAveragePool", b"x", b"y")], side=32, output=(b"n", 3, 1, 1))
+    encoder = encoder_of(config_of(tmp_path, mean)) if blind else bundled()
+    phantom = PhantomConfig(num_patients=360, max_images=1, seed=1)
+    data = DataConfig(phantom=phantom, spatial_shape=(32, 32))
+    drawn, labels = prepare(read_cohort(data), data, progress=silent).images, np.arange(120) % 2
+    evidence = evidence_of(image_set(drawn[:120], labels), image_set(drawn[120:240], labels, prefix="c"), drawn[240:], labels)
+    features = compute_features(evidence, encoder=encoder, progress=silent)
+    verdict = fidelity(features, GateConfig(), rng=np.random.default_rng(0))
+    assert verdict.outcome is (Outcome.INCONCLUSIVE if blind else Outcome.PASS), verdict.reason
+    parts = [value for name, value in verdict.figures.items() if "out of focus" in name]
+    assert (min(parts) >= 0.5) is blind, parts
 
 
 def test_another_file_than_declared_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -36,6 +37,21 @@ def mixture(share: float, count: int, rng: np.random.Generator) -> np.ndarray:
     far = rng.random(count) >= share
     drawn[far] *= 8
     return drawn
+
+
+def test_an_encoder_that_takes_blurred_images_for_sharp_ones_judges_none() -> None:
+    rng = np.random.default_rng(3)
+    sharp = features_of(*(points(120, rng) for _ in range(3)))
+    gate, judge = at(smallest_precision=0.1, smallest_coverage=0.05), partial(fidelity, rng=np.random.default_rng(0))
+    blind = judge(replace(sharp, blurred=points(100, rng)), gate)
+    assert blind.outcome is Outcome.INCONCLUSIVE
+    assert blind.reason.startswith("the encoder takes images out of focus for sharp ones")
+    for seen in (points(100, rng) + 4, points(1, rng) + 0.01 * points(100, rng)):  # nothing looks real; all look like one patient
+        verdict = judge(replace(sharp, blurred=seen), gate)
+        assert verdict.outcome is Outcome.PASS, verdict.reason
+        assert "real images out of focus would reach precision" in verdict.reason
+    bad = judge(replace(sharp, synthetic=points(120, rng) * 8, blurred=points(100, rng)), gate)
+    assert bad.outcome is Outcome.FAIL, "what even a blind encoder sees is seen"
 
 
 def modes(count: int, rng: np.random.Generator) -> np.ndarray:
