@@ -22,6 +22,7 @@ from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.recipe import PART, recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ClipNorm = Annotated[float, Field(ge=1e-6, lt=1e6)]  # far from where float32 loses digits of gradients and noise
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 IntensityRange = tuple[float, float] | Literal["each"]
@@ -214,7 +215,7 @@ class DiffusionConfig(_Settings):
     steps: int = Field(PART.steps, ge=0, description="DP-SGD steps.")
     sampling_probability: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Probability of each patient in each step.")
     draws: Count = Field(2, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
-    clip_norm: Positive = Field(0.05, description="Largest L2 norm of one patient's gradient.")
+    clip_norm: ClipNorm = Field(0.05, description="Largest L2 norm of one patient's gradient.")
     learning_rate: Positive = Field(PART.learning_rate, description="Of Adam.")
     trainable: Literal["auto", "all", "small", "none"] = Field(
         "auto",

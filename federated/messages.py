@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dpsynth.config import ClipNorm
 from dpsynth.errors import RefusedError, SignatureError
 from dpsynth.model.moment_release import QUERIES
 from dpsynth.release.statement import plan_digest
@@ -138,7 +139,7 @@ class Plan(_Message):
     public_seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     moments_noise_multiplier: Positive
     noise_multiplier: Positive | None  # of DP-SGD; none where no round trains
-    clip_norm: Positive
+    clip_norm: ClipNorm
     sampling_probability: Annotated[float, Field(gt=0, le=1)]
     steps_per_round: Count
     rounds: Annotated[int, Field(ge=0, le=1_000_000)]

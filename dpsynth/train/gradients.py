@@ -230,13 +230,17 @@ class PatientGradients:
             hook.remove()
 
 
+_LONGEST = 1e30  # times the clip norm: float32 keeps ever fewer digits of factors below 1e-38, and one rounded up breaks the bound
+
+
 def clipped_sum(gradients: list[Tensor], *, clip_norm: float) -> tuple[Tensor, Tensor]:
     """Clip each patient's gradient to `clip_norm` and add them up: (total length,), and each patient's norm after the clip.
 
-    A gradient whose norm is not finite becomes zero, so one broken image can neither stop nor spoil a step.
+    A gradient whose norm is not finite, or so long that clipping it would be inexact, becomes zero, so one image can neither stop nor
+    spoil a step.
     """
     norms = _norms(gradients)
-    usable = torch.isfinite(norms)  # also false when the squares of finite numbers overflow
+    usable = torch.isfinite(norms) & (norms.double() <= clip_norm * _LONGEST)  # also false when the squares of finite numbers overflow
     if not bool(usable.all()):
         gradients = [torch.where(usable.view(-1, *(1 for _ in gradient.shape[1:])), gradient, 0.0) for gradient in gradients]
         norms = torch.where(usable, norms, 0.0)

@@ -38,6 +38,7 @@ def untouched(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
         ({"noise_multiplier": 0.49}, Code.NOISE),
         ({"moments_noise_multiplier": 0.1}, Code.NOISE),
         ({"clip_norm": 1.5}, Code.CLIP),
+        ({"clip_norm": 1e-35}, Code.MALFORMED),
         ({"steps_per_round": 5}, Code.STEPS),
         ({"rounds": 11}, Code.STEPS),
         ({"rounds": 501, "steps_per_round": 1}, Code.STEPS),

@@ -150,6 +150,14 @@ def test_a_patient_with_images_in_many_cells_changes_each_sum_by_no_more(one: li
     require_bound(one, 6, LABELS_OF_CELLS)
 
 
+@pytest.mark.parametrize("images", [1, 127, 128, 129, 257])
+def test_the_bound_holds_for_the_last_image_however_many_there_are(images: int) -> None:
+    rows = np.zeros((images, 3))
+    rows[-1] = 1e6
+    owners = np.arange(images)
+    assert np.linalg.norm(patient_sum(lambda part: rows[part], np.zeros(images, dtype=np.int64), owners, 1, 0.5)) <= 0.5 * (1 + 1e-9)
+
+
 def test_that_oracle_sees_a_bound_for_each_cell_instead_of_each_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     bounded = patient_sum
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,14 @@ def test_reserve_refuses_what_exceeds_the_budget(ledger: Ledger) -> None:
     ledger.require_affordable((SMALL,))
     assert ledger.path.read_bytes() == before
     assert ledger.spent() <= ledger.budget_epsilon
+
+
+def test_a_budget_is_kept_to_the_last_digit(tmp_path: Path) -> None:
+    spent = epsilon_pld(RUN, 1e-5)
+    for budget, fits in ((spent * (1 + 1e-6), True), (spent * (1 - 1e-6), False)):
+        ledger = open_ledger(tmp_path / f"{fits}.ledger.jsonl", epsilon=budget)
+        with nullcontext() if fits else pytest.raises(BudgetExceeded):
+            ledger.reserve(RUN, purpose="train", run_id="1")
 
 
 def test_runs_compose_as_mechanisms_not_as_epsilons(ledger: Ledger) -> None:

@@ -362,6 +362,24 @@ def test_a_layer_that_opacus_computes_is_taken_as_it_is_now() -> None:
         assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
 
 
+@pytest.mark.parametrize("norm", [10.0**power for power in range(-44, 39, 2)])
+@pytest.mark.parametrize("clip_norm", [1e-35, 1e-6, 0.05, 1e5])
+def test_the_bound_holds_however_long_a_gradient_is(clip_norm: float, norm: float) -> None:
+    """A factor below 1e-38 is rounded by much of itself: a patient would add more than the clip norm, and the check of it would tell."""
+    gradient = torch.nn.functional.normalize(torch.randn(5, 300, generator=torch.Generator().manual_seed(0)), dim=1) * norm
+    for row in gradient:
+        total, contributions = clipped_sum([row[None]], clip_norm=clip_norm)
+        assert float(total.double().norm()) <= clip_norm * (1 + 1e-5)
+        assert float(contributions.max()) <= clip_norm * (1 + 1e-5)
+
+
+def test_broken_gradients_give_the_others_no_longer_a_share() -> None:
+    long, broken = torch.eye(4)[:3] * 1e3, torch.full((3, 4), 1e30)
+    total, contributions = clipped_sum([torch.cat([long, broken])], clip_norm=0.5)
+    assert total.tolist() == pytest.approx([0.5, 0.5, 0.5, 0.0])
+    assert contributions.tolist() == pytest.approx([0.5] * 3 + [0.0] * 3)
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
 def test_a_patient_with_a_broken_gradient_cannot_pass_the_bound(broken: float) -> None:
     gradients = [torch.ones(2, 4)]
