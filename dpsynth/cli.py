@@ -223,9 +223,7 @@ def refuse(
     """Note in the ledger that a person looked and refused these images: they can then never be released, whoever asks later."""
     from dpsynth.release.run import refuse as note_refusal
 
-    who, _, why = (part.strip() for part in because.partition(":"))
-    if not (who and why):
-        raise UsageError(f"Expected --because 'WHO: WHY', found {because!r}.")
+    who, why = parse_because(because)
     note_refusal(run, ledger_path=ledger, who=who, why=why)
     print("Refused, and noted in the ledger. Other images need a new `dpsynth generate` or a new run.")
 
@@ -374,6 +372,14 @@ def parse_reviews(accepted: list[str]) -> dict[str, str]:
             raise UsageError(f"Expected --accept CHECK=WHO: WHY, found {item!r}.")
         reviews[check_name.strip()] = text.strip()
     return reviews
+
+
+def parse_because(text: str) -> tuple[str, str]:
+    """Parse `WHO: WHY`. Raises UsageError."""
+    who, _, why = (part.strip() for part in text.partition(":"))
+    if not (who and why):
+        raise UsageError(f"Expected --because 'WHO: WHY', found {text!r}.")
+    return who, why
 
 
 def _target(given: list[str]) -> dict[str, dict[str, float]]:

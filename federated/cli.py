@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dpsynth.cli import Format, OutputFormat, new_app, parse_reviews, progress_bars, run_app
+from dpsynth.cli import Format, OutputFormat, new_app, parse_because, parse_reviews, progress_bars, run_app
 from dpsynth.errors import RefusedError
 
 app = new_app(
@@ -136,14 +136,24 @@ def approve(
 
 
 @app.command()
-def refuse(policy: PolicyFile, candidates: CandidatesFile, key: KeyOption, out: OutOption) -> None:
-    """Sign that this site refuses checked candidates. The reasons stay here."""
+def refuse(
+    policy: PolicyFile,
+    candidates: CandidatesFile,
+    key: KeyOption,
+    out: OutOption,
+    because: Annotated[str, typer.Option("--because", metavar="WHO: WHY", help="Who looked, and why; stays in the ledger.")],
+) -> None:
+    """Sign that this site refuses checked candidates, and note it in the ledger: it can then never approve these images."""
     from federated.policy import load_policy
     from federated.site import Guard
     from federated.site_approval import refuse as sign
+    from federated.site_approval import was_approved
 
-    sign(Guard.open(load_policy(policy)), candidates, key_path=key, out=out)
-    print(f"Refused: {out}. Send it to the coordinator.")
+    guard, (who, why) = Guard.open(load_policy(policy)), parse_because(because)
+    said = sign(guard, candidates, key_path=key, out=out, who=who, why=why)
+    print(f"Refused, and noted in the ledger: {out}. Send it to the coordinator.")
+    if was_approved(guard.ledger, said.images_sha256):
+        print("Warning: these images were approved before, and whoever has that approval can still use it. Call the coordinator.")
 
 
 def main() -> None:

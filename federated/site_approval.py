@@ -1,6 +1,8 @@
 """The officer's word on checked candidates, signed with the site's key: approved or refused, and what the site's ledger holds.
 
-An approval exists only when the site's gate allows it; a refusal can always be signed. Neither carries what the checks measured.
+An approval exists only when the site's gate allows it; a refusal can always be signed. Neither carries what the checks measured. Both
+are noted in the site's ledger before they are written, with the words that stay there, and a refusal is for good: no approval of the
+same images follows it. One that was handed over before cannot be called back.
 """
 
 from __future__ import annotations
@@ -13,14 +15,13 @@ from dpsynth.artifacts import require_new, write_json
 from dpsynth.checks.verdict import Outcome
 from dpsynth.errors import GateRefused, UsageError
 from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.ledger import Decision, Ledger
 from dpsynth.privacy.mechanism import to_json
 from dpsynth.release.gate import Question, Refused, decide
 from dpsynth.release.statement import SiteStatement, plain, sign_site_statement, site_statement
 from dpsynth.signing import load_private
 from federated.site import Guard
 from federated.site_checks import Joined, joined, question_of
-
-REVIEWS = "reviews.json"  # beside the verdicts: the officer's words, which stay at the site
 
 
 def approve(guard: Guard, path: Path, *, key_path: Path, out: Path, reviews: Mapping[str, str]) -> SiteStatement:
@@ -33,23 +34,34 @@ def approve(guard: Guard, path: Path, *, key_path: Path, out: Path, reviews: Map
     answer = decide(question)
     if isinstance(answer, Refused):
         raise GateRefused("Nothing was signed: " + "; ".join(answer.reasons) + ". `dpsynth-site refuse` signs a refusal.")
-    write_json(work.folder / REVIEWS, dict(reviews), private=True)
-    return _signed(guard, work, question, decision="approved", key_path=key_path, out=out)
+    return _signed(guard, work, question, decision="approved", words=reviews, key_path=key_path, out=out)
 
 
-def refuse(guard: Guard, path: Path, *, key_path: Path, out: Path) -> SiteStatement:
-    """Sign a refusal of candidates that were checked, whatever the checks found."""
+def refuse(guard: Guard, path: Path, *, key_path: Path, out: Path, who: str, why: str) -> SiteStatement:
+    """Sign a refusal of candidates that were checked, whatever the checks found: for good, and with the reason in the ledger alone."""
     work = joined(guard, path)
-    return _signed(guard, work, question_of(guard, work, reviews={}), decision="refused", key_path=key_path, out=out)
+    return _signed(guard, work, question_of(guard, work, reviews={}), decision="refused", words={who: why}, key_path=key_path, out=out)
+
+
+def was_approved(ledger: Ledger, images_sha256: str) -> bool:
+    """Whether an approval of these images was ever signed: a later refusal does not reach whoever has it."""
+    return any((said["candidates_sha256"], said["decision"]) == (images_sha256, "released") for said in ledger.decisions())
 
 
 def _signed(
-    guard: Guard, work: Joined, question: Question, *, decision: Literal["approved", "refused"], key_path: Path, out: Path
+    guard: Guard,
+    work: Joined,
+    question: Question,
+    *,
+    decision: Literal["approved", "refused"],
+    words: Mapping[str, str],
+    key_path: Path,
+    out: Path,
 ) -> SiteStatement:
     private = load_private(key_path)
     require_new(out, kind="file")
     policy, header, delta = guard.policy, work.carried.header, question.guarantee.delta
-    lines, head = guard.ledger.head()
+    lines, head = guard.ledger.head()  # before the decision, so that no digest of the words leaves
     statement = site_statement(
         {
             "site": policy.site,
@@ -75,5 +87,7 @@ def _signed(
             "ledger_sha256": head,
         }
     )
+    noted: Decision = "released" if decision == "approved" else "refused"
+    guard.ledger.record_decision(work.run_id, candidates_sha256=header.images_sha256, decision=noted, words=words)
     write_json(out, sign_site_statement(statement, private))
     return statement

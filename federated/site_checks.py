@@ -44,8 +44,8 @@ from federated.site import Guard, charges_of
 _FOLDER, _PAGE = "check", "report.html"
 _ANSWERING = Answering(
     command="dpsynth-site approve POLICY CANDIDATES --key KEY --out FILE",
-    words="Your name and words stay at the site (reviews.json).",
-    refusing="dpsynth-site refuse POLICY CANDIDATES --key KEY --out FILE",
+    words="Your name and words stay at the site, in its ledger.",
+    refusing="dpsynth-site refuse POLICY CANDIDATES --key KEY --out FILE --because 'NAME: WHY'",
 )
 
 
@@ -163,6 +163,7 @@ def question_of(guard: Guard, work: Joined, *, reviews: Mapping[str, str]) -> Qu
         checked_sha256=str(found["images_sha256"]),
         candidates_sha256=work.carried.header.images_sha256,
         reviews=reviews,
+        refusal=ledger.refusal(work.carried.header.images_sha256),
     )
 
 

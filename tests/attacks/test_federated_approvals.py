@@ -443,10 +443,10 @@ def test_verdicts_that_were_edited_and_rounds_that_came_later_are_not_approved(j
 
 def test_a_refusal_is_signed_too_and_says_no_more(joint: Joint) -> None:
     out = joint.folder / "refusal.dsse.json"
-    refuse(joint.guard("south"), joint.candidates, key_path=joint.key("south"), out=out)
+    refuse(joint.guard("south"), joint.candidates, key_path=joint.key("south"), out=out, who="Dr B", why="image 3 is my patient")
     said = opened(joint, "south").model_dump()
     statement = open_site_statement(read_json(out), load_public(joint.key("south").with_name("signing.pub")))
-    assert {name for name, value in statement.model_dump().items() if value != said[name]} == {"decision"}
+    assert {name for name, value in statement.model_dump().items() if value != said[name]} == {"decision", "ledger_lines", "ledger_sha256"}
     with pytest.raises(GateRefused, match="south: it refused"):
         joint.release(approvals=[joint.statement("north"), out])
 

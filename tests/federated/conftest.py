@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from federation_cases import empty, federation, new_world, public, world
+from joint_release_cases import approved, joint
 
-__all__ = ["empty", "federation", "new_world", "public", "world"]
+__all__ = ["approved", "empty", "federation", "joint", "new_world", "public", "world"]

@@ -133,8 +133,14 @@ def test_hospitals_check_what_they_trained_approve_it_and_it_is_released_and_ver
     assert {path.stat().st_mode & 0o777 for path in (page, review)} == {0o600}
     assert review.read_text().count("<img") == joint.policy("north").gate.content.person_sees
     refusal, approval = joint.folder / "refusal.dsse.json", joint.folder / "approval.dsse.json"
-    run("refuse", policy, joint.candidates, "--key", joint.key("north"), "--out", refusal)
     run("approve", policy, joint.candidates, "--key", joint.key("north"), "--out", approval)
+    because = ["--because", "Dr B: image 3 is my patient"]
+    said = run("refuse", policy, joint.candidates, "--key", joint.key("north"), "--out", refusal, *because)
+    assert "Warning: these images were approved before" in said
+    assert "; Dr B: image 3 is my patient\n" in run("ledger", policy)
+    approve = ["approve", policy, joint.candidates, "--key", joint.key("north"), "--out", joint.folder / "again.dsse.json"]
+    with pytest.raises(GateRefused, match="Nothing was signed: these images were refused by a person"):
+        run(*approve)
     (joint.folder / "coordinator").mkdir()
     for name in ("signing.key", "signing.pub"):
         shutil.copy(joint.folder / "keys" / name, joint.folder / "coordinator" / name)

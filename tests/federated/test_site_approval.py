@@ -1,0 +1,231 @@
+"""A site's word on candidates: given for the images that were checked, by the ledger that stands, and never after it refused them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cases import verdict
+from joint_release_cases import Joint, played
+
+import federated.site_approval as site_approval
+import federated.site_checks as site_checks
+from dpsynth.artifacts import RunFolder, write_bytes
+from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.data.candidates import Candidates, load_candidates, save_candidates
+from dpsynth.data.images_digest import images_digest
+from dpsynth.errors import ArtifactError, DpsynthError, GateRefused, SignatureError
+from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
+from dpsynth.progress import silent
+from dpsynth.signing import generate_key, load_private, load_public, sign_statement, verify_envelope
+from federated.candidates import pack
+from federated.site_approval import approve, refuse
+from federated.site_checks import check_candidates
+
+WHO, WHY = "Dr B", "image 3 is my patient"
+HEADER = "header.dsse.json"
+
+
+@pytest.fixture(autouse=True)
+def in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_checks, "run_checks", played)
+
+
+def ledger(joint: Joint) -> Ledger:
+    return Ledger.load(joint.policy("north").ledger)
+
+
+def checked(joint: Joint) -> None:
+    check_candidates(joint.guard("north"), joint.candidates, progress=silent)
+
+
+def refused(joint: Joint) -> None:
+    out = joint.folder / "refusal.dsse.json"
+    refuse(joint.guard("north"), joint.candidates, key_path=joint.key("north"), out=out, who=WHO, why=WHY)
+
+
+def packed(joint: Joint, change: Callable[[Candidates], object]) -> None:
+    """The coordinator sends candidates that differ."""
+    run = RunFolder.open(joint.run)
+    candidates = load_candidates(run)
+    change(candidates)
+    save_candidates(run, candidates)
+    run.complete("generate", needs=("train",), facts=json.loads((joint.run / "generate" / "stage.json").read_text())["facts"])
+    joint.candidates.unlink()
+    pack(joint.run, out=joint.candidates, private=load_private(joint.coordinator_key))
+
+
+def one_pixel(candidates: Candidates) -> None:
+    candidates.images[3, 0, 5, 5] ^= 1
+
+
+def other_seeds(candidates: Candidates) -> None:
+    candidates.seeds[:] += 1
+
+
+def headed(joint: Joint, *, key: Path | None = None, **changes: Any) -> None:
+    """The same candidates under a header with other values, signed by the coordinator or with another key."""
+    with zipfile.ZipFile(joint.candidates) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    statement = verify_envelope(json.loads(members[HEADER]), load_public(joint.coordinator_key.with_name("signing.pub")))
+    statement["predicate"].update(changes)
+    members[HEADER] = json.dumps(sign_statement(statement, load_private(key or joint.coordinator_key))).encode()
+    with zipfile.ZipFile(joint.candidates, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def with_policy(joint: Joint, **changes: Any) -> None:
+    path = joint.folder / "north" / "policy.yaml"
+    write_bytes(path, yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}).encode(), private=True)
+
+
+def finding(monkeypatch: pytest.MonkeyPatch, **outcomes: Outcome) -> None:
+    """The next checks come to these outcomes."""
+
+    def run_checks(*arguments: Any, **options: Any) -> tuple[Verdict, ...]:
+        found = played(*arguments, **options)
+        return tuple(verdict(v.check, outcomes[v.check]) if v.check in outcomes else v for v in found)
+
+    monkeypatch.setattr(site_checks, "run_checks", run_checks)
+
+
+def dies(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def nothing(_: Joint) -> None:
+    """Happens in between."""
+
+
+@pytest.mark.parametrize("then", [nothing, checked, lambda joint: packed(joint, other_seeds)], ids=["at once", "checked again", "new file"])
+def test_images_that_the_site_refused_are_never_approved_again(joint: Joint, then: Callable[[Joint], None]) -> None:
+    """An approval of them is there already; what was handed over stands, and no other follows."""
+    refused(joint)
+    then(joint)
+    with pytest.raises(GateRefused, match=rf"^Nothing was signed: these images were refused by a person \({WHO}: {WHY}\)") as error:
+        joint.approve("north", "again.dsse.json")
+    assert "\n" not in str(error.value)
+    assert not (joint.folder / "again.dsse.json").exists()
+
+
+def test_a_refusal_speaks_of_these_images_and_of_this_site_alone(joint: Joint) -> None:
+    refused(joint)
+    assert joint.approve("south", "again.dsse.json").decision == "approved"
+    packed(joint, one_pixel)
+    checked(joint)
+    assert joint.approve("north", "again.north.json").decision == "approved"
+
+
+def test_each_decision_is_in_the_ledger_with_its_words_and_no_word_or_digest_of_one_leaves(
+    joint: Joint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding(monkeypatch, copying=Outcome.FLAG)
+    checked(joint)
+    reviews, before = {"copying": f"{WHO}: looked at all"}, ledger(joint).head()
+    word = approve(
+        joint.guard("north"), joint.candidates, key_path=joint.key("north"), out=joint.folder / "again.dsse.json", reviews=reviews
+    )
+    refused(joint)
+    approved, no = ledger(joint).decisions()[-2:]
+    assert (approved["decision"], approved["words"]) == ("released", reviews)
+    assert (no["decision"], no["words"]) == ("refused", {WHO: WHY})
+    digest = images_digest(load_candidates(RunFolder.open(joint.run)))
+    assert {said["candidates_sha256"] for said in (approved, no)} == {word.images_sha256} == {digest}
+    assert (word.ledger_lines, word.ledger_sha256) == before
+
+
+@pytest.mark.parametrize("act", [lambda joint: joint.approve("north", "refusal.dsse.json"), refused], ids=["approve", "refuse"])
+def test_a_word_is_noted_before_it_can_be_handed_over_and_not_when_nothing_was_signed(
+    joint: Joint, monkeypatch: pytest.MonkeyPatch, act: Callable[[Joint], object]
+) -> None:
+    known, out = len(ledger(joint).decisions()), joint.folder / "refusal.dsse.json"
+    out.write_text("something else")
+    with pytest.raises(ArtifactError):
+        act(joint)
+    assert len(ledger(joint).decisions()) == known
+    out.unlink()
+    monkeypatch.setattr(site_approval, "write_json", dies)
+    with pytest.raises(KeyboardInterrupt):
+        act(joint)
+    assert len(ledger(joint).decisions()) == known + 1
+
+
+def test_candidates_that_were_not_checked_are_not_approved_in_the_place_of_others(joint: Joint) -> None:
+    packed(joint, one_pixel)
+    with pytest.raises(GateRefused, match="Nothing was signed: the candidates are not those that were checked"):
+        joint.approve("north", "again.dsse.json")
+
+
+def other_coordinator(joint: Joint) -> None:
+    """The policy approves two; the study is of the first."""
+    private, public = generate_key(joint.folder / "second")
+    with_policy(joint, coordinators=["../keys/signing.pub", str(public)])
+    headed(joint, key=private)
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "words"),
+    [
+        (lambda joint: headed(joint, images_sha256="0" * 64), SignatureError, "are not those that its header names"),
+        (other_coordinator, GateRefused, "of another plan or another coordinator than the study joint"),
+    ],
+)
+def test_candidates_under_another_name_or_of_another_coordinator_are_neither_checked_nor_approved(
+    joint: Joint, sent: Callable[[Joint], None], error: type[DpsynthError], words: str
+) -> None:
+    sent(joint)
+    before = ledger(joint).head()
+    for act in (checked, lambda joint: joint.approve("north", "again.dsse.json")):
+        with pytest.raises(error, match=words):
+            act(joint)
+    assert ledger(joint).head() == before
+
+
+def test_an_accepted_flag_accepts_nothing_else(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
+    finding(monkeypatch, copying=Outcome.FLAG, membership=Outcome.FAIL)
+    checked(joint)
+    out = joint.folder / "again.dsse.json"
+    with pytest.raises(GateRefused, match="Nothing was signed: membership: fail"):
+        approve(joint.guard("north"), joint.candidates, key_path=joint.key("north"), out=out, reviews={"copying": f"{WHO}: looked"})
+    assert not out.exists()
+
+
+def test_a_check_that_dies_costs_an_attempt_and_the_word_states_it(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found before it still stands."""
+    monkeypatch.setattr(site_checks, "run_checks", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checked(joint)
+    assert joint.approve("north", "again.dsse.json").attempt == 2
+
+
+def test_a_study_at_a_smaller_delta_is_held_to_its_limit_and_states_its_whole_ledger_there(joint: Joint) -> None:
+    """At the policy's delta the study keeps to the limit, at its own it does not."""
+    delta, limit = joint.policy("north").delta / 10, joint.policy("north").study_epsilon
+    local = MomentRelease(noise_multiplier=2.0, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
+    assert ledger(joint).spent() < limit
+    headed(joint, delta=delta)
+    checked(joint)
+    with pytest.raises(GateRefused, match=rf"Nothing was signed: epsilon .* is above the {limit:g} of"):
+        joint.approve("north", "again.dsse.json")
+    with_policy(joint, study_epsilon=joint.policy("north").epsilon)
+    ledger(joint).reserve([local], purpose="a local run", run_id="local")
+    word = joint.approve("north", "again.dsse.json")
+    assert word.epsilons == pytest.approx([epsilon_pld(word.booked, delta), epsilon_pld([*word.booked, local], delta)], rel=1e-3)
+    assert word.epsilons[1] > 1.01 * max(word.epsilons[0], ledger(joint).spent())
+
+
+def test_what_was_found_is_for_its_owner_only(joint: Joint) -> None:
+    shutil.rmtree(joint.policy("north").state / "studies" / "joint" / "check")
+    checked(joint)
+    found = [*(joint.policy("north").state / "studies" / "joint" / "check").rglob("*")]
+    assert {path.name for path in found} == {"content.json", "report.html", "review.html", "verdicts.json"}
+    assert {path.stat().st_mode & 0o777 for path in found} == {0o600}
