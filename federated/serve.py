@@ -2,6 +2,9 @@
 
 A length above the policy's limit is refused before anything is read. Connections wait for each other, since the guard answers one question
 at a time; each has a time limit for sending, so that a client that stalls holds nobody up for long.
+
+With a grid each question has a whole number of its steps for itself: the next is begun only when the answer to the last one leaves. So
+what others ask meanwhile, or a moment chosen for asking, tells no more of how long a round took than its own number of steps.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ _LARGEST_NUMBER_OF_CONNECTIONS = 8
 
 @dataclass(kw_only=True)
 class Server:
-    """Listens at `path` and answers with `handle`. `grid_seconds`: answers leave at multiples of this time after their question came."""
+    """Listens at `path` and answers with `handle`. `grid_seconds`: answers leave at multiples of this time after `handle` was called."""
 
     path: Path
     handle: Callable[[bytes], bytes]
     largest_bytes: int
     grid_seconds: float = 0.0
     stop: threading.Event = field(default_factory=threading.Event)
+    _turn: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def run(self, *, listening: Callable[[], None] = lambda: None) -> None:
         """Answer until `stop` is set; call `listening` once the socket is there. Raises UsageError when another guard listens at it."""
@@ -73,14 +77,10 @@ class Server:
         return listener
 
     def _answer(self, connection: socket.socket, places: threading.BoundedSemaphore) -> None:
-        begun = time.monotonic()
         try:
             with connection:
                 connection.settimeout(_SENDING_SECONDS)
-                reply = self._reply(connection)
-                if self.grid_seconds:
-                    passed = time.monotonic() - begun
-                    self.stop.wait(math.ceil(passed / self.grid_seconds) * self.grid_seconds - passed)
+                reply = self._reply(self._question(connection))
                 connection.settimeout(_SENDING_SECONDS)
                 connection.sendall(LENGTH.pack(len(reply)) + reply)
         except OSError:
@@ -88,11 +88,19 @@ class Server:
         finally:
             places.release()
 
-    def _reply(self, connection: socket.socket) -> bytes:
+    def _question(self, connection: socket.socket) -> bytes | None:
+        """The frame that was sent; None for one that is too long."""
         (length,) = LENGTH.unpack(received(connection, LENGTH.size))
-        if length > self.largest_bytes:
-            return encode_refusal(Code.TOO_LARGE)
-        return self.handle(received(connection, length))
+        return received(connection, length) if length <= self.largest_bytes else None
+
+    def _reply(self, question: bytes | None) -> bytes:
+        with self._turn:
+            begun = time.monotonic()
+            reply = encode_refusal(Code.TOO_LARGE) if question is None else self.handle(question)
+            if self.grid_seconds:
+                passed = time.monotonic() - begun
+                self.stop.wait(math.ceil(passed / self.grid_seconds) * self.grid_seconds - passed)
+        return reply
 
 
 def ask(path: Path, frame: bytes, *, seconds: float) -> bytes:

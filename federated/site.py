@@ -104,7 +104,7 @@ class Guard:
         request = signed.request
         booked = bool(self._charges(request.study))
         study = self.journal.study(request.study, plan_sha256=request.plan.digest, key=signed.key, booked=booked, limit=self.policy.studies)
-        if request.kind == "join":  # asks and changes nothing, so nothing of it is kept
+        if request.kind == "join":  # costs nothing, so nothing of it is kept: whoever repeats it sees the ledger's epsilon of now
             self._require_policy(request)
             return encode_reply(request_sha256=signed.digest, facts=self._facts(request), arrays={})
         message = study.message(request.message_id)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,8 @@ from federated.serve import LENGTH, Server, ask
 
 
 @contextmanager
-def listening(path: Path, handle: Callable[[bytes], bytes], *, grid_seconds: float = 0.0) -> Iterator[Server]:
-    server = Server(path=path, handle=handle, largest_bytes=1000, grid_seconds=grid_seconds)
+def listening(path: Path, handle: Callable[[bytes], bytes], **options: Any) -> Iterator[Server]:
+    server = Server(path=path, handle=handle, largest_bytes=1000, **options)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not path.exists():
@@ -86,28 +87,56 @@ def test_a_socket_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         Server(path=tmp_path / ("x" * 120), handle=lambda raw: raw, largest_bytes=10).run()
 
 
-def test_answers_leave_on_a_grid_of_times(tmp_path: Path) -> None:
+class Clock(threading.Event):
+    """Time that passes only where somebody works or waits."""
+
+    now = 0.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        time.sleep(0.02)  # for others to do what they should not do meanwhile
+        self.now += timeout or 0.0
+        return False
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("federated.serve.time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(1, 1), (8, 1), (14, 2), (35, 4)])
+def test_answers_leave_on_a_grid_of_times(tmp_path: Path, clock: Clock, seconds: float, steps: int) -> None:
     """Two rounds that took different times, as more or fewer patients make them, answer at the same time after their question."""
-    waits: list[float] = []
 
-    class Clock(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            waits.append(timeout or 0.0)
-            return False
+    def answer(raw: bytes) -> bytes:
+        clock.now += seconds
+        return raw
 
-    for seconds in (0.0, 0.03):
+    with listening(tmp_path / "s", answer, grid_seconds=9, stop=clock):
+        ask(tmp_path / "s", b"x", seconds=20)
+    assert clock.now == 9 * steps
 
-        def answer(raw: bytes, seconds: float = seconds) -> bytes:
-            time.sleep(seconds)
-            return raw
 
-        server = Server(path=tmp_path / "s", handle=answer, largest_bytes=9, grid_seconds=9.0, stop=Clock())
-        ours, theirs = socket.socketpair()
-        places = threading.BoundedSemaphore(1)
-        places.acquire()
-        with theirs:
-            theirs.sendall(LENGTH.pack(1) + b"x")
-            begun = time.monotonic()
-            server._answer(ours, places)
-        waits[-1] += time.monotonic() - begun  # work and wait together
-    assert all(8.9 < waited < 9.5 for waited in waits)
+def test_questions_in_between_do_not_tell_when_a_round_ended(tmp_path: Path, clock: Clock) -> None:
+    """None is begun at a chosen time of the grid, or at the end of another: either would tell more than a round's number of steps."""
+    begins: list[float] = []
+    clients = [threading.Thread(target=ask, args=(tmp_path / "s", raw), kwargs={"seconds": 20}) for raw in (b"join", b"round", b"join")]
+
+    def answer(raw: bytes) -> bytes:
+        begins.append(clock.now)
+        for client in clients if len(begins) == 1 else ():
+            clock.now += 2
+            client.start()
+            time.sleep(0.05)  # until it waits
+        clock.now += 5 if raw == b"round" else 1
+        return raw
+
+    with listening(tmp_path / "s", answer, grid_seconds=9, stop=clock):
+        ask(tmp_path / "s", b"round", seconds=20)
+        for client in clients:
+            client.join()
+    assert [*begins, clock.now] == [0, 18, 27, 36, 45]
