@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import Tag
 from pydicom.uid import (
@@ -27,6 +28,7 @@ from dpsynth.data.cohort import Float32
 from dpsynth.errors import DataError
 
 _PAGES = Tag(0x0018, 0x2001)  # Page Number Vector
+_OF_A_VERSION = ("SoftwareVersions", "ContributingEquipmentSequence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,17 @@ def write_dicom(path: Path, image: Float32, *, subject: SyntheticSubject, markin
     and the sample, so a second export has equal ones and none belongs to a real object. `marking` goes into
     DerivationDescription, the label into SeriesDescription. Raises DataError for a colour volume, StorageError.
     """
+    write_bytes(path, _content(image, subject, marking))
+
+
+def is_dicom_of(path: Path, image: Float32, *, subject: SyntheticSubject, marking: Mapping[str, str]) -> bool:
+    """Whether a file is what `write_dicom` writes, by whatever version of this package."""
+    found, expected = dcmread(path), dcmread(io.BytesIO(_content(image, subject, marking)))
+    elements = [{e.tag: e.value for e in dataset if e.keyword not in _OF_A_VERSION} for dataset in (found, expected)]
+    return elements[0] == elements[1] and found.file_meta.TransferSyntaxUID == expected.file_meta.TransferSyntaxUID
+
+
+def _content(image: Float32, subject: SyntheticSubject, marking: Mapping[str, str]) -> bytes:
     pixels = np.asarray(np.rint(np.clip(image, -1, 1) * 127.5 + 127.5), dtype=np.uint8)
     if pixels.ndim == 4 and len(pixels) != 1:
         raise DataError("Colour volumes cannot be written as DICOM. Choose another of release.formats.")
@@ -55,7 +68,7 @@ def write_dicom(path: Path, image: Float32, *, subject: SyntheticSubject, markin
     _image(dataset, pixels)
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _uid(subject: SyntheticSubject, *parts: str) -> UID:

@@ -75,19 +75,21 @@ def stored_layout(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)
 
 
-def write_npz(path: Path, *, images: NDArray[np.uint8], labels: NDArray[np.int64], extra: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write images (n, channel, *space) in MedMNIST layout: train_* filled, val_* and test_* empty.
-
-    Equal input gives equal bytes.
-    """
+def archive_arrays(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
+    """Images (n, channel, *space) in MedMNIST layout by the names of their arrays: train_* filled, val_* and test_* empty."""
     channels_last = stored_layout(images)
     column = labels.astype(np.uint8).reshape(-1, 1)
     arrays: dict[str, NDArray[np.generic]] = {"train_images": channels_last, "train_labels": column}
     for split in ("val", "test"):
         arrays |= {f"{split}_images": channels_last[:0], f"{split}_labels": column[:0]}
+    return arrays
+
+
+def write_npz(path: Path, *, images: NDArray[np.uint8], labels: NDArray[np.int64], extra: Mapping[str, NDArray[np.generic]]) -> None:
+    """Write `archive_arrays` and `extra`; equal input gives equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in {**arrays, **extra}.items():
+        for name, array in {**archive_arrays(images, labels), **extra}.items():
             content = io.BytesIO()
             np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))

@@ -98,6 +98,16 @@ def write_nifti(path: Path, image: Float32, *, spacing_mm: tuple[float, ...] | N
     are taken as right, anterior, superior; a picture's as in `read_volume`. `path` ends in .nii or .nii.gz.
     Raises StorageError.
     """
+    raw = _content(image, spacing_mm, marking)
+    write_bytes(path, gzip.compress(raw, mtime=0) if path.name.endswith(".gz") else raw)
+
+
+def is_nifti_of(path: Path, image: Float32, *, spacing_mm: tuple[float, ...] | None, marking: Mapping[str, object]) -> bool:
+    """Whether a .nii.gz file is what `write_nifti` writes, compressed in whatever way."""
+    return gzip.decompress(path.read_bytes()) == _content(image, spacing_mm, marking)
+
+
+def _content(image: Float32, spacing_mm: tuple[float, ...] | None, marking: Mapping[str, object]) -> bytes:
     pixels = np.asarray(np.rint(np.clip(image, -1, 1) * 127.5 + 127.5), dtype=np.uint8)
     spacing = spacing_mm or (1.0,) * (image.ndim - 1)
     if image.ndim == 3:
@@ -117,7 +127,7 @@ def write_nifti(path: Path, image: Float32, *, spacing_mm: tuple[float, ...] | N
     file.header["aux_file"] = b"SYNTHETIC"
     file.header.set_xyzt_units("mm")
     raw: bytes = file.to_bytes()
-    write_bytes(path, gzip.compress(raw, mtime=0) if path.name.endswith(".gz") else raw)
+    return raw
 
 
 def read_marking(path: Path) -> dict[str, Any] | None:

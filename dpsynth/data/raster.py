@@ -80,11 +80,27 @@ def _pixels(picture: Pillow.Image, channels: int) -> Float32:
 
 def write_png(path: Path, image: Float32, *, text: Mapping[str, str]) -> None:
     """Write one image (channel, height, width) in [-1, 1] as 8-bit PNG with text chunks that mark it."""
-    pixels = np.asarray(np.rint(np.clip(image, -1, 1) * 127.5 + 127.5), dtype=np.uint8)
-    picture = Pillow.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))
+    picture = _picture(image)
     marks = PngImagePlugin.PngInfo()
     for key, value in text.items():
         marks.add_itxt(key, value)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=marks)
     write_bytes(path, buffer.getvalue())
+
+
+def is_png_of(path: Path, image: Float32, *, text: Mapping[str, str]) -> bool:
+    """Whether a file shows what `write_png` writes, and says it; compressed in whatever way."""
+    expected = _picture(image)
+    with Pillow.open(path, formats=("PNG",)) as picture:
+        picture.load()
+        return (
+            picture.mode == expected.mode
+            and np.array_equal(np.asarray(picture), np.asarray(expected))
+            and getattr(picture, "text", {}) == dict(text)
+        )
+
+
+def _picture(image: Float32) -> Pillow.Image:
+    pixels = np.asarray(np.rint(np.clip(image, -1, 1) * 127.5 + 127.5), dtype=np.uint8)
+    return Pillow.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))

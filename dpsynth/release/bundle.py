@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -13,34 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dpsynth import __version__
 from dpsynth.artifacts import require_new, sha256_file, storage_errors, write_bytes, write_json
 from dpsynth.checks.verdict import Verdict
 from dpsynth.config import ReleaseConfig
-from dpsynth.data.candidates import Candidates, to_unit_range
-from dpsynth.data.cohort import Float32
-from dpsynth.data.dicom_marking import SyntheticSubject, write_dicom
+from dpsynth.data.candidates import Candidates
 from dpsynth.data.medmnist import write_npz
-from dpsynth.data.nifti import write_nifti
-from dpsynth.data.raster import write_png
 from dpsynth.detector.model import FILE as DETECTOR
 from dpsynth.detector.model import NO_DETECTOR, Detector
 from dpsynth.errors import GateRefused
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress
+from dpsynth.release.contents import ARCHIVE, TABLE, Contents
 from dpsynth.release.gate import Allowed
-from dpsynth.release.mark import DISCLOSURE, data_card, marking
+from dpsynth.release.mark import DISCLOSURE, data_card
 from dpsynth.release.metadata import require_expected_metadata
 from dpsynth.release.sites import SITES, FederatedSites
 from dpsynth.signing import STATEMENT_TYPE, sign_statement
 
-MANIFEST, SIGNATURE, ARCHIVE = "manifest.json", "manifest.dsse.json", "synthetic.npz"
+MANIFEST, SIGNATURE = "manifest.json", "manifest.dsse.json"
 PREDICATE_TYPE = "urn:dpsynth:release:v1"
 SCHEMA = 1
-_DICOM_SEXES = ("F", "M", "O")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +84,16 @@ def write_release(release: Release, *, out: Path, private: Ed25519PrivateKey, pr
 
 def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
     candidates, names = release.candidates, list(release.classes)
-    files = _write_images(release, folder, progress)
-    provenance = json.dumps({"synthetic": True, "release": release.release_id}, sort_keys=True).encode()
-    extra: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
-        "synthetic": np.array(1, dtype=np.uint8),
-        "provenance": np.frombuffer(provenance, dtype=np.uint8),
-        **{f"train_{name}": values for name, values in candidates.attributes.items()},
-    }
-    write_npz(folder / ARCHIVE, images=candidates.images, labels=candidates.labels, extra=extra)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["index", "label", *candidates.attributes, "synthetic", *release.settings.formats])
-    for index, (label, condition) in enumerate(zip(candidates.labels.tolist(), candidates.conditions(), strict=True)):
-        writer.writerow([index, names[label], *condition.values(), 1, *files[index]])
-    write_bytes(folder / "labels.csv", table.getvalue().encode())
+    contents = Contents(
+        release_id=release.release_id,
+        candidates=candidates,
+        classes=dict(enumerate(names)),
+        guarantee=release.guarantee,
+        formats=release.settings.formats,
+    )
+    _write_images(contents, folder, progress)
+    write_npz(folder / ARCHIVE, images=candidates.images, labels=candidates.labels, extra=contents.extra())
+    write_bytes(folder / TABLE, contents.table())
     write_json(folder / "guarantee.json", release.guarantee.to_json())
     outcomes = [verdict.to_public_json() for verdict in release.verdicts]
     public = {"required": list(release.required), "verdicts": outcomes, "reviews": release.reviews, "policy": list(release.policy)}
@@ -132,33 +120,13 @@ def _write_contents(release: Release, folder: Path, progress: Progress) -> None:
     write_bytes(folder / "README.md", card.encode())
 
 
-def _write_images(release: Release, folder: Path, progress: Progress) -> list[list[str]]:
-    """Every image in every wanted format; returns the file names of each."""
-    total, written = len(release.candidates.images), []
-    conditions = release.candidates.conditions()
-    for index in range(total):
-        image = to_unit_range(release.candidates.images[index])
-        label = release.classes[int(release.candidates.labels[index])]
-        written.append([_write_image(release, folder, image, label, conditions[index], index, kind) for kind in release.settings.formats])
-        if index % 50 == 49 or index + 1 == total:
-            progress("write images", index + 1, total)
-    return written
-
-
-def _write_image(release: Release, folder: Path, image: Float32, label: str, condition: dict[str, str], index: int, kind: str) -> str:
-    marks = marking(release_id=release.release_id, index=index, label=label, attributes=condition, guarantee=release.guarantee)
-    if kind == "png":
-        name = f"images/synthetic-{index:06d}.png"
-        write_png(folder / name, image, text=marks)
-    elif kind == "nifti":
-        name = f"images/synthetic-{index:06d}.nii.gz"
-        write_nifti(folder / name, image, spacing_mm=None, marking=marks)
-    else:
-        name = f"images/synthetic-{index:06d}.dcm"
-        sex = condition.get("sex", "")
-        subject = SyntheticSubject(run_id=release.release_id, sample_id=f"{index:06d}", label=label, sex=sex if sex in _DICOM_SEXES else "")
-        write_dicom(folder / name, image, subject=subject, marking=marks)
-    return name
+def _write_images(contents: Contents, folder: Path, progress: Progress) -> None:
+    """Every image in every wanted format."""
+    for index, picture in enumerate(contents.pictures()):
+        for kind in contents.formats:
+            picture.write(folder, kind)
+        if index % 50 == 49 or index + 1 == contents.total:
+            progress("write images", index + 1, contents.total)
 
 
 def release_files(folder: Path) -> list[str]:

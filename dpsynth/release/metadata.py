@@ -16,10 +16,8 @@ import pydicom
 
 from dpsynth.errors import GateRefused
 
-_NAMES = (
-    "synthetic.npz", "labels.csv", "guarantee.json", "verdicts.json", "report.html", "DISCLOSURE.txt", "README.md", "detector.json",
-    "federation.json",
-)  # fmt: skip
+ALWAYS = ("synthetic.npz", "labels.csv", "guarantee.json", "verdicts.json", "report.html", "DISCLOSURE.txt", "README.md")
+_NAMES = (*ALWAYS, "detector.json", "federation.json")
 _SITE_NAME = re.compile(r"sites/[a-z0-9][a-z0-9-]{0,39}\.(dsse\.json|pub)")
 _IMAGE_NAME = re.compile(r"images/synthetic-\d{6}\.(png|nii\.gz|dcm)")
 _ARRAYS = {f"{split}_{part}" for split in ("train", "val", "test") for part in ("images", "labels")} | {"synthetic", "provenance"}
@@ -51,16 +49,18 @@ def require_expected_metadata(folder: Path, attributes: Iterable[str]) -> None:
     """Raise GateRefused that names the first file with a name or field that no part of a release has. attributes: names of conditions."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        problem = _problem(path, name, {f"train_{attribute}" for attribute in attributes})
+        problem = unexpected_in(path, name, {f"train_{attribute}" for attribute in attributes})
         if problem:
             raise GateRefused(f"The release would carry more than it should: {name}: {problem}. This is a fault of dpsynth; report it.")
 
 
-def _problem(path: Path, name: str, attribute_arrays: set[str]) -> str:
+def unexpected_in(path: Path, name: str, attribute_arrays: set[str]) -> str:
+    """What a file of a release has that none is written with; empty when there is no such thing."""
     if name == "synthetic.npz":
         with zipfile.ZipFile(path) as archive:
-            known = {f"{array}.npy" for array in _ARRAYS | attribute_arrays}
-            return _unknown("arrays", {entry.filename for entry in archive.infolist()} - known) or ("a comment" if archive.comment else "")
+            known, found = {f"{array}.npy" for array in _ARRAYS | attribute_arrays}, archive.namelist()
+            twice = "an array twice" if len(found) > len(set(found)) else ""
+            return _unknown("arrays", set(found) - known) or twice or ("a comment" if archive.comment else "")
     if name in _NAMES or _SITE_NAME.fullmatch(name):
         return ""
     if not _IMAGE_NAME.fullmatch(name):
