@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from dpsynth.privacy.guarantee import Guarantee, claim
 from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, merged, to_json
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.progress import silent
+from dpsynth.release.federated_gate import unprotected
 from dpsynth.train.second_opinion import prv_epsilon
 from dpsynth.trained import CLAIM, FEDERATION
 from federated.coordinator import EMA, Coordinator, State
@@ -130,11 +130,8 @@ def _claim(coordinator: Coordinator, mechanisms: tuple[Mechanism, ...], spent: S
         accounting=account(mechanisms, spent.delta, second_opinion=prv_epsilon),
         ledger_epsilon=max([*ledgers, spent.disjoint]),
         max_images_per_patient=max(fact.max_images_per_patient for fact in facts),
-        unprotected=(
-            f"which sites took part in which round, {json.dumps(sorted(spent.by_site))}, and their declared numbers of patients",
-            f"a patient of several sites is protected less: by epsilon {spent.overlapping:.2f} at most when all sites hold them",
-            f"the list of classes, {json.dumps(list(data.classes))}, attributes, image size {list(data.spatial_shape)}",
-            "the training schedule, and when each site answered",
+        unprotected=unprotected(
+            sites=sorted(spent.by_site), overlapping=spent.overlapping, classes=data.classes, spatial_shape=data.spatial_shape
         ),
     )
     return claim(guarantee)

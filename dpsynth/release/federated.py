@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -15,11 +15,10 @@ from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, load_candidates, load_cell_rows
 from dpsynth.data.images_digest import images_digest
 from dpsynth.errors import ArtifactError, GateRefused
-from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress
 from dpsynth.release.bundle import Release, write_release
 from dpsynth.release.decision import detector_of, no_detector_of
-from dpsynth.release.federated_gate import FederatedRun, SitesQuestion, decide_sites, federated_run
+from dpsynth.release.federated_gate import FederatedRun, SitesQuestion, claimed_with, decide_sites, federated_run
 from dpsynth.release.gate import Refused
 from dpsynth.release.sites import FederatedSites, read_statements
 from dpsynth.report.epsilon import epsilon_report
@@ -49,7 +48,7 @@ def release_federated(
     run = RunFolder.open(run_path)
     counted, config, candidates = load_federated_run(run), parse_config(run.config_text, base=run.path), load_candidates(run)
     sites = FederatedSites(run=counted, signed=read_statements(approvals, site_keys))
-    guarantee = _with_ledgers(read_claim(run), sites)
+    guarantee = claimed_with(read_claim(run), counted, sites.statements)
     question = SitesQuestion(
         run=counted,
         guarantee=guarantee,
@@ -80,13 +79,6 @@ def release_federated(
         no_detector=no_detector_of(run, config),
     )
     return write_release(package, out=out, private=private, progress=progress)
-
-
-def _with_ledgers(guarantee: Guarantee, sites: FederatedSites) -> Guarantee:
-    """The claim with the largest epsilon that any site's ledger counts by now, over all runs on its data."""
-    ledgers = [found.epsilons[1] for found in sites.statements.values()]
-    words = f"that each site approved these images, how often it was asked, and the head of its ledger: {', '.join(sorted(sites.signed))}"
-    return replace(guarantee, ledger_epsilon=max([guarantee.ledger_epsilon, *ledgers]), unprotected=(*guarantee.unprotected, words))
 
 
 def _page(run: RunFolder, config: Config, candidates: Candidates, question: SitesQuestion, sites: FederatedSites) -> str:

@@ -6,6 +6,7 @@ or not; what it states must hold every round of which an answer was used, and no
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,8 +66,9 @@ class FederatedRun(BaseModel):
 
     @model_validator(mode="after")
     def _with_named_sites(self) -> FederatedRun:
-        named = self.plan.get("sites")
-        if not isinstance(named, list) or not {site.site for site in self.sites} <= {str(name) for name in named}:
+        if not all(isinstance(self.plan.get(name), list) for name in ("sites", "classes", "spatial_shape")):
+            raise ValueError("the plan names no sites, classes or image size")
+        if not {site.site for site in self.sites} <= {str(name) for name in self.plan["sites"]}:
             raise ValueError("the plan does not name every site of the record")
         return self
 
@@ -109,6 +111,39 @@ def federated_run(value: object) -> FederatedRun:
     return run
 
 
+def unprotected(
+    *, sites: Sequence[str], overlapping: float, classes: Sequence[str], spatial_shape: Sequence[int], approved: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """What a claim over several sites must name as not protected. approved: sites whose statements are in the release; none before it."""
+    words = f"that each site approved these images, how often it was asked, and the head of its ledger: {', '.join(approved)}"
+    return (
+        f"which sites took part in which round, {json.dumps(list(sites))}, and their declared numbers of patients",
+        f"a patient of several sites is protected less: by epsilon {overlapping:.2f} at most when all sites hold them",
+        f"the list of classes, {json.dumps(list(classes))}, attributes, image size {list(spatial_shape)}",
+        "the training schedule, and when each site answered",
+        *([words] if approved else []),
+    )
+
+
+def claimed_with(guarantee: Guarantee, run: FederatedRun, statements: Mapping[str, SiteStatement]) -> Guarantee:
+    """The claim as it is released: no figure below that of a site's statement, and all named that is not protected."""
+    said = statements.values()
+    return replace(
+        guarantee,
+        data_name=f"federation {run.study}",
+        declared_patients=max([guarantee.declared_patients, *(statement.declared_patients for statement in said)]),
+        ledger_epsilon=max([guarantee.ledger_epsilon, *(statement.epsilons[1] for statement in said)]),
+        max_images_per_patient=max([guarantee.max_images_per_patient, *(statement.max_images_per_patient for statement in said)]),
+        unprotected=unprotected(
+            sites=sorted(site.site for site in run.sites),
+            overlapping=run.spending.overlapping,
+            classes=run.plan["classes"],
+            spatial_shape=run.plan["spatial_shape"],
+            approved=sorted(statements),
+        ),
+    )
+
+
 def decide_sites(question: SitesQuestion, *, configured_epsilon: float) -> Allowed | Refused:
     """Allow only when the claim stands and every charged site approved these very images."""
     reasons = federated_problems(question)
@@ -121,7 +156,7 @@ def federated_problems(question: SitesQuestion) -> list[str]:
     """Why the claim or a site's word does not hold; empty when all do."""
     run, statements = question.run, question.statements
     charged = {site.site: site for site in run.charged}
-    reasons = _claim_problems(run, question.guarantee)
+    reasons = [*_claim_problems(run, question.guarantee), *_understated(question)]
     reasons += [] if charged else ["no site was charged in this study"]
     reasons += [f"{name}: no approval of this site was given" for name in charged if name not in statements]
     reasons += [f"{name}: it speaks for a study in which it was not charged" for name in sorted(statements.keys() - charged.keys())]
@@ -139,6 +174,8 @@ def _claim_problems(run: FederatedRun, guarantee: Guarantee) -> list[str]:
         found.append(f"the study counts at delta {run.spending.delta:.3g}, the guarantee at {delta:.3g}")
     worst = max((epsilon_pld(site.counted, delta) for site in run.sites), default=0.0)
     everyone = [_as_one(mechanism) for site in run.sites for mechanism in site.counted]
+    if not any(_losses(guarantee.mechanisms) == _losses(site.counted) for site in run.sites):
+        found.append("the claimed mechanisms are not those that any site was asked for")
     for name, stated, computed in (
         ("claimed epsilon", guarantee.epsilon, worst),
         ("largest epsilon of a site", run.spending.disjoint, worst),
@@ -147,6 +184,18 @@ def _claim_problems(run: FederatedRun, guarantee: Guarantee) -> list[str]:
         if not _close(stated, computed):
             found.append(f"the {name}, {stated:.4g}, is not the {computed:.4g} of what the sites were asked for")
     return found
+
+
+def _understated(question: SitesQuestion) -> list[str]:
+    """Fields of the claim that are not as the sites' statements make them."""
+    guarantee, due = question.guarantee, claimed_with(question.guarantee, question.run, question.statements)
+    found = [
+        f"the claim's {name.replace('_', ' ')} is {getattr(guarantee, name)}, and by the sites' statements {getattr(due, name)}"
+        for name in ("data_name", "declared_patients", "ledger_epsilon", "max_images_per_patient")
+        if getattr(guarantee, name) != getattr(due, name)
+    ]
+    lacking = [words for words in due.unprotected if words not in guarantee.unprotected]
+    return found + [f"the claim does not name as unprotected: {words}" for words in lacking]
 
 
 def _word_problems(question: SitesQuestion, statement: SiteStatement) -> list[str]:

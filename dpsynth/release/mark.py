@@ -22,6 +22,12 @@ written in that file. The signature and the marks are evidence; a probability is
 
 """
 
+_ASKING_EACH_SITE = """
+
+Several hospitals trained this. Get the key of at least one from the hospital itself, and name each that you have with
+`--site-key NAME=FILE`: otherwise neither made-up hospitals nor a folder from which all were taken out can be told from this one.\
+"""
+
 
 def marking(*, release_id: str, index: int, label: str, attributes: Mapping[str, str], guarantee: Guarantee) -> dict[str, str]:
     """Text that goes into an image file."""
@@ -92,7 +98,7 @@ images, labels = arrays["train_images"], arrays["train_labels"]
 {_DETECTING if detector else ""}## Checking this folder
 
 `dpsynth verify FOLDER --key signing.pub` tells whether it is complete and unchanged since the releasing site signed it. Get the
-key from the site, not from this folder.
+key from the site, not from this folder.{_ASKING_EACH_SITE if sites else ""}
 
 Licence: {licence}. Contact: {contact or "the releasing site"}.
 """

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from dpsynth.artifacts import json_bytes, read_json
 from dpsynth.data.images_digest import archive_digest
 from dpsynth.errors import ArtifactError, DpsynthError, SignatureError
-from dpsynth.privacy.guarantee import Guarantee
+from dpsynth.privacy.guarantee import Guarantee, round_up
 from dpsynth.release.federated_gate import FederatedRun, SitesQuestion, federated_problems, federated_run
 from dpsynth.release.statement import SiteStatement, open_site_statement
 from dpsynth.signing import key_id, load_public, public_bytes
@@ -68,6 +68,7 @@ class FederatedSites:
             *found,
             *(f"{name}: named in the study, and not asked for anything by the coordinator's count" for name in self.run.uncharged),
             f"a patient of one site loses epsilon {spent.disjoint:.2f} at most, one whom all sites hold {spent.overlapping:.2f}",
+            over_all_studies(max((found.epsilons[1] for found in self.statements.values()), default=0.0)),
         ]
 
     def view(self) -> dict[str, Any]:
@@ -131,9 +132,29 @@ def _claimed_key(envelope: object) -> str:
         return ""
 
 
+def over_all_studies(ledger_epsilon: float) -> str:
+    """What holds though no site can tell of which of its studies images were drawn."""
+    return (
+        f"whichever of the sites' studies these images come from, a patient of one site loses epsilon {round_up(ledger_epsilon, 2):.2f} at "
+        "most: no site's ledger counts more over all runs so far"
+    )
+
+
 def uncharged_of(folder: Path) -> tuple[str, ...]:
     """Sites that a bundle's study names and that were asked for nothing, by the coordinator's count. Raises ArtifactError."""
     return federated_run(read_json(folder / RECORD)).uncharged if (folder / RECORD).is_file() else ()
+
+
+def classes_of(folder: Path) -> list[str] | None:
+    """Names of the labels by the plan that the sites of a bundle signed for; none in a release of one site. Raises ArtifactError."""
+    found = federated_run(read_json(folder / RECORD)).plan["classes"] if (folder / RECORD).is_file() else None
+    return None if found is None else [str(name) for name in found]
+
+
+def file_names(predicate: Mapping[str, Any]) -> set[str]:
+    """The sites' files in a bundle that was signed with `predicate`; none in a release of one site."""
+    names = predicate.get(SITES)
+    return {RECORD, *(f"{SITES}/{name}{suffix}" for name in names for suffix in (_STATEMENT, _KEY))} if names is not None else set()
 
 
 def statements_of(folder: Path) -> dict[str, SiteStatement]:

@@ -10,11 +10,14 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dpsynth.artifacts import json_bytes, read_json, sha256_file
+from dpsynth.detector.model import FILE as DETECTOR
 from dpsynth.errors import ArtifactError, SignatureError
 from dpsynth.privacy.guarantee import Guarantee, round_up
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.release.bundle import MANIFEST, PREDICATE_TYPE, SIGNATURE, release_files
-from dpsynth.release.sites import SITES, site_problems, statements_of, uncharged_of
+from dpsynth.release.contents import ARCHIVE, PICTURES, content_problems
+from dpsynth.release.metadata import ALWAYS
+from dpsynth.release.sites import SITES, classes_of, file_names, over_all_studies, site_problems, statements_of, uncharged_of
 from dpsynth.signing import key_id, load_public, verify_envelope
 
 
@@ -31,7 +34,7 @@ def verify(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | None 
     except (ArtifactError, SignatureError) as error:
         return [f"{SIGNATURE}: {error}"]
     problems = _file_problems(folder, statement) or _claim_problems(folder, statement)
-    return problems or site_problems(folder, statement["predicate"], expected)
+    return problems or site_problems(folder, statement["predicate"], expected) or _content_problems(folder, statement)
 
 
 def verified(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | None = None) -> list[str]:
@@ -39,6 +42,7 @@ def verified(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | Non
     public = load_public(public_key)
     statement, manifest = _statement(folder, public), folder / MANIFEST
     guarantee, names = Guarantee.from_json(read_json(folder / "guarantee.json")), set(site_keys or {})
+    several = SITES in statement["predicate"]
     title = (folder / "README.md").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
     sites = [
         f"site       {site} approved these images; key {identity[:16]}, {'as you have it' if site in names else 'as the release names it'}"
@@ -54,6 +58,9 @@ def verified(folder: Path, public_key: Path, site_keys: Mapping[str, Path] | Non
         f"files      {len(statement['subject'])} are there as they were signed, and no others",
         f"guarantee  epsilon {round_up(guarantee.epsilon, 2):.2f} at delta {guarantee.delta:.2g}, {guarantee.unit.value} level, "
         "computed again from what it says was run",
+        *([f"ledgers    {over_all_studies(guarantee.ledger_epsilon)}"] if several else []),
+        f"images     labels.csv and all files in {PICTURES} hold those of {ARCHIVE}{', which the sites approved' if several else ''}; "
+        "what README.md, report.html and verdicts.json say beyond these lines is the signer's word",
         *sites,
     ]
 
@@ -126,6 +133,23 @@ def _file_problems(folder: Path, statement: dict[str, Any]) -> list[str]:
         elif sha256_file(path) != signed[name]:
             problems.append(f"{name}: changed since it was signed")
     return problems
+
+
+def _content_problems(folder: Path, statement: dict[str, Any]) -> list[str]:
+    """What lies there beside that which a release has, and what does not follow from its archive."""
+    predicate, names = statement["predicate"], release_files(folder)
+    needed = {*ALWAYS, *file_names(predicate)}
+    strange = [name for name in names if name not in {*needed, DETECTOR} and not name.startswith(PICTURES)]
+    problems = [f"{name}: missing; every release has it" for name in sorted(needed - {*names})]
+    problems += [f"{name}: no release has such a file" for name in strange]
+    return problems or content_problems(
+        folder,
+        names=names,
+        release_id=str(predicate["release"]),
+        number=predicate["images"],
+        guarantee=Guarantee.from_json(read_json(folder / "guarantee.json")),
+        classes=classes_of(folder),
+    )
 
 
 def _claim_problems(folder: Path, statement: dict[str, Any]) -> list[str]:

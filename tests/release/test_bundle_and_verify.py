@@ -246,13 +246,14 @@ def test_verification_runs_without_torch(out: Path, keys: Path, without_torch: C
 
 def test_what_was_verified_is_said(out: Path, keys: Path) -> None:
     """Title and number of the release, which key by its id, the digest of the manifest, how many files, which epsilon."""
-    release, signature, present, guarantee = verified(out, keys / "signing.pub")
+    release, signature, present, guarantee, images = verified(out, keys / "signing.pub")
     assert all(word in release for word in ("'Synthetic medical images'", "ab12", "4 synthetic images"))
     assert str(keys / "signing.pub") in signature
     assert key_id(load_public(keys / "signing.pub"))[:16] in signature
     assert hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest() in signature
     assert f"{len(files(out)) - 1} are there" in present  # all but the signature itself
     assert "delta 1e-05, patient level" in guarantee
+    assert "report.html and verdicts.json say beyond these lines is the signer's word" in images
 
 
 def _png_with_exif(path: Path) -> None:
