@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import numpy as np
 import pytest
 import yaml
 from joint_release_cases import SITES, Joint, played
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
 
 import federated.site_checks as site_checks
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
@@ -20,15 +25,21 @@ from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.verdict import Verdict
 from dpsynth.config import GateConfig
 from dpsynth.data.candidates import FILE, load_candidates, save_candidates, to_unit_range
+from dpsynth.data.images_digest import images_digest
 from dpsynth.data.split import split_patients
 from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, SignatureError
 from dpsynth.privacy.accountant import epsilon_pld
+from dpsynth.privacy.guarantee import Guarantee, round_up
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, merged, to_json
 from dpsynth.progress import silent
-from dpsynth.release.bundle import MANIFEST, SIGNATURE
+from dpsynth.release.bundle import MANIFEST, SIGNATURE, release_files
+from dpsynth.release.federated import load_federated_run
+from dpsynth.release.federated_gate import SiteRecord, SitesQuestion, claimed_with, decide_sites
+from dpsynth.release.gate import Allowed, Refused
 from dpsynth.release.statement import SiteStatement, open_site_statement, sign_site_statement, site_statement
 from dpsynth.release.verify import ledger_anchors, verified, verify
 from dpsynth.signing import generate_key, load_private, load_public, sign_statement, verify_envelope
+from dpsynth.trained import read_claim
 from federated.candidates import pack
 from federated.policy import load_policy
 from federated.site_approval import approve, refuse
@@ -111,6 +122,16 @@ def training_with(name: str, factor: float) -> Callable[[Joint], None]:
     return fault
 
 
+def a_hundredth_more_noise(joint: Joint) -> None:
+    """Of the moments, in the coordinator's count: another epsilon by less than is told apart, and other mechanisms."""
+
+    def change(value: dict[str, Any]) -> None:
+        south = next(site for site in value["sites"] if site["site"] == "south")
+        south["mechanisms"][0]["noise_multiplier"] *= 1.01
+
+    edited_record(joint, change)
+
+
 def more_rounds_than_counted(joint: Joint) -> None:
     says(joint, "south", rounds=[*range(7)])
 
@@ -138,11 +159,15 @@ def edited_record(joint: Joint, change: Callable[[dict[str, Any]], None]) -> Non
         (lambda joint: says(joint, "south", rounds=[0, 2, 3, 4, 5]), "south: its ledger states fewer rounds than it answered: 1 missing"),
         (fewer_steps, "south: its ledger booked other mechanisms than it was asked for"),
         (more_noise_than_asked, "south: its ledger booked other mechanisms than it was asked for"),
+        (a_hundredth_more_noise, "south: its ledger booked other mechanisms than it was asked for"),
         (training_with("noise_multiplier", 2), "south: its ledger booked other mechanisms than it was asked for"),
         (training_with("sampling_probability", 0.5), "south: its ledger booked other mechanisms than it was asked for"),
         (more_rounds_than_counted, "south: its ledger states rounds that were not counted for it: 6"),
         (lambda joint: says(joint, "south", decision="refused"), "south: it refused"),
         (lambda joint: says(joint, "south", required=["accounting", "mechanism", "membership"]), "did not require the check 'copying'"),
+        (lambda joint: says(joint, "south", required=["accounting", "mechanism", "membership", "copying"]), "require the check 'content'"),
+        (lambda joint: says(joint, "south", epsilon=opened(joint, "south").epsilons[0] * 0.98), "south: it states epsilon"),
+        (lambda joint: edited_record(joint, lambda value: value["spending"].update(delta=1e-6)), "the study counts at delta 1e-06"),
         (lambda joint: says(joint, "south", attempt=3), "south: attempt 3 of 2 allowed"),
         (lambda joint: says(joint, "south", outcomes={"copying": "fail"}), "south: copying: fail"),
         (lambda joint: says(joint, "south", outcomes={"copying": "inconclusive"}), "south: copying: inconclusive"),
@@ -175,6 +200,67 @@ def test_a_site_that_was_charged_and_is_silent_stops_the_release(joint: Joint) -
         joint.release(approvals=[joint.statement("north")])
     with pytest.raises(ArtifactError, match="second statement of north"):
         joint.release(approvals=[joint.statement("north"), joint.statement("north")])
+
+
+@pytest.mark.parametrize(
+    ("understated", "words"),
+    [
+        ({}, "south: no approval of this site was given"),
+        ({"overlapping": 9.999}, "the epsilon of a patient of all sites"),
+        ({"disjoint": 0.5}, "the largest epsilon of a site"),
+    ],
+)
+def test_a_site_that_was_asked_and_never_answered_counts(joint: Joint, understated: dict[str, float], words: str) -> None:
+    def silent_south(value: dict[str, Any]) -> None:
+        next(site for site in value["sites"] if site["site"] == "south")["answered"] = []
+        value["spending"].update(understated)
+
+    edited_record(joint, silent_south)
+    with pytest.raises(GateRefused, match=words):
+        joint.release(approvals=[joint.statement("north")])
+
+
+def question_of(joint: Joint) -> SitesQuestion:
+    """What the gate is asked of the honest study."""
+    run, statements = RunFolder.open(joint.run), {site: opened(joint, site) for site in SITES}
+    counted = load_federated_run(run)
+    return SitesQuestion(
+        run=counted,
+        guarantee=claimed_with(read_claim(run), counted, statements),
+        required=("content",),
+        statements=statements,
+        images_sha256=images_digest(load_candidates(run)),
+    )
+
+
+def test_the_gate_takes_no_claim_above_the_studys_epsilon_none_that_accountants_differ_on_and_none_of_other_mechanisms(
+    joint: Joint,
+) -> None:
+    question = question_of(joint)
+    claim, epsilon = question.guarantee, question.guarantee.epsilon
+    assert isinstance(decide_sites(question, configured_epsilon=epsilon), Allowed)
+    for asked, limit, words in (
+        (question, 0.99 * epsilon, "of the study"),
+        (
+            replace(question, guarantee=replace(claim, accounting=replace(claim.accounting, second_opinion=epsilon / 2))),
+            epsilon,
+            "they differ",
+        ),
+        (replace(question, guarantee=replace(claim, mechanisms=claim.mechanisms[:1])), epsilon, "not those that any site was asked for"),
+    ):
+        answer = decide_sites(asked, configured_epsilon=limit)
+        assert isinstance(answer, Refused)
+        assert any(words in reason for reason in answer.reasons), answer.reasons
+
+
+def test_the_largest_epsilon_is_that_of_the_site_that_was_charged_most_though_it_never_answered(joint: Joint) -> None:
+    question = question_of(joint)
+    north, south = (site.model_dump() for site in question.run.sites)
+    rounds = {"rounds": [0, 1, 2, 3], "answered": [0, 1, 2, 3], "mechanisms": north["mechanisms"][:1]}
+    run = question.run.model_copy(update={"sites": tuple(map(SiteRecord.model_validate, ({**north, **rounds}, {**south, "answered": []})))})
+    answer = decide_sites(replace(question, run=run), configured_epsilon=99)
+    assert isinstance(answer, Refused)
+    assert not any("largest epsilon of a site" in reason or "claimed epsilon" in reason for reason in answer.reasons), answer.reasons
 
 
 def test_a_coordinator_that_counts_less_for_a_site_than_it_booked_is_found_out(joint: Joint) -> None:
@@ -355,16 +441,25 @@ def test_the_suite_is_given_the_sites_own_patients_by_its_coins_and_all_that_was
     assert gate == joint.policy("north").gate
 
 
-def test_what_other_runs_spent_is_in_the_sites_word_and_in_the_release(joint: Joint) -> None:
-    study = opened(joint, "north").epsilons[0]
+@pytest.mark.parametrize("site", SITES)
+def test_what_other_runs_spent_is_in_the_sites_word_and_in_the_release(joint: Joint, site: str) -> None:
+    study = opened(joint, site).epsilons[0]
     local = MomentRelease(noise_multiplier=2.0, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
-    joint.guard("north").ledger.reserve([local], purpose="a local run", run_id="local")
-    joint.statement("north").unlink()
-    word = joint.approve("north", joint.statement("north").name)
+    joint.guard(site).ledger.reserve([local], purpose="a local run", run_id="local")
+    joint.statement(site).unlink()
+    word = joint.approve(site, joint.statement(site).name)
     assert word.epsilons[0] == pytest.approx(study)
     assert word.epsilons[1] == pytest.approx(epsilon_pld([*word.booked, local], word.delta), rel=1e-3)
     assert word.epsilons[1] > 1.01 * study
-    assert read_json(joint.release() / "guarantee.json")["ledger_epsilon"] == pytest.approx(word.epsilons[1])
+    out, key = joint.release(), joint.coordinator_key.with_name("signing.pub")
+    assert read_json(out / "guarantee.json")["ledger_epsilon"] == pytest.approx(word.epsilons[1])
+    said = f"epsilon {round_up(word.epsilons[1], 2):.2f} at most"
+    assert any(line.startswith("ledgers") and said in line for line in verified(out, key))
+    assert said in (out / "README.md").read_text()
+    assert f"{word.epsilons[1]:.4g}, the largest of the sites" in html.unescape((out / "report.html").read_text())
+    claims(ledger_epsilon=study)(out)
+    resigned(joint, out)
+    assert any("the claim's ledger epsilon is" in problem for problem in verify(out, key))
 
 
 def test_no_word_of_a_check_leaves_but_those_that_the_policy_names(joint: Joint) -> None:
@@ -456,16 +551,18 @@ def out(joint: Joint) -> Path:
     return joint.release()
 
 
-def resigned(joint: Joint, out: Path, name: str) -> None:
-    """The coordinator signs a bundle again in which one file was changed."""
-    manifest, envelope = read_json(out / MANIFEST), read_json(out / SIGNATURE)
-    statement = verify_envelope(envelope, load_public(joint.coordinator_key.with_name("signing.pub")))
-    manifest["files"][name] = {"sha256": sha256_file(out / name), "bytes": (out / name).stat().st_size}
+def resigned(joint: Joint, out: Path) -> None:
+    """The coordinator signs whatever lies in a bundle now."""
+    private = load_private(joint.coordinator_key)
+    manifest, statement = read_json(out / MANIFEST), verify_envelope(read_json(out / SIGNATURE), private.public_key())
+    manifest["files"] = {name: {"sha256": sha256_file(out / name), "bytes": (out / name).stat().st_size} for name in release_files(out)}
     write_json(out / MANIFEST, manifest)
-    digests = {MANIFEST: sha256_file(out / MANIFEST), name: manifest["files"][name]["sha256"]}
-    for subject in statement["subject"]:
-        subject["digest"]["sha256"] = digests.get(subject["name"], subject["digest"]["sha256"])
-    write_json(out / SIGNATURE, sign_statement(statement, load_private(joint.coordinator_key)))
+    names = [MANIFEST, *manifest["files"]]
+    statement["subject"] = [{"name": name, "digest": {"sha256": sha256_file(out / name)}} for name in names]
+    statement["predicate"]["guarantee"] = read_json(out / "guarantee.json")
+    if not (out / "sites").exists():
+        statement["predicate"].pop("sites", None)
+    write_json(out / SIGNATURE, sign_statement(statement, private))
 
 
 def test_a_sites_statement_that_was_changed_after_the_release_is_named(joint: Joint, out: Path) -> None:
@@ -477,11 +574,11 @@ def test_a_sites_statement_that_was_changed_after_the_release_is_named(joint: Jo
     envelope["payload"] = envelope["payload"].replace("A", "B", 1)
     write_json(out / name, envelope)
     assert verify(out, key) == [f"{name}: changed since it was signed"]
-    resigned(joint, out, name)
+    resigned(joint, out)
     (problem,) = verify(out, key)
     assert problem.startswith("sites: The signature was not made by this key")
     (out / name).write_bytes(kept)
-    resigned(joint, out, name)
+    resigned(joint, out)
     assert verify(out, key) == []
 
 
@@ -489,17 +586,113 @@ def test_images_that_no_site_approved_are_named_though_the_coordinator_signs_the
     with zipfile.ZipFile(out / "synthetic.npz") as archive:
         assert "train_images.npy" in archive.namelist()
     rewritten(out / "synthetic.npz", flipped("train_images.npy"))
-    resigned(joint, out, "synthetic.npz")
+    resigned(joint, out)
     assert verify(out, joint.coordinator_key.with_name("signing.pub")) == [
         f"sites: {site}: it approved other images than these" for site in SITES
     ]
+
+
+def npy(values: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, values)
+    return buffer.getvalue()
+
+
+def other_pictures(out: Path) -> None:
+    for path in (out / "images").iterdir():
+        with Image.open(path) as picture:
+            marks = PngImagePlugin.PngInfo()
+            for name, text in picture.text.items():  # type: ignore[attr-defined]
+                marks.add_itxt(name, text)
+            Image.fromarray(np.asarray(picture)[::-1]).save(path, pnginfo=marks)
+
+
+def more_images(out: Path) -> None:
+    more = {"test_images.npy": npy(np.zeros((500, 12, 12), np.uint8)), "test_labels.npy": npy(np.zeros((500, 1), np.uint8))}
+    rewritten(out / "synthetic.npz", lambda members: members.update(more))
+
+
+def swapped_names(out: Path) -> None:
+    text = (out / "labels.csv").read_text()
+    (out / "labels.csv").write_text(text.replace("normal", "x").replace("lesion", "normal").replace("x", "lesion"))
+
+
+def claims(**changes: Any) -> Callable[[Path], None]:
+    def fault(out: Path) -> None:
+        write_json(out / "guarantee.json", replace(Guarantee.from_json(read_json(out / "guarantee.json")), **changes).to_json())
+
+    return fault
+
+
+def smaller_record(out: Path) -> None:
+    record = read_json(out / "federation.json")
+    record["spending"]["overlapping"] = 0.5
+    write_json(out / "federation.json", record)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (other_pictures, "images/synthetic-000000.png: it is not image 0 of synthetic.npz"),
+        (more_images, "synthetic.npz: test_images is not what a release of these images has there"),
+        (lambda out: (out / "more-images.npz").write_bytes(b"x"), "more-images.npz: no release has such a file"),
+        (lambda out: (out / "sites" / "west.pub").write_bytes(b"x"), "sites/west.pub: no release has such a file"),
+        (lambda out: shutil.copy(out / "images" / "synthetic-000000.png", out / "images" / "synthetic-000060.png"), "does not list it"),
+        (swapped_names, "labels.csv: it is not the table of the images"),
+        (lambda out: (out / "images" / "synthetic-000003.png").unlink(), "synthetic-000003.png: missing"),
+        (lambda out: (out / "report.html").unlink(), "report.html: missing"),
+        (claims(max_images_per_patient=1), "sites: the claim's max images per patient is 1, and by the sites' statements 8"),
+        (claims(data_name="other"), "sites: the claim's data name is other"),
+        (claims(declared_patients=1), "sites: the claim's declared patients is 1"),
+        (claims(unprotected=()), "sites: the claim does not name as unprotected: a patient of several sites is protected less"),
+        (smaller_record, "sites: the epsilon of a patient of all sites, 0.5, is not"),
+    ],
+)
+def test_what_no_site_approved_is_named_though_the_coordinator_signs_it(
+    joint: Joint, out: Path, fault: Callable[[Path], None], words: str
+) -> None:
+    fault(out)
+    resigned(joint, out)
+    keys = {site: joint.key(site).with_name("signing.pub") for site in SITES}
+    assert any(words in problem for problem in verify(out, joint.coordinator_key.with_name("signing.pub"), keys))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decision": "refused"}, "sites: south: it refused"),
+        ({"required": ["accounting", "mechanism", "membership", "copying"]}, "sites: south: it did not require the check 'content'"),
+    ],
+)
+def test_a_word_that_the_gate_would_not_take_is_not_taken_in_a_bundle(joint: Joint, out: Path, changes: dict[str, Any], words: str) -> None:
+    says(joint, "south", **changes)
+    shutil.copy(joint.statement("south"), out / "sites" / "south.dsse.json")
+    resigned(joint, out)
+    assert verify(out, joint.coordinator_key.with_name("signing.pub")) == [words]
+
+
+def test_one_sites_word_cannot_stand_for_anothers_in_a_bundle(joint: Joint, out: Path) -> None:
+    for suffix in ("dsse.json", "pub"):
+        shutil.copy(out / "sites" / f"north.{suffix}", out / "sites" / f"south.{suffix}")
+    resigned(joint, out)
+    assert verify(out, joint.coordinator_key.with_name("signing.pub")) == ["sites: south.dsse.json speaks for north."]
+
+
+def test_a_bundle_without_its_sites_is_found_by_whoever_names_one(joint: Joint, out: Path) -> None:
+    shutil.rmtree(out / "sites")
+    (out / "federation.json").unlink()
+    resigned(joint, out)
+    key, north = joint.coordinator_key.with_name("signing.pub"), joint.key("north").with_name("signing.pub")
+    assert verify(out, key) == []
+    assert verify(out, key, {"north": north}) == ["sites: this release has none, so none can be north"]
+    assert "--site-key" in (out / "README.md").read_text()
 
 
 def test_a_site_that_was_left_out_of_the_bundle_is_missed(joint: Joint, out: Path) -> None:
     record = read_json(out / "federation.json")
     record["sites"] = record["sites"][:1]
     write_json(out / "federation.json", record)
-    resigned(joint, out, "federation.json")
+    resigned(joint, out)
     problems = verify(out, joint.coordinator_key.with_name("signing.pub"))
     assert "sites: south: it speaks for a study in which it was not charged" in problems
 
@@ -538,7 +731,7 @@ def test_a_record_of_a_site_that_the_plan_does_not_name_is_none(joint: Joint) ->
 
 def test_another_key_beside_the_statement_is_named(joint: Joint, out: Path) -> None:
     shutil.copy(joint.key("north").with_name("signing.pub"), out / "sites" / "south.pub")
-    resigned(joint, out, "sites/south.pub")
+    resigned(joint, out)
     (problem,) = verify(out, joint.coordinator_key.with_name("signing.pub"))
     assert problem.startswith("sites: ")
 

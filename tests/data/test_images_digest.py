@@ -51,6 +51,13 @@ def test_every_change_of_what_is_seen_changes_it_and_seeds_do_not() -> None:
     assert images_digest(replace(found, seeds=found.seeds + 1)) == images_digest(found)
 
 
+def test_the_last_of_many_images_counts() -> None:
+    found = Candidates(images=np.zeros((1001, 1, 2, 2), np.uint8), labels=np.zeros(1001, np.int64), seeds=np.zeros(1001, np.uint64))
+    last = found.images.copy()
+    last[-1] = 1
+    assert images_digest(replace(found, images=last)) != images_digest(found)
+
+
 def test_a_broken_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "synthetic archive").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(ArtifactError, match="synthetic archive"):

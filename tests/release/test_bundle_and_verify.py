@@ -17,6 +17,7 @@ import pydicom
 import pytest
 from PIL import Image, PngImagePlugin
 
+from dpsynth.artifacts import read_json, sha256_file, write_json
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import ReleaseConfig
 from dpsynth.data.candidates import Candidates
@@ -26,11 +27,11 @@ from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.progress import silent
-from dpsynth.release.bundle import Release, write_release
+from dpsynth.release.bundle import Release, release_files, write_release
 from dpsynth.release.gate import Allowed
 from dpsynth.release.metadata import require_expected_metadata
 from dpsynth.release.verify import verified, verify
-from dpsynth.signing import generate_key, key_id, load_private, load_public
+from dpsynth.signing import generate_key, key_id, load_private, load_public, sign_statement, verify_envelope
 
 RELEASE = MomentRelease(noise_multiplier=1.0, queries=(GaussianQuery(name="a", share=1.0, clip_norm=1.0),))
 SECRET = "MRN-4711 /data/hospital/secret.png"
@@ -184,8 +185,6 @@ def test_a_wrong_key_is_named(out: Path, tmp_path: Path) -> None:
 
 def test_a_manifest_made_anew_by_someone_else_is_named(out: Path, keys: Path) -> None:
     """Changing a file and the manifest alike does not help without the key."""
-    from dpsynth.artifacts import sha256_file
-
     (out / "labels.csv").write_text("index,label\n")
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["files"]["labels.csv"]["sha256"] = sha256_file(out / "labels.csv")
@@ -201,6 +200,38 @@ def test_a_signed_lie_about_epsilon_is_found(tmp_path: Path, keys: Path) -> None
     lie = replace(lie, guarantee=replace(lie.guarantee, accounting=small, ledger_epsilon=0.5))
     folder = write_release(lie, out=tmp_path / "lie", private=load_private(keys / "signing.key"), progress=silent)
     assert any("not the" in problem for problem in verify(folder, keys / "signing.pub"))
+
+
+def resigned(out: Path, keys: Path) -> None:
+    """The site signs whatever lies in a folder now."""
+    private = load_private(keys / "signing.key")
+    statement = verify_envelope(read_json(out / "manifest.dsse.json"), private.public_key())
+    names = ["manifest.json", *release_files(out)]
+    statement["subject"] = [{"name": name, "digest": {"sha256": sha256_file(out / name)}} for name in names]
+    write_json(out / "manifest.dsse.json", sign_statement(statement, private))
+
+
+@pytest.mark.parametrize("suffix", ["png", "nii.gz", "dcm"])
+def test_a_picture_of_another_image_is_found_in_every_format_though_it_is_signed(
+    out: Path, keys: Path, tmp_path: Path, suffix: str
+) -> None:
+    other = package()
+    images = other.candidates.images.copy()
+    images[2, 0, 3, 3] ^= 1
+    changed = replace(other, candidates=replace(other.candidates, images=images))
+    folder = write_release(changed, out=tmp_path / "other", private=load_private(keys / "signing.key"), progress=silent)
+    name = f"images/synthetic-000002.{suffix}"
+    (out / name).write_bytes((folder / name).read_bytes())
+    resigned(out, keys)
+    assert verify(out, keys / "signing.pub") == [f"{name}: it is not image 2 of synthetic.npz, or does not say what it is"]
+
+
+@pytest.mark.parametrize("name", ["images/synthetic-000004.png", "notes.txt", "sites/north.pub", "federation.json"])
+def test_a_file_that_no_release_has_is_found_though_it_is_signed(out: Path, keys: Path, name: str) -> None:
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes(b"x")
+    resigned(out, keys)
+    assert any(name in problem or problem.startswith("sites") for problem in verify(out, keys / "signing.pub"))
 
 
 def test_nothing_private_leaves(out: Path) -> None:
@@ -308,8 +339,14 @@ RIDERS = {
 
 
 @pytest.mark.parametrize("rider", RIDERS)
-def test_metadata_that_ride_along_stop_the_release(rider: str, out: Path) -> None:
+def test_metadata_that_ride_along_stop_the_release_and_are_found_though_they_are_signed(rider: str, out: Path, keys: Path) -> None:
     name, change = RIDERS[rider]
+    kept = (out / name).read_bytes()
+    change(out / name)
+    resigned(out, keys)
+    assert [problem for problem in verify(out, keys / "signing.pub") if not problem.startswith(name)] == []
+    assert verify(out, keys / "signing.pub") != []
+    (out / name).write_bytes(kept)
     for signed in ("manifest.json", "manifest.dsse.json"):
         (out / signed).unlink()
     require_expected_metadata(out, ())
