@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_a_coordinator_that_was_killed_asks_the_same_bytes_again(empty: World, t
     again = study(empty, killed, tmp_path / "killed").run(initial(empty))
     assert len(killed["a"].frames) == 8, "a finished study asks nothing"
     np.testing.assert_array_equal(again.arrays[NET + "out.2.conv.weight"], state.arrays[NET + "out.2.conv.weight"])
+
+
+def test_a_round_is_counted_before_its_question_leaves(empty: World, tmp_path: Path) -> None:
+    """A coordinator that dies while it waits knows afterwards what may have been released."""
+    sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    honest, counted = sites["a"], []
+
+    def looking(raw: bytes) -> bytes:
+        if (tmp_path / "study" / "sites.json").is_file():  # after the join
+            counted.append(json.loads((tmp_path / "study" / "sites.json").read_text())["asked"].get("a"))
+        return honest(raw)
+
+    study(empty, {**sites, "a": looking}, tmp_path / "study").run(initial(empty))
+    assert counted == [ALL[: number + 1] for number in ALL]
 
 
 def test_a_silent_site_is_asked_again_and_the_round_goes_on_with_the_quorum(empty: World, tmp_path: Path) -> None:

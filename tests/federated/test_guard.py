@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from federation_cases import Site, World, config, new_site, told_body
+from federation_cases import Site, World, new_site, told_body
 
 import federated.site as module
 from dpsynth.checks.accounting import ALWAYS, REQUIRED
@@ -21,18 +25,19 @@ from dpsynth.model import moment_release
 from dpsynth.model.moment_release import QUERIES, Told, raw_counts, told_by
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.calibrate import mu_of
-from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, PoissonDpSgd, merged
+from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, PoissonDpSgd, from_json, merged
 from dpsynth.privacy.noise import NoiseStream
+from dpsynth.progress import silent
 from dpsynth.signing import load_private
 from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor, Monitor
 from dpsynth.train.run import noised_moments, standard_moments
 from dpsynth.train.selfcheck import Finding
 from federated import rounds
-from federated.messages import Code, decode_reply, decode_request
-from federated.policy import config_of
+from federated.messages import Code, Plan, decode_reply, decode_request
+from federated.policy import config_of, load_policy, open_site_ledger
 from federated.proofs import proofs_of
-from federated.rounds import NET, SUMS, told_arrays
+from federated.rounds import NET, SUMS, sgd_of, told_arrays
 from federated.site import charges_of
 
 
@@ -42,6 +47,18 @@ def booked(site: Site) -> list[tuple[str, bool]]:
 
 def reserve_lines(site: Site) -> list[dict[str, object]]:
     return [entry for entry in map(json.loads, site.policy.ledger.read_text().splitlines()) if entry["type"] == "reserve"]
+
+
+def reopened(site: Site) -> None:
+    """Its ledger again from the start, by the policy as it is now."""
+    for path in (site.policy.ledger, site.policy.ledger.with_name("ledger.jsonl.head")):
+        path.unlink()
+    open_site_ledger(load_policy(site.folder / "policy.yaml"), max_gate_attempts=3, progress=silent)
+    site.restart()
+
+
+def cut_off(*_: object, **__: object) -> None:
+    raise OSError("cut off")
 
 
 def test_a_repeated_message_gets_the_same_bytes_and_no_second_charge(world: World) -> None:
@@ -169,6 +186,16 @@ def test_rounds_go_forward_only_and_may_leave_gaps(world: World, monkeypatch: py
     assert len(reserve_lines(world.sites["a"])) == 2
 
 
+def test_a_round_that_is_open_is_not_asked_again_by_another_name_nor_passed_by_an_earlier_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "train_round", cut_off)
+    assert world.ask("train", 5).code is Code.FAILED
+    assert world.ask("train", 5, message_id="other").code is Code.ORDER
+    assert world.ask("train", 4).code is Code.ORDER
+    assert booked(world.sites["a"]) == [("study/5/train-5", False)]
+
+
 def test_a_round_that_was_overtaken_loses_its_key_and_keeps_its_charge(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_round", lambda *_, **__: (_ for _ in ()).throw(OSError))
@@ -176,6 +203,19 @@ def test_a_round_that_was_overtaken_loses_its_key_and_keeps_its_charge(world: Wo
     assert world.ask("train", 5).outcome == "ok"
     assert world.ask("train", 4).code is Code.LOST
     assert [run_id for run_id, _ in booked(world.sites["a"])] == ["study/4/train-4", "study/5/train-5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [({"smallest_noise_multiplier": 100.0}, Code.NOISE), ({"hours": [{"start": "20:00", "end": "06:00"}]}, Code.HOURS)],
+)
+def test_a_policy_that_became_stricter_binds_a_study_that_began(world: World, changes: dict[str, Any], code: Code) -> None:
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    site.write_policy(**changes)
+    site.restart(clock=lambda: datetime(2026, 11, 24, 12, 0))
+    assert world.ask("moments", 1).code is code
+    assert booked(site) == [("study/0/moments-0", True)]
 
 
 def test_local_runs_and_studies_share_one_budget(world: World) -> None:
@@ -197,21 +237,26 @@ def test_join_costs_nothing_and_reads_no_patient(world: World, monkeypatch: pyte
     assert not booked(world.sites["a"])
 
 
+def test_an_answer_says_what_its_own_round_cost_and_a_repeated_join_what_the_ledger_holds_by_then(world: World) -> None:
+    release = world.model.release(world.plan)
+    queries = [release.alone(query) for query in QUERIES[:2]]
+    join = world.request("join")
+    world.tell(join)
+    for number in range(2):
+        booked_now = merged(queries[: number + 1])
+        for reply in (world.ask("moments", number), world.tell(join)):
+            assert reply.facts is not None
+            assert [from_json(charged) for charged in reply.facts.charged] == list(booked_now)
+            assert reply.facts.ledger_epsilon == pytest.approx(epsilon_pld(booked_now, 1e-5))
+
+
 def test_no_answer_tells_how_many_patients_there_are(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hospitals that differ in their true number alone: all but the noised arrays is the same."""
     private = load_private(tmp_path / "keys" / "signing.key")
     assert private.sign(b"") == world.private.sign(b"")
     other = new_site(tmp_path / "b", name="a", seed=0, public_key=(tmp_path / "keys" / "signing.pub").read_bytes())
     other.write_policy(data={**json.loads(other.policy.data.model_dump_json(exclude={"phantom"})), "phantom": {"num_patients": 90}})
-    other.policy.ledger.unlink()
-    other.policy.ledger.with_name("ledger.jsonl.head").unlink()
-    from dpsynth.data.fingerprint import open_ledger
-    from dpsynth.progress import silent
-    from federated.policy import load_policy
-
-    settings = config().model_copy(update={"data": load_policy(other.folder / "policy.yaml").data})
-    open_ledger(settings, path=other.policy.ledger, epsilon=12.0, delta=1e-5, max_gate_attempts=3, progress=silent)
-    other.restart()
+    reopened(other)
     assert other.guard.images.num_patients != world.sites["a"].guard.images.num_patients
     for message in (world.request("join"), world.request(), world.request("train", 4), world.request("train", 4, message_id="x")):
         replies = [decode_reply(site.guard.handle(message), largest_bytes=1 << 30)[0] for site in (world.sites["a"], other)]
@@ -219,11 +264,38 @@ def test_no_answer_tells_how_many_patients_there_are(world: World, tmp_path: Pat
         assert first == second
 
 
-def test_a_guard_with_another_ledger_does_not_start(world: World) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epsilon": 13.0}, "epsilon: the policy says 13, the ledger's first line 12"),
+        ({"delta": 1e-6}, "delta: the policy says 1e-06, the ledger's first line 1e-05"),
+    ],
+)
+def test_a_guard_with_another_ledger_does_not_start(world: World, changes: dict[str, float], words: str) -> None:
     site = world.sites["a"]
-    site.write_policy(epsilon=13.0)
-    with pytest.raises(ConfigError, match="the policy says 13, the ledger's first line 12"):
+    site.write_policy(**changes)
+    with pytest.raises(ConfigError, match=words):
         site.restart()
+
+
+def test_a_delta_that_is_too_large_for_the_patients_trains_nothing_though_the_ledger_has_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = world.sites["a"]
+    site.write_policy(delta=1e-2)
+    monkeypatch.setattr("dpsynth.data.fingerprint.resolve_delta", lambda delta, _: delta)  # as another program would open it
+    reopened(site)
+    assert world.ask().code is Code.FAILED
+    assert booked(site) == []
+
+
+def test_other_data_than_those_of_the_ledger_are_not_trained_on(world: World) -> None:
+    site = world.sites["a"]
+    data = site.policy.data.model_dump(mode="json", exclude_defaults=True)
+    site.write_policy(data={**data, "phantom": {**data["phantom"], "seed": 1}})
+    site.restart()
+    assert world.ask().code is Code.FAILED
+    assert booked(site) == []
 
 
 def test_a_site_without_a_class_is_trained_with_the_others(new_world: Callable[..., World]) -> None:
@@ -292,6 +364,16 @@ def test_the_coins_are_in_the_ledger_with_the_first_charge_and_cannot_be_drawn_a
     assert len(reserve_lines(site)) == 2
 
 
+def test_coins_are_those_of_every_round_and_not_only_of_the_last(world: World) -> None:
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    ((_, charge),) = charges_of(site.guard.ledger, "study")
+    for number, coins in ((1, "0" * 64), (2, charge.coins_sha256)):
+        site.guard.ledger.reserve(charge.mechanisms, purpose="planted", run_id=f"study/{number}/planted", coins_sha256=coins)
+    assert world.ask("moments", 3).code is Code.LOST
+    assert len(reserve_lines(site)) == 3
+
+
 def test_a_policy_that_moves_the_control_fraction_does_not_move_the_patients_of_a_study_that_began(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +398,28 @@ def test_what_the_engine_proved_of_each_round_is_kept_for_the_checks(world: Worl
     assert all(found["ok"] for found in (*moments["findings"].values(), *train["findings"].values()))
     assert set(train["audits"]) == {"before training", "during training"}
     assert train["audits"]["during training"]["mechanism"]["steps"] == 2
+
+
+def test_nobody_else_can_read_what_a_guard_keeps_and_no_secret_outlives_its_round(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, real = world.sites["a"], module.train_round
+
+    def files() -> set[str]:
+        assert site.policy.state.stat().st_mode & 0o777 == 0o700
+        kept = [path for path in site.policy.state.rglob("*") if path.is_file()]
+        assert {path.name: path.stat().st_mode & 0o777 for path in kept} == {path.name: 0o600 for path in kept}
+        return {path.name for path in kept}
+
+    mask = os.umask(0o022)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "train_round", lambda *args, **rest: cut_off(real(*args, **rest)))
+            assert world.ask("train", 4).code is Code.FAILED
+        always = {"lock", "study.json", "split.json", "request", "proof.json"}
+        assert files() == {*always, "key", "checkpoint.safetensors"}
+        assert world.ask("train", 4).outcome == "ok"
+        assert files() == {*always, "reply"}
+    finally:
+        os.umask(mask)
 
 
 def test_every_round_has_a_key_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,6 +450,44 @@ def test_what_a_study_may_spend_adds_up_over_its_rounds(world: World) -> None:
     assert [world.ask("moments", number).code for number in range(4)] == [None, None, Code.STUDY_BUDGET, Code.STUDY_BUDGET]
 
 
+def between_one_round_and_two(world: World) -> float:
+    """An epsilon that one round of training leaves room in, and two do not."""
+    one, two = (epsilon_pld([sgd_of(world.plan, steps=2 * rounds, declared_patients=100)], 1e-5) for rounds in (1, 2))
+    return (one + two) / 2
+
+
+@pytest.mark.parametrize(("trained", "code"), [(lambda *_, **__: {}, None), (cut_off, Code.FAILED)])
+def test_rounds_of_training_that_are_equal_or_were_cut_off_count_too(
+    world: World, monkeypatch: pytest.MonkeyPatch, trained: Callable[..., Any], code: Code | None
+) -> None:
+    site = world.sites["a"]
+    site.write_policy(study_epsilon=between_one_round_and_two(world))
+    site.restart()
+    monkeypatch.setattr(module, "train_round", trained)
+    assert [world.ask("train", number).code for number in (4, 5)] == [code, Code.STUDY_BUDGET]
+
+
+def test_two_questions_at_once_do_not_share_the_room_for_one_round(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, both = world.sites["a"], threading.Barrier(2, timeout=0.5)
+    site.write_policy(study_epsilon=between_one_round_and_two(world))
+    site.restart()
+    assert site.guard.images.num_patients == 120, "read before, so that both get as far as the budget"
+
+    def met(*given: Any) -> float:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait()
+        return epsilon_pld(*given)
+
+    monkeypatch.setattr(module, "epsilon_pld", met)
+    monkeypatch.setattr(module, "train_round", lambda *_, **__: {})
+    asking = [threading.Thread(target=world.ask, args=("train", number)) for number in (4, 5)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert len(booked(site)) == 1
+
+
 def test_memory_of_a_round_does_not_tell_how_many_patients_there_are(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator says how wide the rows of a query are; for all rows at once one hospital would have room and another none."""
     seen: list[int] = []
@@ -372,3 +514,33 @@ def test_a_round_goes_on_only_with_the_request_that_it_was_charged_for(world: Wo
     (kept,) = site.policy.state.rglob("request")
     kept.write_text(digest)
     assert world.tell(raw).code is Code.LOST
+
+
+OTHER = {
+    "sites": ("a", "b"),
+    "classes": ("normal", "other"),
+    "attributes": (("sex", ("F", "M")),),
+    "spatial_shape": (12, 13),
+    "channels": 3,
+    "low_frequencies": 5,
+    "net_channels": (8, 16),
+    "trainable": "small",
+    "draws": 2,
+    "learning_rate": 0.002,
+    "anatomies": ("brain",),
+    "num_phantoms": 61,
+    "public_seed": 77,
+    "moments_noise_multiplier": 99.0,
+    "noise_multiplier": 99.0,
+    "clip_norm": 0.5,
+    "sampling_probability": 0.11,
+    "steps_per_round": 1,
+    "rounds": 3,
+    "app_sha256": "1" * 64,
+}
+
+
+def test_nothing_in_a_plan_can_change_once_a_round_was_charged(world: World) -> None:
+    assert world.ask().outcome == "ok"
+    codes = {name: world.ask("moments", 1, plan=world.changed(**{name: value})).code for name, value in OTHER.items()}
+    assert codes == dict.fromkeys(Plan.model_fields, Code.PLAN_CHANGED)
