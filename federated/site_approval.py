@@ -61,7 +61,7 @@ def _signed(
     private = load_private(key_path)
     require_new(out, kind="file")
     policy, header, delta = guard.policy, work.carried.header, question.guarantee.delta
-    lines, head = guard.ledger.head()  # before the decision, so that no digest of the words leaves
+    lines, head = guard.ledger.head()  # before this decision, so that its words cannot be tried against the digest
     statement = site_statement(
         {
             "site": policy.site,

@@ -125,7 +125,7 @@ def test_a_refusal_speaks_of_these_images_and_of_this_site_alone(joint: Joint) -
     assert joint.approve("north", "again.north.json").decision == "approved"
 
 
-def test_each_decision_is_in_the_ledger_with_its_words_and_no_word_or_digest_of_one_leaves(
+def test_each_decision_is_in_the_ledger_with_its_words_and_what_is_signed_holds_no_digest_of_them(
     joint: Joint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finding(monkeypatch, copying=Outcome.FLAG)
