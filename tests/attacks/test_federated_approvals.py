@@ -38,7 +38,7 @@ from dpsynth.release.federated_gate import SiteRecord, SitesQuestion, claimed_wi
 from dpsynth.release.gate import Allowed, Refused
 from dpsynth.release.statement import SiteStatement, open_site_statement, sign_site_statement, site_statement
 from dpsynth.release.verify import ledger_anchors, verified, verify
-from dpsynth.signing import generate_key, load_private, load_public, sign_statement, verify_envelope
+from dpsynth.signing import generate_key, key_id, load_private, load_public, sign_statement, verify_envelope
 from dpsynth.trained import read_claim
 from federated.candidates import pack
 from federated.policy import load_policy
@@ -122,12 +122,12 @@ def training_with(name: str, factor: float) -> Callable[[Joint], None]:
     return fault
 
 
-def a_hundredth_more_noise(joint: Joint) -> None:
+def a_little_more_noise(joint: Joint) -> None:
     """Of the moments, in the coordinator's count: another epsilon by less than is told apart, and other mechanisms."""
 
     def change(value: dict[str, Any]) -> None:
         south = next(site for site in value["sites"] if site["site"] == "south")
-        south["mechanisms"][0]["noise_multiplier"] *= 1.01
+        south["mechanisms"][0]["noise_multiplier"] *= 1.0001
 
     edited_record(joint, change)
 
@@ -159,7 +159,7 @@ def edited_record(joint: Joint, change: Callable[[dict[str, Any]], None]) -> Non
         (lambda joint: says(joint, "south", rounds=[0, 2, 3, 4, 5]), "south: its ledger states fewer rounds than it answered: 1 missing"),
         (fewer_steps, "south: its ledger booked other mechanisms than it was asked for"),
         (more_noise_than_asked, "south: its ledger booked other mechanisms than it was asked for"),
-        (a_hundredth_more_noise, "south: its ledger booked other mechanisms than it was asked for"),
+        (a_little_more_noise, "south: its ledger booked other mechanisms than it was asked for"),
         (training_with("noise_multiplier", 2), "south: its ledger booked other mechanisms than it was asked for"),
         (training_with("sampling_probability", 0.5), "south: its ledger booked other mechanisms than it was asked for"),
         (more_rounds_than_counted, "south: its ledger states rounds that were not counted for it: 6"),
@@ -560,8 +560,11 @@ def resigned(joint: Joint, out: Path) -> None:
     names = [MANIFEST, *manifest["files"]]
     statement["subject"] = [{"name": name, "digest": {"sha256": sha256_file(out / name)}} for name in names]
     statement["predicate"]["guarantee"] = read_json(out / "guarantee.json")
-    if not (out / "sites").exists():
-        statement["predicate"].pop("sites", None)
+    speaking = {path.name.removesuffix(".dsse.json"): path for path in (out / "sites").glob("*.dsse.json")}
+    statement["predicate"].pop("sites")
+    if speaking:
+        keys = {site: key_id(load_public(path.with_name(f"{site}.pub"))) for site, path in speaking.items()}
+        statement["predicate"]["sites"] = keys
     write_json(out / SIGNATURE, sign_statement(statement, private))
 
 
