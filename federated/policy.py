@@ -104,7 +104,9 @@ class SitePolicy(_Settings):
     )
     studies: Count = Field(20, description="Studies that the guard keeps; further ones are refused.")
     reply_grid_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
-        5.0, description="Answers leave at multiples of this time after the question came, so that their time tells less; 0: at once."
+        5.0,
+        description="Answers leave at multiples of this time after the guard turned to the question, so that their time tells less; "
+        "0: at once.",
     )
 
     @model_validator(mode="after")
