@@ -617,7 +617,7 @@ def more_images(out: Path) -> None:
 
 def swapped_names(out: Path) -> None:
     text = (out / "labels.csv").read_text()
-    (out / "labels.csv").write_text(text.replace("normal", "x").replace("lesion", "normal").replace("x", "lesion"))
+    (out / "labels.csv").write_text(text.replace("normal", "?").replace("lesion", "normal").replace("?", "lesion"))
 
 
 def claims(**changes: Any) -> Callable[[Path], None]:
