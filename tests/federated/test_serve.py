@@ -20,10 +20,10 @@ from federated.serve import LENGTH, Server, ask
 @contextmanager
 def listening(path: Path, handle: Callable[[bytes], bytes], **options: Any) -> Iterator[Server]:
     server = Server(path=path, handle=handle, largest_bytes=1000, **options)
-    thread = threading.Thread(target=server.run)
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, kwargs={"listening": ready.set})
     thread.start()
-    while not path.exists():
-        time.sleep(0.01)
+    assert ready.wait(timeout=10)  # the socket's file is there before anybody listens at it
     try:
         yield server
     finally:
