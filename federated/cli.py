@@ -147,12 +147,11 @@ def refuse(
     from federated.policy import load_policy
     from federated.site import Guard
     from federated.site_approval import refuse as sign
-    from federated.site_approval import was_approved
 
     guard, (who, why) = Guard.open(load_policy(policy)), parse_because(because)
     said = sign(guard, candidates, key_path=key, out=out, who=who, why=why)
     print(f"Refused, and noted in the ledger: {out}. Send it to the coordinator.")
-    if was_approved(guard.ledger, said.images_sha256):
+    if guard.ledger.decided(said.images_sha256, "released"):  # the refusal does not reach whoever has that approval
         print("Warning: these images were approved before, and whoever has that approval can still use it. Call the coordinator.")
 
 

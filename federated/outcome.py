@@ -16,7 +16,7 @@ from dpsynth.privacy.guarantee import Guarantee, claim
 from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, merged, to_json
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.progress import silent
-from dpsynth.release.federated_gate import unprotected
+from dpsynth.release.federated_gate import data_name_of, unprotected
 from dpsynth.train.second_opinion import prv_epsilon
 from dpsynth.trained import CLAIM, FEDERATION
 from federated.coordinator import EMA, Coordinator, State
@@ -123,7 +123,7 @@ def _claim(coordinator: Coordinator, mechanisms: tuple[Mechanism, ...], spent: S
     data = federation.config.data
     ledgers = [float(fact.ledger_epsilon) for fact in facts]
     guarantee = Guarantee(
-        data_name=f"federation {federation.study}",
+        data_name=data_name_of(federation.study),
         unit=PrivacyUnit.IMAGE if any(fact.unit == "image" for fact in facts) else PrivacyUnit.PATIENT,
         declared_patients=data.declared_patients,
         mechanisms=mechanisms,

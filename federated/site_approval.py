@@ -15,7 +15,7 @@ from dpsynth.artifacts import require_new, write_json
 from dpsynth.checks.verdict import Outcome
 from dpsynth.errors import GateRefused, UsageError
 from dpsynth.privacy.accountant import epsilon_pld
-from dpsynth.privacy.ledger import Decision, Ledger
+from dpsynth.privacy.ledger import Decision
 from dpsynth.privacy.mechanism import to_json
 from dpsynth.release.gate import Question, Refused, decide
 from dpsynth.release.statement import SiteStatement, plain, sign_site_statement, site_statement
@@ -41,11 +41,6 @@ def refuse(guard: Guard, path: Path, *, key_path: Path, out: Path, who: str, why
     """Sign a refusal of candidates that were checked, whatever the checks found: for good, and with the reason in the ledger alone."""
     work = joined(guard, path)
     return _signed(guard, work, question_of(guard, work, reviews={}), decision="refused", words={who: why}, key_path=key_path, out=out)
-
-
-def was_approved(ledger: Ledger, images_sha256: str) -> bool:
-    """Whether an approval of these images was ever signed: a later refusal does not reach whoever has it."""
-    return any((said["candidates_sha256"], said["decision"]) == (images_sha256, "released") for said in ledger.decisions())
 
 
 def _signed(

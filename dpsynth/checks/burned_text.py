@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dpsynth.data.candidates import to_8_bit
 from dpsynth.errors import UsageError
 from dpsynth.progress import Progress
 
@@ -98,7 +99,7 @@ def _ocr_scores(images: Float32, task: str, progress: Progress) -> Array:
     scores = np.zeros(len(images))
     for index, image in enumerate(images):
         planes = image.mean(axis=0)
-        pixels = np.asarray(np.rint(np.clip(planes, -1, 1) * 127.5 + 127.5), dtype=np.uint8)
+        pixels = to_8_bit(planes)
         for plane in pixels.reshape(-1, *pixels.shape[-2:]):
             found = engine(np.repeat(plane[..., None], 3, axis=2))
             for text, score in zip(found.txts or (), found.scores or (), strict=True):

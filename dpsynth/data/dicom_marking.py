@@ -24,6 +24,7 @@ from pydicom.uid import (
 
 from dpsynth import __version__
 from dpsynth.artifacts import write_bytes
+from dpsynth.data.candidates import to_8_bit
 from dpsynth.data.cohort import Float32
 from dpsynth.errors import DataError
 
@@ -60,7 +61,7 @@ def is_dicom_of(path: Path, image: Float32, *, subject: SyntheticSubject, markin
 
 
 def _content(image: Float32, subject: SyntheticSubject, marking: Mapping[str, str]) -> bytes:
-    pixels = np.asarray(np.rint(np.clip(image, -1, 1) * 127.5 + 127.5), dtype=np.uint8)
+    pixels = to_8_bit(image)
     if pixels.ndim == 4 and len(pixels) != 1:
         raise DataError("Colour volumes cannot be written as DICOM. Choose another of release.formats.")
     dataset = _patient_and_study(subject)

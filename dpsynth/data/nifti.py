@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.artifacts import write_bytes
+from dpsynth.data.candidates import to_8_bit
 from dpsynth.data.cohort import Cohort, Float32, Image, Record
 from dpsynth.data.orientation import oriented
 from dpsynth.data.table import read_table
@@ -108,7 +109,7 @@ def is_nifti_of(path: Path, image: Float32, *, spacing_mm: tuple[float, ...] | N
 
 
 def _content(image: Float32, spacing_mm: tuple[float, ...] | None, marking: Mapping[str, object]) -> bytes:
-    pixels = np.asarray(np.rint(np.clip(image, -1, 1) * 127.5 + 127.5), dtype=np.uint8)
+    pixels = to_8_bit(image)
     spacing = spacing_mm or (1.0,) * (image.ndim - 1)
     if image.ndim == 3:
         pixels = np.swapaxes(pixels, 1, 2)[:, ::-1, ::-1, None]

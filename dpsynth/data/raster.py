@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 from PIL import PngImagePlugin
 
 from dpsynth.artifacts import write_bytes
+from dpsynth.data.candidates import to_8_bit
 from dpsynth.data.cohort import Cohort, Float32, Image, Record
 from dpsynth.data.table import read_table
 from dpsynth.data.validate import label_index, with_others
@@ -102,5 +103,5 @@ def is_png_of(path: Path, image: Float32, *, text: Mapping[str, str]) -> bool:
 
 
 def _picture(image: Float32) -> Pillow.Image:
-    pixels = np.asarray(np.rint(np.clip(image, -1, 1) * 127.5 + 127.5), dtype=np.uint8)
+    pixels = to_8_bit(image)
     return Pillow.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))

@@ -312,9 +312,13 @@ class Ledger:
         """All of them, as they were noted."""
         return tuple(line.entry for line in self._sound() if line.entry and line.entry["type"] == "decision")
 
+    def decided(self, candidates_sha256: str, decision: Decision) -> tuple[dict[str, Any], ...]:
+        """Those by which these images were released, or refused."""
+        return tuple(said for said in self.decisions() if (said["candidates_sha256"], said["decision"]) == (candidates_sha256, decision))
+
     def refusal(self, candidates_sha256: str) -> str:
         """Who refused these images and why; empty when nobody did. A refusal is for good."""
-        said = [entry for entry in self.decisions() if entry["candidates_sha256"] == candidates_sha256 and entry["decision"] == "refused"]
+        said = self.decided(candidates_sha256, "refused")
         return "; ".join(f"{who}: {why}" for entry in said for who, why in entry["words"].items())
 
     def record_gate_attempt(self, run_id: str) -> int:

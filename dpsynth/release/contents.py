@@ -146,7 +146,8 @@ def content_problems(
     try:
         arrays = _arrays(folder / ARCHIVE)
         candidates = _candidates(arrays)
-        rows = list(csv.reader(io.StringIO((folder / TABLE).read_bytes().decode())))
+        table = (folder / TABLE).read_bytes()
+        rows = list(csv.reader(io.StringIO(table.decode())))
         formats = rows[0][3 + len(candidates.attributes) :]
         said = dict(zip(candidates.labels.tolist(), (row[1] for row in rows[1:]), strict=True))
         named = said if classes is None else dict(enumerate(classes))
@@ -154,7 +155,7 @@ def content_problems(
         problems = _archive_problems(folder / ARCHIVE, arrays, contents)
         if contents.total != number:
             problems.append(f"{ARCHIVE}: it holds {contents.total} images, and {number} were signed")
-        if len(set(contents.classes.values())) < len(contents.classes) or (folder / TABLE).read_bytes() != contents.table():
+        if len(set(contents.classes.values())) < len(contents.classes) or table != contents.table():
             problems.append(f"{TABLE}: it is not the table of the images in {ARCHIVE}")
         wanted = {picture_name(index, kind) for index in range(contents.total) for kind in formats}
     except ArtifactError as error:

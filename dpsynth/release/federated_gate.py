@@ -111,6 +111,11 @@ def federated_run(value: object) -> FederatedRun:
     return run
 
 
+def data_name_of(study: str) -> str:
+    """How a claim over several sites names the data."""
+    return f"federation {study}"
+
+
 def unprotected(
     *, sites: Sequence[str], overlapping: float, classes: Sequence[str], spatial_shape: Sequence[int], approved: Sequence[str] = ()
 ) -> tuple[str, ...]:
@@ -130,7 +135,7 @@ def claimed_with(guarantee: Guarantee, run: FederatedRun, statements: Mapping[st
     said = statements.values()
     return replace(
         guarantee,
-        data_name=f"federation {run.study}",
+        data_name=data_name_of(run.study),
         declared_patients=max([guarantee.declared_patients, *(statement.declared_patients for statement in said)]),
         ledger_epsilon=max([guarantee.ledger_epsilon, *(statement.epsilons[1] for statement in said)]),
         max_images_per_patient=max([guarantee.max_images_per_patient, *(statement.max_images_per_patient for statement in said)]),
