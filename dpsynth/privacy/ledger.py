@@ -303,8 +303,12 @@ class Ledger:
         return found[-1] if found else None
 
     def record_decision(self, run_id: str, *, candidates_sha256: str, decision: Decision, words: Mapping[str, str]) -> None:
-        """Note what a person decided on these images: for a release the words on each accepted flag, for a refusal who and why."""
+        """Note what a person decided on these images: for a release the words on each accepted flag, for a refusal who and why.
+
+        Digests of later lines leave with releases and statements; the salt keeps anybody from trying words against them.
+        """
         fields = {"run_id": run_id, "candidates_sha256": candidates_sha256, "decision": decision, "words": dict(words)}
+        fields["salt"] = secrets.token_hex(16)
         with self._locked():
             self._append("decision", fields, lines=self._recovered())
 

@@ -141,6 +141,8 @@ def test_each_decision_is_in_the_ledger_with_its_words_and_what_is_signed_holds_
     digest = images_digest(load_candidates(RunFolder.open(joint.run)))
     assert {said["candidates_sha256"] for said in (approved, no)} == {word.images_sha256} == {digest}
     assert (word.ledger_lines, word.ledger_sha256) == before
+    assert len({said["salt"] for said in (approved, no)}) == 2, "later statements hold a digest over the words: it must not tell them"
+    assert all(len(bytes.fromhex(said["salt"])) >= 16 for said in (approved, no))
 
 
 @pytest.mark.parametrize("act", [lambda joint: joint.approve("north", "refusal.dsse.json"), refused], ids=["approve", "refuse"])
