@@ -134,6 +134,7 @@ def test_each_decision_is_in_the_ledger_with_its_words_and_what_is_signed_holds_
     word = approve(
         joint.guard("north"), joint.candidates, key_path=joint.key("north"), out=joint.folder / "again.dsse.json", reviews=reviews
     )
+    assert ledger(joint).refusal(word.images_sha256) == "", "an approval is none"
     refused(joint)
     approved, no = ledger(joint).decisions()[-2:]
     assert (approved["decision"], approved["words"]) == ("released", reviews)

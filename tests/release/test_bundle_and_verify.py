@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import subprocess
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -202,12 +204,13 @@ def test_a_signed_lie_about_epsilon_is_found(tmp_path: Path, keys: Path) -> None
     assert any("not the" in problem for problem in verify(folder, keys / "signing.pub"))
 
 
-def resigned(out: Path, keys: Path) -> None:
-    """The site signs whatever lies in a folder now."""
+def resigned(out: Path, keys: Path, **predicate: Any) -> None:
+    """The site signs whatever lies in a folder now, and `predicate` of it."""
     private = load_private(keys / "signing.key")
     statement = verify_envelope(read_json(out / "manifest.dsse.json"), private.public_key())
     names = ["manifest.json", *release_files(out)]
     statement["subject"] = [{"name": name, "digest": {"sha256": sha256_file(out / name)}} for name in names]
+    statement["predicate"] |= predicate
     write_json(out / "manifest.dsse.json", sign_statement(statement, private))
 
 
@@ -232,6 +235,50 @@ def test_a_file_that_no_release_has_is_found_though_it_is_signed(out: Path, keys
     (out / name).write_bytes(b"x")
     resigned(out, keys)
     assert any(name in problem or problem.startswith("sites") for problem in verify(out, keys / "signing.pub"))
+
+
+def _less_private(path: Path) -> None:
+    with Image.open(path) as picture:
+        marks = PngImagePlugin.PngInfo()
+        for key, text in picture.text.items():  # type: ignore[attr-defined]
+            marks.add_itxt(key, "epsilon 0.01" if key == "Privacy" else text)
+        picture.save(path, pnginfo=marks)
+
+
+def _array_twice(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read("train_images.npy")
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train_images.npy", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "words"),
+    [
+        ("images/synthetic-000001.png", _less_private, "it is not image 1 of synthetic.npz, or does not say what it is"),
+        ("synthetic.npz", _array_twice, "an array twice"),
+    ],
+)
+def test_a_lie_about_the_images_is_found_though_it_is_signed(
+    out: Path, keys: Path, name: str, fault: Callable[[Path], None], words: str
+) -> None:
+    fault(out / name)
+    resigned(out, keys)
+    assert verify(out, keys / "signing.pub") == [f"{name}: {words}"]
+
+
+def test_two_classes_under_one_name_are_found_though_it_is_signed(tmp_path: Path, keys: Path) -> None:
+    """Without pictures, which say their label, the table alone could hide which images are of patients with a finding."""
+    folder = write_release(package(formats=()), out=tmp_path / "out", private=load_private(keys / "signing.key"), progress=silent)
+    assert verify(folder, keys / "signing.pub") == []
+    (folder / "labels.csv").write_text((folder / "labels.csv").read_text().replace("lesion", "normal"))
+    resigned(folder, keys)
+    assert verify(folder, keys / "signing.pub") == ["labels.csv: it is not the table of the images in synthetic.npz"]
+
+
+def test_another_number_of_images_than_there_are_is_found_though_it_is_signed(out: Path, keys: Path) -> None:
+    resigned(out, keys, images=5)
+    assert verify(out, keys / "signing.pub") == ["synthetic.npz: it holds 4 images, and 5 were signed"]
 
 
 def test_nothing_private_leaves(out: Path) -> None:
