@@ -43,7 +43,7 @@ def init(
     if not settings.ledger.exists():
         with progress_bars() as progress:
             open_site_ledger(settings, max_gate_attempts=max_gate_attempts, progress=progress)
-    Guard.open(settings)
+    Guard.open(settings).note_ledger()
     print(f"Ledger: {settings.ledger}. Next: dpsynth-site doctor {policy}")
 
 
@@ -91,9 +91,9 @@ def serve(policy: PolicyFile) -> None:
 def ledger(policy: PolicyFile, output: Format = OutputFormat.TEXT) -> None:
     """Show every charge on the site's data, federated or local, what is spent and what is left."""
     from dpsynth.cli import ledger_show
-    from federated.policy import load_policy
+    from federated.policy import load_policy, site_ledger
 
-    ledger_show(load_policy(policy).ledger, output)
+    ledger_show(site_ledger(load_policy(policy)).path, output)
 
 
 @app.command()
@@ -107,7 +107,7 @@ def check(policy: PolicyFile, candidates: CandidatesFile) -> None:
 
     settings = load_policy(policy)
     with progress_bars() as progress:
-        found = check_candidates(Guard.open(settings, progress=progress), candidates, progress=progress)
+        found = check_candidates(Guard.open(settings, progress=progress), candidates, progress=progress, note=print)
     for verdict in found.verdicts:
         print(verdict.line())
     reasons = found.answer.reasons if isinstance(found.answer, Refused) else ()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
-from dpsynth.errors import ArtifactError, DpsynthError
+from dpsynth.errors import ArtifactError, DpsynthError, RefusedError
 from dpsynth.model.moment_release import QUERIES, count_stddev, counts_of, raw_counts, told_by
 from federated.combine import (
     averaged,
@@ -54,11 +54,19 @@ from federated.rounds import SUMS, TOLD, Model, moments_arrays, told_arrays
 
 EMA, COUNTS = "ema.", "counts."
 _LARGEST_REPLY_BYTES = 1 << 30
+_SILENT = "no answer within the deadline"
+_MAY_CHANGE = (*TRANSIENT, Code.HOURS, _SILENT)  # reasons that pass by themselves; the others need another plan or policy
 _MAY_BE_CHARGED = (Code.LOST, Code.ORDER, Code.MESSAGE_REUSED)  # refusals of a round that an earlier message may have booked
 
 
 class QuorumLost(DpsynthError):
     """Too few sites gave a usable answer; the message names each site's reason."""
+
+
+class QuorumRefused(QuorumLost, RefusedError):
+    """As many sites as the quorum can spare gave an answer that stays the same however often they are asked."""
+
+    exit_code = RefusedError.exit_code
 
 
 class Transport(Protocol):
@@ -222,7 +230,7 @@ class Coordinator:
     def _read(self, site: str, request: bytes, raw: bytes | None, problem: Problem) -> tuple[str, str, Arrays | None]:
         """Outcome, reason, and the arrays when they are usable."""
         if raw is None:
-            return "no-reply", "no answer within the deadline", None
+            return "no-reply", _SILENT, None
         try:
             reply, arrays = decode_reply(raw, largest_bytes=_LARGEST_REPLY_BYTES)
             own = reply.request_sha256 == signed_digest(request, public=self.private.public_key())
@@ -272,7 +280,8 @@ class Coordinator:
     def _require_quorum(self, number: int, usable: Mapping[str, Arrays], reasons: Mapping[str, str]) -> None:
         if len(usable) < self.federation.quorum:
             why = "; ".join(f"{site}: {reason}" for site, reason in reasons.items())
-            raise QuorumLost(
+            others = sum(reason.partition(":")[0] in _MAY_CHANGE for reason in reasons.values())
+            raise (QuorumLost if len(usable) + others >= self.federation.quorum else QuorumRefused)(
                 f"Round {number}: {len(usable)} usable answers, {self.federation.quorum} are needed. {why}. "
                 "Mend the cause and run the same command: it goes on from here, and no site charges a round twice."
             )

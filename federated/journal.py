@@ -3,6 +3,7 @@
 The journal is for repeating answers and for going on after a crash. It is no record of what was spent: that is the ledger, and without a
 journal the guard refuses more, never less. All files are for their owner only.
 
+    STATE/ledger.json                         number of lines and digest of the last one that this guard saw in its ledger
     STATE/studies/STUDY/study.json            plan's digest and coordinator's key id
     STATE/studies/STUDY/split.json            the coins: who is in the control set and in the audit pool, for all rounds of the study
     STATE/studies/STUDY/messages/ID/          request (digest), key (while the round is open), checkpoint.safetensors, proof.json, reply
@@ -26,7 +27,7 @@ from dpsynth.data.split import Split, split_patients
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from federated.messages import Code, Refused
 
-_PROOF = "proof.json"
+_PROOF, _LEDGER = "proof.json", "ledger.json"
 _LARGEST_NUMBER_OF_ANSWERS = 5000  # of a study; further refusals are given and forgotten, so that nobody can fill the disk with them
 
 
@@ -137,6 +138,18 @@ class Journal:
             yield
         finally:
             os.close(descriptor)
+
+    def note_ledger(self, head: tuple[int, str]) -> None:
+        """Remember a line of the ledger, so that an older copy, or another one, is known as such."""
+        write_json(self.folder / _LEDGER, {"line": head[0], "sha256": head[1]}, private=True)
+
+    def ledger(self) -> tuple[int, str] | None:
+        """Number and digest of the line that was noted last; None when none was."""
+        path = self.folder / _LEDGER
+        if not path.is_file():
+            return None
+        noted = read_json(path)
+        return int(noted["line"]), str(noted["sha256"])
 
     def studies(self) -> list[str]:
         """Names of the studies that began here."""

@@ -107,10 +107,10 @@ TRANSIENT = (
 
 
 class Refused(RefusedError):
-    """The guard says no; `code` is all that leaves."""
+    """The guard says no; `code` is all that leaves, and `detail` is for its own log."""
 
-    def __init__(self, code: Code) -> None:
-        super().__init__(f"{code.value}: {REASONS[code]}")
+    def __init__(self, code: Code, detail: str = "") -> None:
+        super().__init__(f"{code.value}: {REASONS[code]}" + (f" ({detail})" if detail else ""))
         self.code = code
 
 

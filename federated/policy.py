@@ -31,11 +31,12 @@ from dpsynth.config import (
     yaml_mapping,
 )
 from dpsynth.data.fingerprint import open_ledger
-from dpsynth.errors import ConfigError
+from dpsynth.errors import ConfigError, LedgerError
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import Progress
 from dpsynth.release.statement import Check
 from dpsynth.signing import load_public
+from federated.journal import Journal
 from federated.messages import Code, Digest, Name, Plan
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -44,6 +45,7 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 Clock = Annotated[str, Field(pattern="^([01][0-9]|2[0-3]):[0-5][0-9]$")]
 End = Annotated[str, Field(pattern="^(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)$")]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+LOST = "Put back the ledger that knows most; a fresh or an older one would forget what the patients have lost. docs/site.md: a lost ledger."
 _DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
@@ -179,9 +181,33 @@ def data_config(policy: SitePolicy) -> Config:
 
 
 def open_site_ledger(policy: SitePolicy, *, max_gate_attempts: int, progress: Progress) -> Ledger:
-    """Read the site's data once and open their ledger with the policy's budget. Raises what `open_ledger` raises."""
+    """Read the site's data once and open their ledger with the policy's budget. Raises what `open_ledger` raises, and LedgerError when the
+    guard's state knows that there was one.
+    """
+    if Journal(policy.state).ledger() is not None:
+        raise LedgerError(f"The guard had a ledger, and there is none at {policy.ledger}. {LOST}")
     budget: dict[str, Any] = {"epsilon": policy.epsilon, "delta": policy.delta, "max_gate_attempts": max_gate_attempts}
     return open_ledger(data_config(policy), path=policy.ledger, progress=progress, **budget)
+
+
+def site_ledger(policy: SitePolicy) -> Ledger:
+    """The site's ledger. Raises LedgerError when it is missing, or is not the one that the guard has seen, LedgerTampered when it does not
+    hold, ConfigError when the policy states another budget.
+    """
+    noted = Journal(policy.state).ledger()
+    if not policy.ledger.is_file():
+        if noted is not None:
+            raise LedgerError(f"There is no ledger at {policy.ledger}. {LOST}")
+        raise LedgerError(f"There is no ledger at {policy.ledger}. `dpsynth-site init POLICY` reads the data and opens it.")
+    ledger = Ledger.load(policy.ledger)
+    if noted is not None and not ledger.has_line(*noted):
+        raise LedgerError(
+            f"{policy.ledger} is not the ledger that this guard knows, or an older copy: line {noted[0]} is another one. {LOST}"
+        )
+    for name, stated, booked in (("epsilon", policy.epsilon, ledger.budget_epsilon), ("delta", policy.delta, ledger.delta)):
+        if stated != booked:
+            raise ConfigError(f"{name}: the policy says {stated:g}, the ledger's first line {booked:g}. Correct the policy.")
+    return ledger
 
 
 def config_of(policy: SitePolicy, plan: Plan) -> Config:

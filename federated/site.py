@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split
-from dpsynth.errors import BudgetExceeded, ConfigError, SelfCheckFailed
+from dpsynth.errors import BudgetExceeded, SelfCheckFailed
 from dpsynth.model.moment_release import QUERIES
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Charge, Ledger
@@ -35,6 +35,7 @@ from federated.messages import (
     UNREADABLE,
     Code,
     Facts,
+    Plan,
     Refused,
     Request,
     Signed,
@@ -42,7 +43,7 @@ from federated.messages import (
     encode_refusal,
     encode_reply,
 )
-from federated.policy import SitePolicy, config_of, data_config, is_open, problem
+from federated.policy import SitePolicy, config_of, data_config, is_open, problem, site_ledger
 from federated.rounds import Model, Proof, model_of, moments_round, require_bound, sgd_of, train_round
 
 _LOG = logging.getLogger("dpsynth.site")
@@ -66,14 +67,14 @@ class Guard:
 
     @classmethod
     def open(cls, policy: SitePolicy, *, clock: Callable[[], datetime] = local_time, progress: Progress = silent) -> Guard:
-        """Raises ConfigError when ledger and policy disagree, and whatever is wrong with ledger or keys. Touches no image."""
-        ledger = Ledger.load(policy.ledger)
-        for name, stated, booked in (("epsilon", policy.epsilon, ledger.budget_epsilon), ("delta", policy.delta, ledger.delta)):
-            if stated != booked:
-                raise ConfigError(f"{name}: the policy says {stated:g}, the ledger's first line {booked:g}. Correct the policy.")
-        keys, journal = policy.coordinator_keys(), Journal(policy.state)
+        """Raises what `site_ledger` raises, and whatever is wrong with keys. Touches no image."""
+        ledger, keys, journal = site_ledger(policy), policy.coordinator_keys(), Journal(policy.state)
         journal.forget_answered()
         return cls(policy=policy, coordinators=keys, ledger=ledger, journal=journal, clock=clock, progress=progress)
+
+    def note_ledger(self) -> None:
+        """Called after each line that must not be forgotten."""
+        self.journal.note_ledger(self.ledger.head())
 
     @cached_property
     def images(self) -> ImageSet:
@@ -102,10 +103,13 @@ class Guard:
 
     def _answer(self, signed: Signed) -> bytes:
         request = signed.request
+        site_ledger(self.policy)  # another file may lie there since the guard was started
         booked = bool(self._charges(request.study))
         study = self.journal.study(request.study, plan_sha256=request.plan.digest, key=signed.key, booked=booked, limit=self.policy.studies)
         if request.kind == "join":  # costs nothing, so nothing of it is kept: whoever repeats it sees the ledger's epsilon of now
             self._require_policy(request)
+            if not booked:
+                self._require_affordable(request, self._model(request))
             return encode_reply(request_sha256=signed.digest, facts=self._facts(request), arrays={})
         message = study.message(request.message_id)
         if message.digest() not in (None, signed.digest):
@@ -184,7 +188,36 @@ class Guard:
         self._require_policy(request)
         if request.round <= max((number for number, _ in self._charges(request.study)), default=-1):
             raise Refused(Code.ORDER)
-        return self._model(request)
+        model = self._model(request)
+        self._require_affordable(request, model)
+        return model
+
+    def _require_affordable(self, request: Request, model: Model) -> None:
+        """Raise Refused unless the site could be charged for this round and all that the plan has after it: patients pay for no study that
+        cannot end.
+        """
+        spent = [m for _, charge in self._charges(request.study) for m in charge.mechanisms]
+        coming = self._coming(request, model)
+        if (epsilon := epsilon_pld([*spent, *coming], self.policy.delta)) > self.policy.study_epsilon:
+            raise Refused(
+                Code.STUDY_BUDGET, f"the whole study would cost epsilon {epsilon:.4g}, study_epsilon is {self.policy.study_epsilon:g}"
+            )
+        try:
+            self.ledger.require_affordable(coming)
+        except BudgetExceeded as error:
+            raise Refused(Code.BUDGET, str(error)) from error
+
+    def _coming(self, request: Request, model: Model) -> tuple[Mechanism, ...]:
+        """What the plan has from this round on."""
+        plan, number = request.plan, request.round
+        release = model.release(plan)
+        coming: list[Mechanism] = [release.alone(query) for query in QUERIES[number:]]
+        if rounds := plan.rounds - max(number - FIRST_TRAINING, 0):
+            coming.append(self._sgd(plan, steps=rounds * plan.steps_per_round))
+        return tuple(coming)
+
+    def _sgd(self, plan: Plan, *, steps: int) -> PoissonDpSgd:
+        return sgd_of(plan, steps=steps, declared_patients=self.policy.data.declared_patients)
 
     def _require_policy(self, request: Request) -> None:
         if not is_open(self.policy, self.clock()):
@@ -200,17 +233,15 @@ class Guard:
         plan = request.plan
         if request.kind == "moments":
             return model.release(plan).alone(QUERIES[request.round])
-        mechanism = sgd_of(plan, steps=plan.steps_per_round, declared_patients=self.policy.data.declared_patients)
+        mechanism = self._sgd(plan, steps=plan.steps_per_round)
         require_bound(self._config_json(request), mechanism)
         return mechanism
 
     def _book(self, signed: Signed, study: Study, message: Message, mechanism: Mechanism, *, coins: str) -> Charge:
-        """Charge the round in full, and note the patients' coins, before any image is used for it. Raises Refused or BudgetExceeded."""
+        """Charge the round in full, and note the patients' coins, before any image is used for it. Raises BudgetExceeded when a local run
+        took the rest of the budget just now.
+        """
         request = signed.request
-        spent = [m for _, charge in self._charges(request.study) for m in charge.mechanisms]
-        if epsilon_pld([*spent, mechanism], self.policy.delta) > self.policy.study_epsilon:
-            raise Refused(Code.STUDY_BUDGET)
-        self.ledger.require_affordable((mechanism,))
         message.begin(signed.digest)
         reservation = self.ledger.reserve(
             (mechanism,),
@@ -219,6 +250,7 @@ class Guard:
             config_sha256=self._booked_digest(signed.digest),
             coins_sha256=coins,
         )
+        self.note_ledger()
         study.forget_others(message)
         return self.ledger.charge(reservation)
 

@@ -84,5 +84,6 @@ def _signed(
     )
     noted: Decision = "released" if decision == "approved" else "refused"
     guard.ledger.record_decision(work.run_id, candidates_sha256=header.images_sha256, decision=noted, words=words)
+    guard.note_ledger()
     write_json(out, sign_site_statement(statement, private))
     return statement

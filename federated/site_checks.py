@@ -5,7 +5,7 @@ Everything that it finds stays in the study's folder of the guard's state. Each 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from dpsynth.artifacts import read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.family import needed
+from dpsynth.checks.kept import UnfinishedCheck
 from dpsynth.checks.review import Answering, review_page
 from dpsynth.checks.run import SEED
 from dpsynth.checks.screening import screen_candidates
@@ -29,7 +30,7 @@ from dpsynth.privacy.accountant import account, epsilon_pld
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.privacy.ledger import Charge
 from dpsynth.privacy.mechanism import Mechanism, merged
-from dpsynth.progress import Progress
+from dpsynth.progress import Progress, say_nothing
 from dpsynth.release.gate import Allowed, Question, decide
 from dpsynth.report.epsilon import epsilon_report
 from dpsynth.report.html import render
@@ -41,7 +42,7 @@ from federated.policy import data_config
 from federated.proofs import proofs_of
 from federated.site import Guard, charges_of
 
-_FOLDER, _PAGE = "check", "report.html"
+_FOLDER, _PAGE, _UNFINISHED = "check", "report.html", "unfinished"
 _ANSWERING = Answering(
     command="dpsynth-site approve POLICY CANDIDATES --key KEY --out FILE",
     words="Your name and words stay at the site, in its ledger.",
@@ -102,14 +103,19 @@ def joined(guard: Guard, path: Path) -> Joined:
     return Joined(study=study, charges=tuple(charges), carried=carried)
 
 
-def check_candidates(guard: Guard, path: Path, *, progress: Progress) -> Checked:
-    """Run all checks and write what they found. Raises BudgetExceeded when the study was checked too often."""
+def check_candidates(guard: Guard, path: Path, *, progress: Progress, note: Callable[[str], object] = say_nothing) -> Checked:
+    """Run all checks and write what they found. Raises BudgetExceeded when the study was checked too often.
+
+    One that was killed goes on under the attempt that it had booked, as long as candidates, rounds and the policy's gate are the same.
+    """
     work = joined(guard, path)
     carried, policy, ledger = work.carried, guard.policy, guard.ledger
     encoder_of(policy.gate.encoder)  # what it lacks is said before the attempt is booked
     split = _split(guard, work, progress)
     guarantee = _guarantee(guard, work)
-    attempt = ledger.record_gate_attempt(work.run_id)
+    unfinished, looked_at = UnfinishedCheck(work.folder / _UNFINISHED), _looked_at(guard, work)
+    attempt = unfinished.booked(ledger, work.run_id, looked_at, note=note)
+    guard.note_ledger()
     cells, content = policy.data.cells, policy.gate.content
     screening = screen_candidates(carried.candidates, cells, carried.moments, content, sample_key=split.key, progress=progress)
     proofs = proofs_of(work.study, work.charges, largest_bytes=policy.largest_message_bytes)
@@ -130,10 +136,13 @@ def check_candidates(guard: Guard, path: Path, *, progress: Progress) -> Checked
         screening=screening,
         withheld=carried.header.withheld,
     )
-    verdicts = run_checks(evidence, policy.gate, seed=SEED, progress=progress)
+    verdicts = run_checks(evidence, policy.gate, seed=SEED, progress=progress, keep=unfinished)
     record = work.folder / VERDICTS
-    facts = {"attempt": attempt, "images_sha256": carried.header.images_sha256, "rounds": list(work.rounds)}
-    write_json(record, {**facts, "guarantee": guarantee.to_json(), "verdicts": [v.to_json() for v in verdicts]}, private=True)
+    write_json(
+        record,
+        {**looked_at, "attempt": attempt, "guarantee": guarantee.to_json(), "verdicts": [v.to_json() for v in verdicts]},
+        private=True,
+    )
     write_json(work.folder / CONTENT, screening.log(carried.candidates.seeds), private=True)
     review = work.folder / REVIEW
     write_bytes(review, review_page(evidence, verdicts, required=required(guard, work), answering=_ANSWERING).encode(), private=True)
@@ -142,6 +151,7 @@ def check_candidates(guard: Guard, path: Path, *, progress: Progress) -> Checked
     answer = decide(question)
     page = work.folder / _PAGE
     write_bytes(page, _report(guard, work, question, answer).encode(), private=True)
+    unfinished.forget()
     return Checked(verdicts=verdicts, answer=answer, page=page, review=review)
 
 
@@ -179,9 +189,18 @@ def _record(guard: Guard, work: Joined) -> dict[str, Any]:
     if sha256_file(path) != guard.ledger.verdicts_sha256(work.run_id):
         raise ArtifactError("The verdicts are not those that the ledger noted when the checks ran. Run `dpsynth-site check` again.")
     found: dict[str, Any] = read_json(path)
-    if tuple(found["rounds"]) != work.rounds:
+    now = _looked_at(guard, work)
+    if found["rounds"] != now["rounds"]:
         raise ArtifactError("The study went on after the check, so other rounds are booked now. Run `dpsynth-site check` again.")
+    if found["gate"] != now["gate"]:
+        raise ArtifactError("The policy's gate is not the one that the checks ran under. Put it back, or run `dpsynth-site check` again.")
     return found
+
+
+def _looked_at(guard: Guard, work: Joined) -> dict[str, Any]:
+    """What the verdicts are about, beside the patients and their coins."""
+    gate = guard.policy.gate.model_dump(mode="json")
+    return {"images_sha256": work.carried.header.images_sha256, "rounds": list(work.rounds), "gate": gate}
 
 
 def _split(guard: Guard, work: Joined, progress: Progress) -> Split:

@@ -16,8 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsynth import __version__
 from dpsynth.artifacts import read_json, sha256_file, write_bytes, write_json
 from dpsynth.errors import ArtifactError
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.progress import say_nothing
 
 Arrays = dict[str, NDArray[Any]]
 _RECORD = "unfinished.json"
@@ -41,15 +44,21 @@ class UnfinishedCheck:
 
     folder: Path
 
-    def attempt(self, subject: Mapping[str, str], *, booked: int) -> int | None:
-        """Number of the attempt that was begun with this subject, if it is the last one that the ledger has booked."""
-        record = self._record()
-        return int(record["attempt"]) if record.get("subject") == dict(subject) and record.get("attempt") == booked else None
+    def booked(self, ledger: Ledger, run_id: str, subject: Mapping[str, Any], *, note: Callable[[str], object] = say_nothing) -> int:
+        """The attempt that a killed check of the same subject had booked, or a new one, booked before anything is looked at: its number.
 
-    def begin(self, subject: Mapping[str, str], *, attempt: int) -> None:
-        """Forget what is there and start anew."""
-        self.forget()
-        write_json(self.folder / _RECORD, {"subject": dict(subject), "attempt": attempt, "parts": {}}, private=True)
+        subject: plain values, all that a verdict depends on beside the run's patients and coins. `note` is told which attempt it is, and
+        whether it goes on. Raises BudgetExceeded.
+        """
+        own = {**subject, "run_id": run_id, "dpsynth": __version__}
+        known = self._record()
+        goes_on = known.get("subject") == own and known.get("attempt") == ledger.gate_attempts(run_id)
+        attempt = int(known["attempt"]) if goes_on else ledger.record_gate_attempt(run_id)
+        if not goes_on:
+            self.forget()
+            write_json(self.folder / _RECORD, {"subject": own, "attempt": attempt, "parts": {}}, private=True)
+        note(f"Attempt {attempt} of {ledger.genesis['max_gate_attempts']}" + (", goes on from an unfinished check." if goes_on else "."))
+        return attempt
 
     def forget(self) -> None:
         """Remove everything."""

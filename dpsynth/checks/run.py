@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dpsynth import __version__
 from dpsynth.artifacts import RunFolder, read_json, sha256_file, write_bytes, write_json
 from dpsynth.checks.encoders import encoder_of
 from dpsynth.checks.evidence import Evidence
@@ -29,7 +28,6 @@ from dpsynth.data.split import Split, restore_split
 from dpsynth.errors import ArtifactError, LedgerError
 from dpsynth.model.generator import Generator
 from dpsynth.privacy.audit import CANARIES
-from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import Progress, say_nothing
 from dpsynth.trained import Trained, load_trained
@@ -58,7 +56,8 @@ def check(
     unfinished = UnfinishedCheck(run.path / _UNFINISHED)
     candidates, generator = load_candidates(run), Generator.load(run.folder("train"))
     require_drawn(candidates, generator, config.generate, progress=progress)
-    attempt = _attempt(unfinished, candidates.sha256, trained.ledger, trained.charge.run_id, note)
+    # Patients and coins are those of the run's booking by now.
+    attempt = unfinished.booked(trained.ledger, trained.charge.run_id, {"candidates_sha256": candidates.sha256}, note=note)
     synthetic = to_unit_range(candidates.images)
     screening = screen_candidates(
         candidates, generator.cells, generator.moments, config.gate.content, sample_key=split.key, progress=progress
@@ -124,19 +123,6 @@ def require_drawn(candidates: Candidates, generator: Generator, settings: Genera
             f"{int((apart > _LARGEST_DIFFERENCE).sum())} of {len(again)} candidates are not what the generator draws from their seeds. "
             "Remove the run's folder generate and draw again here: `dpsynth generate`."
         )
-
-
-def _attempt(unfinished: UnfinishedCheck, candidates_sha256: str, ledger: Ledger, run_id: str, note: Callable[[str], object]) -> int:
-    """The attempt that a killed check of the same candidates had booked, or a new one, booked before anything is looked at. Patients and
-    coins are those of the run's booking by now."""
-    subject = {"run_id": run_id, "candidates_sha256": candidates_sha256, "dpsynth": __version__}
-    attempt = unfinished.attempt(subject, booked=ledger.gate_attempts(run_id))
-    goes_on = attempt is not None
-    if attempt is None:
-        attempt = ledger.record_gate_attempt(run_id)
-        unfinished.begin(subject, attempt=attempt)
-    note(f"Attempt {attempt} of {ledger.genesis['max_gate_attempts']}" + (", goes on from an unfinished check." if goes_on else "."))
-    return attempt
 
 
 def _split(run: RunFolder, config: Config, trained: Trained, progress: Progress) -> Split:

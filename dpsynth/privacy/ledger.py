@@ -140,11 +140,8 @@ class Ledger:
             raise LedgerError(f"No ledger at {path}.")
         ledger = cls(path=path.resolve())
         problems = ledger.verify()
-        if anchor is not None and not problems:
-            number, digest = anchor
-            lines = ledger._snapshot()[1]
-            if number > len(lines) or lines[number - 1].digest != digest:
-                problems.append(f"line {number}: it is not the one that the release was made with; this is an older or another ledger")
+        if anchor is not None and not problems and not ledger.has_line(*anchor):
+            problems.append(f"line {anchor[0]}: it is not the one that the release was made with; this is an older or another ledger")
         return problems
 
     # -- what it says ------------------------------------------------------------------------------------------------
@@ -194,6 +191,11 @@ class Ledger:
         """Number of lines and SHA-256 of the last one: the anchor that a release carries."""
         lines = self._sound()
         return len(lines), lines[-1].digest
+
+    def has_line(self, number: int, digest: str) -> bool:
+        """Whether it holds that line, as it was when `head` gave it."""
+        lines = self._sound()
+        return 1 <= number <= len(lines) and lines[number - 1].digest == digest
 
     def summary(self) -> dict[str, Any]:
         """Plain values for `dpsynth ledger show`."""

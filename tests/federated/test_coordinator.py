@@ -184,6 +184,33 @@ def test_a_round_that_may_be_booked_stays_counted_whatever_is_said_of_it_later(e
     assert coordinator.asked["c"] == ALL[:-1]
 
 
+@pytest.mark.parametrize(
+    ("codes", "quorum", "status"),
+    [
+        ((Code.HOURS, Code.FAILED), 3, 1),
+        ((Code.NOISE, Code.UNREACHABLE), 2, 1),
+        ((Code.NOISE, Code.HOURS), 3, 3),
+        ((Code.BUDGET, Code.STUDY_BUDGET), 2, 3),
+    ],
+)
+def test_whoever_waits_for_sites_is_told_when_that_is_in_vain(
+    empty: World, tmp_path: Path, codes: tuple[Code, Code], quorum: int, status: int
+) -> None:
+    """By the exit status, on which a service is started again or not."""
+
+    def refuses(code: Code) -> Handler:
+        def answer(raw: bytes) -> bytes:
+            signed = decode_request(raw, coordinators=(empty.private.public_key(),), largest_bytes=len(raw))
+            return encode_refusal(code, request_sha256=signed.digest)
+
+        return answer
+
+    handlers = {"a": Hospital(empty, 0), **{site: refuses(code) for site, code in zip("bc", codes, strict=True)}}
+    with pytest.raises(QuorumLost) as found:
+        study(empty, handlers, tmp_path / "study", quorum=quorum).run(initial(empty))
+    assert found.value.exit_code == status
+
+
 def test_a_refusal_of_another_question_uncounts_nothing(empty: World, tmp_path: Path) -> None:
     sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
     honest = sites["c"]

@@ -8,18 +8,19 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federation_cases import Site, World, new_site, told_body
+from federation_cases import DELTA, EPSILON, Site, World, new_site, told_body
 
 import federated.site as module
 from dpsynth.checks.accounting import ALWAYS, REQUIRED
 from dpsynth.data.split import split_patients
-from dpsynth.errors import ConfigError, SelfCheckFailed
+from dpsynth.errors import ConfigError, LedgerError, SelfCheckFailed
 from dpsynth.model import moment_release
 from dpsynth.model.moment_release import QUERIES, Told, raw_counts, told_by
 from dpsynth.privacy.accountant import epsilon_pld
@@ -48,10 +49,14 @@ def reserve_lines(site: Site) -> list[dict[str, object]]:
     return [entry for entry in map(json.loads, site.policy.ledger.read_text().splitlines()) if entry["type"] == "reserve"]
 
 
+def ledger_files(site: Site) -> tuple[Path, Path]:
+    return site.policy.ledger, site.policy.ledger.with_name("ledger.jsonl.head")
+
+
 def reopened(site: Site) -> None:
     """Its ledger again from the start, by the policy as it is now."""
-    for path in (site.policy.ledger, site.policy.ledger.with_name("ledger.jsonl.head")):
-        path.unlink()
+    for path in (*ledger_files(site), site.policy.state / "ledger.json"):
+        path.unlink(missing_ok=True)
     open_site_ledger(load_policy(site.folder / "policy.yaml"), max_gate_attempts=3, progress=silent)
     site.restart()
 
@@ -217,15 +222,78 @@ def test_a_policy_that_became_stricter_binds_a_study_that_began(world: World, ch
     assert booked(site) == [("study/0/moments-0", True)]
 
 
-def test_local_runs_and_studies_share_one_budget(world: World) -> None:
-    site = world.sites["a"]
-    first = world.model.release(world.plan).query_noise_multiplier("means")
-    mu_left = (mu_of(11.99, 1e-5) ** 2 - first**-2) ** 0.5  # after the study's first query next to nothing
+def a_local_run_takes_all_but_a_little(site: Site) -> None:
+    mu_left = (mu_of(EPSILON - 0.01, DELTA) ** 2 - mu_of(site.guard.ledger.spent(), DELTA) ** 2) ** 0.5
     local = MomentRelease(noise_multiplier=1 / mu_left, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
     site.guard.ledger.reserve([local], purpose="a local run", run_id="local")
+
+
+def test_local_runs_and_studies_share_one_budget(world: World) -> None:
+    site = world.sites["a"]
     assert world.ask().outcome == "ok"
-    assert world.ask("train", 4).code is Code.BUDGET
+    a_local_run_takes_all_but_a_little(site)
+    assert world.ask("moments", 1).code is Code.BUDGET
     assert len(reserve_lines(site)) == 2
+
+
+@pytest.mark.parametrize("code", [Code.STUDY_BUDGET, Code.BUDGET])
+def test_a_study_that_could_not_end_is_charged_nothing(world: World, caplog: pytest.LogCaptureFixture, code: Code) -> None:
+    """The first rounds would be affordable."""
+    site = world.sites["a"]
+    if code is Code.BUDGET:
+        a_local_run_takes_all_but_a_little(site)
+    else:
+        site.write_policy(study_epsilon=whole(world) * 0.999)
+        site.restart()
+    before = site.guard.ledger.charges()
+    assert [world.ask(kind).code for kind in ("join", "moments")] == [code] * 2
+    assert site.guard.ledger.charges() == before
+    assert {Code.BUDGET: "11.990 is spent", Code.STUDY_BUDGET: "study_epsilon is"}[code] in caplog.text
+
+
+def another_ledger(site: Site) -> None:
+    """Of the same data, sound, and with nothing spent."""
+    for path in ledger_files(site):
+        path.unlink()
+    elsewhere = load_policy(site.folder / "policy.yaml").model_copy(update={"state": site.folder / "elsewhere"})
+    open_site_ledger(elsewhere, max_gate_attempts=3, progress=silent)
+
+
+def older_ledger(site: Site) -> None:
+    """A sound copy from before the last charge."""
+    for index, path in enumerate(ledger_files(site)):
+        shutil.copy(site.folder / f"copy{index}", path)
+
+
+@pytest.mark.parametrize("replace_ledger", [another_ledger, older_ledger])
+@pytest.mark.parametrize("running", [True, False])
+def test_a_ledger_that_forgets_what_was_spent_is_not_served(
+    world: World, replace_ledger: Callable[[Site], None], *, running: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    for index, path in enumerate(ledger_files(site)):
+        shutil.copy(path, site.folder / f"copy{index}")
+    assert world.ask("moments", 1).outcome == "ok"
+    replace_ledger(site)
+    before = site.policy.ledger.read_bytes()
+    if running:
+        assert world.ask("moments", 2).code is Code.FAILED
+        assert "is not the ledger that this guard knows, or an older copy" in caplog.text
+    with pytest.raises(LedgerError, match="is not the ledger that this guard knows, or an older copy"):
+        site.restart()
+    assert site.policy.ledger.read_bytes() == before
+
+
+def test_a_lost_ledger_is_not_opened_anew(world: World) -> None:
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    for path in ledger_files(site):
+        path.unlink()
+    for again in (site.restart, lambda: open_site_ledger(site.policy, max_gate_attempts=3, progress=silent)):
+        with pytest.raises(LedgerError, match="fresh or an older one would forget"):
+            again()
+    assert not site.policy.ledger.exists()
 
 
 def test_join_costs_nothing_and_reads_no_patient(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,8 +435,9 @@ def test_coins_are_those_of_every_round_and_not_only_of_the_last(world: World) -
     site = world.sites["a"]
     assert world.ask().outcome == "ok"
     ((_, charge),) = charges_of(site.guard.ledger, "study")
+    cheap = [replace(mechanism, noise_multiplier=100.0) for mechanism in charge.mechanisms]
     for number, coins in ((1, "0" * 64), (2, charge.coins_sha256)):
-        site.guard.ledger.reserve(charge.mechanisms, purpose="planted", run_id=f"study/{number}/planted", coins_sha256=coins)
+        site.guard.ledger.reserve(cheap, purpose="planted", run_id=f"study/{number}/planted", coins_sha256=coins)
     assert world.ask("moments", 3).code is Code.LOST
     assert len(reserve_lines(site)) == 3
 
@@ -413,7 +482,7 @@ def test_nobody_else_can_read_what_a_guard_keeps_and_no_secret_outlives_its_roun
         with monkeypatch.context() as patch:
             patch.setattr(module, "train_round", lambda *args, **rest: cut_off(real(*args, **rest)))
             assert world.ask("train", 4).code is Code.FAILED
-        always = {"lock", "study.json", "split.json", "request", "proof.json"}
+        always = {"lock", "ledger.json", "study.json", "split.json", "request", "proof.json"}
         assert files() == {*always, "key", "checkpoint.safetensors"}
         assert world.ask("train", 4).outcome == "ok"
         assert files() == {*always, "reply"}
@@ -429,7 +498,7 @@ def test_every_round_has_a_key_of_its_own(world: World, monkeypatch: pytest.Monk
     for kind, number in (("moments", 0), ("moments", 1), ("train", 4), ("train", 5)):
         assert world.ask(kind, number).outcome == "ok"
     world.sites["a"].restart()
-    assert world.ask(study="second").outcome == "ok"
+    assert world.ask(study="second", plan=world.changed(rounds=0, trainable="none", noise_multiplier=None)).outcome == "ok"
     assert len(keys) == len(set(keys)) == 5
 
 
@@ -441,18 +510,20 @@ def test_a_query_is_answered_once_whatever_its_message_is_called(world: World) -
     assert len(reserve_lines(world.sites["a"])) == 2
 
 
-def test_what_a_study_may_spend_adds_up_over_its_rounds(world: World) -> None:
-    site, first = world.sites["a"], world.model.release(world.plan)
-    two = epsilon_pld([first.alone(query) for query in QUERIES[:2]], 1e-5)
-    site.write_policy(study_epsilon=two * 1.01)
+def whole(world: World) -> float:
+    """Epsilon of all that the plan has."""
+    release, steps = world.model.release(world.plan), world.plan.rounds * world.plan.steps_per_round
+    return epsilon_pld([release, sgd_of(world.plan, steps=steps, declared_patients=100)], DELTA)
+
+
+def test_a_study_may_spend_all_that_its_plan_has(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = world.sites["a"]
+    site.write_policy(study_epsilon=whole(world) * 1.001)
     site.restart()
-    assert [world.ask("moments", number).code for number in range(4)] == [None, None, Code.STUDY_BUDGET, Code.STUDY_BUDGET]
-
-
-def between_one_round_and_two(world: World) -> float:
-    """An epsilon that one round of training leaves room in, and two do not."""
-    one, two = (epsilon_pld([sgd_of(world.plan, steps=2 * rounds, declared_patients=100)], 1e-5) for rounds in (1, 2))
-    return (one + two) / 2
+    monkeypatch.setattr(module, "train_round", lambda *_, **__: {})
+    rounds = [*(("moments", number) for number in range(4)), ("train", 4), ("train", 5)]
+    assert [world.ask(kind, number).code for kind, number in rounds] == [None] * 6
+    assert site.guard.ledger.spent() == pytest.approx(whole(world), rel=1e-6)
 
 
 @pytest.mark.parametrize(("trained", "code"), [(lambda *_, **__: {}, None), (cut_off, Code.FAILED)])
@@ -460,17 +531,17 @@ def test_rounds_of_training_that_are_equal_or_were_cut_off_count_too(
     world: World, monkeypatch: pytest.MonkeyPatch, trained: Callable[..., Any], code: Code | None
 ) -> None:
     site = world.sites["a"]
-    site.write_policy(study_epsilon=between_one_round_and_two(world))
-    site.restart()
+    one, two = (epsilon_pld([sgd_of(world.plan, steps=2 * rounds, declared_patients=100)], DELTA) for rounds in (1, 2))
     monkeypatch.setattr(module, "train_round", trained)
-    assert [world.ask("train", number).code for number in (4, 5)] == [code, Code.STUDY_BUDGET]
+    assert world.ask("train", 4).code == code
+    site.write_policy(study_epsilon=(one + two) / 2)
+    site.restart()
+    assert world.ask("train", 5).code is Code.STUDY_BUDGET
 
 
 def test_a_question_that_comes_between_check_and_charge_of_another_waits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else both would find the room that there is for one."""
-    site, second = world.sites["a"], threading.Thread(target=lambda: world.ask("train", 5))
-    site.write_policy(study_epsilon=between_one_round_and_two(world))
-    site.restart()
+    """Else both would find a round that nobody has asked for."""
+    second = threading.Thread(target=lambda: world.ask("train", 4, message_id="again"))
 
     def between(*given: Any) -> float:
         if second.ident is None:
@@ -482,7 +553,7 @@ def test_a_question_that_comes_between_check_and_charge_of_another_waits(world: 
     monkeypatch.setattr(module, "train_round", lambda *_, **__: {})
     assert world.ask("train", 4).outcome == "ok"
     second.join()
-    assert booked(site) == [("study/4/train-4", True)]
+    assert booked(world.sites["a"]) == [("study/4/train-4", True)]
 
 
 def test_memory_of_a_round_does_not_tell_how_many_patients_there_are(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

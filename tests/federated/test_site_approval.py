@@ -20,7 +20,7 @@ from dpsynth.artifacts import RunFolder, write_bytes
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.data.candidates import Candidates, load_candidates, save_candidates
 from dpsynth.data.images_digest import images_digest
-from dpsynth.errors import ArtifactError, DpsynthError, GateRefused, SignatureError
+from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, SignatureError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
@@ -202,12 +202,54 @@ def test_an_accepted_flag_accepts_nothing_else(joint: Joint, monkeypatch: pytest
     assert not out.exists()
 
 
-def test_a_check_that_dies_costs_an_attempt_and_the_word_states_it(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
+def died(joint: Joint) -> None:
+    """A check that was killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site_checks, "run_checks", dies)
+        with pytest.raises(KeyboardInterrupt):
+            checked(joint)
+
+
+def test_a_check_that_dies_costs_an_attempt_and_the_word_states_it(joint: Joint) -> None:
     """What was found before it still stands."""
-    monkeypatch.setattr(site_checks, "run_checks", dies)
-    with pytest.raises(KeyboardInterrupt):
-        checked(joint)
+    died(joint)
     assert joint.approve("north", "again.dsse.json").attempt == 2
+
+
+def test_a_check_that_died_goes_on_under_its_own_attempt(joint: Joint) -> None:
+    """The site allows two; the first one was over before."""
+    died(joint)
+    died(joint)
+    notes: list[str] = []
+    check_candidates(joint.guard("north"), joint.candidates, progress=silent, note=notes.append)
+    assert notes == ["Attempt 2 of 2, goes on from an unfinished check."]
+    with pytest.raises(BudgetExceeded, match="checked 2 times"):
+        checked(joint)
+
+
+@pytest.mark.parametrize("change", [lambda joint: packed(joint, one_pixel), lambda joint: with_policy(joint, gate={"family_error": 0.01})])
+def test_a_check_of_anything_else_is_another_attempt(joint: Joint, change: Callable[[Joint], None]) -> None:
+    died(joint)
+    change(joint)
+    with pytest.raises(BudgetExceeded, match="checked 2 times"):
+        checked(joint)
+
+
+def test_a_gate_that_became_another_since_the_check_allows_nothing(joint: Joint) -> None:
+    with_policy(joint, gate={"required": ["content"], "largest_membership_auc": 0.95})
+    with pytest.raises(ArtifactError, match="gate is not the one that the checks ran under"):
+        joint.approve("north", "again.dsse.json")
+
+
+@pytest.mark.parametrize("act", [checked, lambda joint: joint.approve("north", "again.dsse.json"), refused])
+def test_an_older_ledger_that_forgets_what_was_looked_at_and_decided_is_known_as_such(joint: Joint, act: Callable[[Joint], None]) -> None:
+    path = joint.policy("north").ledger
+    files = {name: name.read_bytes() for name in (path, path.with_name(path.name + ".head"))}
+    act(joint)
+    for name, content in files.items():
+        name.write_bytes(content)
+    with pytest.raises(LedgerError, match="or an older copy"):
+        checked(joint)
 
 
 def test_a_study_at_a_smaller_delta_is_held_to_its_limit_and_states_its_whole_ledger_there(joint: Joint) -> None:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import dpsynth.checks.evidence as evidence_module
 import dpsynth.checks.run as checks_run
 from dpsynth.artifacts import RunFolder, write_json
-from dpsynth.checks import arms, search, suite
+from dpsynth.checks import arms, kept, search, suite
 from dpsynth.cli import app
 from dpsynth.config import load_config
 from dpsynth.data.candidates import load_candidates, save_candidates, to_8_bit
@@ -602,7 +602,7 @@ def test_an_interrupted_check_of_anything_else_is_another_attempt(interrupted: P
     elif change == "no record":
         unfinished.unlink()
     elif change == "another version":
-        monkeypatch.setattr(checks_run, "__version__", "0.0.0")
+        monkeypatch.setattr(kept, "__version__", "0.0.0")
     else:
         write_json(unfinished, {**json.loads(unfinished.read_text()), "attempt": 1})
     with pytest.raises(BudgetExceeded, match="checked 2 times"):
