@@ -33,7 +33,12 @@ def options() -> None:
 @app.command()
 def init(
     policy: PolicyFile,
-    max_gate_attempts: Annotated[int, typer.Option("--max-gate-attempts", help="Per trained generator, for the site's own releases.")] = 3,
+    max_gate_attempts: Annotated[
+        int,
+        typer.Option(
+            "--max-gate-attempts", help="How often images of one generator may be checked, of the site's own runs and of studies."
+        ),
+    ] = 3,
 ) -> None:
     """Read the data set once and open its ledger with the policy's epsilon and delta. A ledger that is there stays as it is."""
     from federated.policy import load_policy, open_site_ledger

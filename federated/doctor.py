@@ -10,6 +10,7 @@ from pathlib import Path
 from dpsynth.errors import DpsynthError
 from dpsynth.policy_needs import missing
 from dpsynth.progress import Progress
+from dpsynth.signing import key_id, load_public
 from federated.policy import SitePolicy, load_policy, own_file
 from federated.site import Guard
 
@@ -29,10 +30,12 @@ def examine(policy_path: Path, *, progress: Progress) -> list[Diagnosis]:
         policy = load_policy(policy_path)
     except DpsynthError as error:
         return [Diagnosis(question="policy", state="error", answer=str(error))]
-    found = [Diagnosis(question="policy", state="ok", answer=f"site {policy.site}, {len(policy.coordinators)} approved coordinators")]
+    found = [Diagnosis(question="policy", state="ok", answer=f"site {policy.site}"), *map(_coordinator, policy.coordinators)]
     found += _files(policy_path, policy)
     if lacking := missing(policy.gate):
         found.append(Diagnosis(question="gate", state="error", answer=f"no candidates could be checked: {lacking}"))
+    if any(item.question == "coordinator" and item.state == "error" for item in found):
+        return found  # no guard can be made
     try:
         guard = Guard.open(policy, progress=progress)
         spent = guard.ledger.spent()
@@ -46,6 +49,14 @@ def examine(policy_path: Path, *, progress: Progress) -> list[Diagnosis]:
     return found
 
 
+def _coordinator(path: Path) -> Diagnosis:
+    try:
+        text = f"{path.name}, key {key_id(load_public(path))[:16]}; compare it with the coordinator by telephone"
+        return Diagnosis(question="coordinator", state="ok", answer=text)
+    except DpsynthError as error:
+        return Diagnosis(question="coordinator", state="error", answer=str(error))
+
+
 def _files(policy_path: Path, policy: SitePolicy) -> list[Diagnosis]:
     found = []
     if own_file(policy_path):
@@ -53,16 +64,25 @@ def _files(policy_path: Path, policy: SitePolicy) -> list[Diagnosis]:
         found.append(Diagnosis(question="owner of the policy", state="warning", answer=text))
     places: tuple[tuple[str, Path | None], ...] = (("data", policy.data.path), ("ledger", policy.ledger), ("state", policy.state))
     for name, path in places:
-        if path is not None and path.exists() and _others_may_read(path):
-            text = f"others than its owner can read the {name}: whoever runs Flower must not. Run: chmod -R go= {path}"
-            found.append(Diagnosis(question=f"{name} is private", state="warning", answer=text))
-    if not os.access(policy.socket.parent, os.W_OK):
-        found.append(Diagnosis(question="socket", state="error", answer=f"the folder of {policy.socket.name} does not exist or is closed"))
+        if path is not None and path.exists():
+            found += _open_to_others(name, path)
+    folder = policy.socket.parent
+    if not folder.is_dir():
+        text = f"the folder {folder} is not there now; a unit's RuntimeDirectory makes it at the start, otherwise make it"
+        found.append(Diagnosis(question="socket", state="warning", answer=text))
+    elif not os.access(folder, os.W_OK):
+        found.append(Diagnosis(question="socket", state="error", answer=f"this user cannot write in {folder}"))
     if policy.reply_grid_seconds == 0:
         text = "answers leave at once, so their time tells about the number of patients; set reply_grid_seconds"
         found.append(Diagnosis(question="time of answers", state="warning", answer=text))
     return found
 
 
-def _others_may_read(path: Path) -> bool:
-    return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
+def _open_to_others(name: str, path: Path) -> list[Diagnosis]:
+    """Whether others than its owner can write it, which no guard should live with, or read it."""
+    mode, question, mend = path.stat().st_mode, f"{name} is private", f"whoever runs Flower must not. Run: chmod -R go= {path}"
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return [Diagnosis(question=question, state="error", answer=f"others than its owner can change the {name}: {mend}")]
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        return [Diagnosis(question=question, state="warning", answer=f"others than its owner can read the {name}: {mend}")]
+    return []

@@ -9,6 +9,7 @@ what others ask meanwhile, or a moment chosen for asking, tells no more of how l
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 import stat
@@ -20,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpsynth.errors import StorageError, UsageError
-from federated.messages import Code, encode_refusal
+from federated.messages import Code, Refused, encode_refusal
 
+_LOG = logging.getLogger("dpsynth.site")
 LENGTH = struct.Struct(">Q")
 _SENDING_SECONDS = 60.0
 _LARGEST_NUMBER_OF_CONNECTIONS = 8
@@ -96,6 +98,8 @@ class Server:
     def _reply(self, question: bytes | None) -> bytes:
         with self._turn:
             begun = time.monotonic()
+            if question is None:
+                _LOG.warning("refused: %s", Refused(Code.TOO_LARGE))
             reply = encode_refusal(Code.TOO_LARGE) if question is None else self.handle(question)
             if self.grid_seconds:
                 passed = time.monotonic() - begun

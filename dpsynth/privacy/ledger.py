@@ -336,7 +336,10 @@ class Ledger:
             done = sum(1 for line in lines if line.entry and _is(line.entry, "gate", run_id))
             cap = int(self.genesis["max_gate_attempts"])
             if done >= cap:
-                raise BudgetExceeded(f"This generator was checked {done} times and the data owner allows {cap}. Train a new one.")
+                raise BudgetExceeded(
+                    f"This generator was checked {done} times and the data owner allows {cap}. "
+                    "Another one, of a new run or study, costs epsilon anew."
+                )
             self._append("gate", {"run_id": run_id}, lines=lines)
             return done + 1
 

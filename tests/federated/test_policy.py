@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 
 import pytest
-from federation_cases import World
+from federation_cases import Site, World
 
 from dpsynth.errors import ArtifactError, ConfigError
 from dpsynth.progress import silent
+from dpsynth.signing import key_id
 from federated import cli
 from federated.doctor import examine
 from federated.policy import OpeningHours, load_policy
@@ -45,6 +47,40 @@ def test_a_policy_whose_encoder_is_missing_does_not_listen(world: World) -> None
     assert (found.state, str(site.folder / "nowhere.onnx") in found.answer) == ("error", True)
     with pytest.raises(ArtifactError, match=r"gate\.encoder\.path .*nowhere\.onnx"):
         cli.serve(path)
+
+
+def readable_data(site: Site) -> None:
+    (site.folder / "xrays").mkdir(mode=0o755)
+    site.write_policy(data={"format": "raster", "path": "xrays", "classes": ["normal", "lesion"], "declared_patients": 100})
+
+
+@pytest.mark.parametrize(
+    ("damage", "question", "state", "words"),
+    [
+        (lambda site: (site.folder / "coordinator" / "signing.pub").unlink(), "coordinator", "error", "signing.pub"),
+        (lambda site: site.policy.ledger.chmod(0o620), "ledger is private", "error", "can change the ledger"),
+        (lambda site: site.policy.ledger.chmod(0o640), "ledger is private", "warning", "can read the ledger"),
+        (readable_data, "data is private", "warning", "can read the data"),
+        (lambda site: site.policy.ledger.unlink(), "ledger and data", "error", "dpsynth-site init"),
+        (lambda site: site.write_policy(socket="run/guard.sock"), "socket", "warning", "is not there now"),
+        (lambda site: site.write_policy(reply_grid_seconds=0), "time of answers", "warning", "set reply_grid_seconds"),
+    ],
+)
+def test_the_doctor_says_what_to_mend(world: World, damage: Callable[[Site], object], question: str, state: str, words: str) -> None:
+    site = world.sites["a"]
+    site.write_policy(reply_grid_seconds=5)
+
+    def found() -> set[tuple[str, str]]:
+        return {(item.state, item.question) for item in examine(site.folder / "policy.yaml", progress=silent) if words in item.answer}
+
+    before = found()
+    damage(site)
+    assert found() - before == {(state, question)}
+
+
+def test_the_doctor_names_the_key_that_may_ask(world: World) -> None:
+    (found,) = [item for item in examine(world.sites["a"].folder / "policy.yaml", progress=silent) if item.question == "coordinator"]
+    assert key_id(world.private.public_key())[:16] in found.answer
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])

@@ -44,7 +44,7 @@ def test_only_owner_and_group_may_ask(tmp_path: Path) -> None:
         assert (tmp_path / "s").stat().st_mode & 0o777 == 0o660
 
 
-def test_a_length_above_the_limit_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_length_above_the_limit_is_refused_before_anything_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with listening(tmp_path / "s", lambda raw: pytest.fail("it was read")), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(5)
         client.connect(str(tmp_path / "s"))
@@ -52,6 +52,7 @@ def test_a_length_above_the_limit_is_refused_before_anything_is_read(tmp_path: P
         (length,) = LENGTH.unpack(client.recv(8, socket.MSG_WAITALL))
         reply, _ = decode_reply(client.recv(length, socket.MSG_WAITALL), largest_bytes=1 << 20)
         assert reply.code is Code.TOO_LARGE
+        assert "too-large" in caplog.text
 
 
 def test_clients_that_stall_or_leave_hold_nobody_up(tmp_path: Path) -> None:
