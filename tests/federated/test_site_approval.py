@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from cases import verdict
@@ -17,6 +18,7 @@ from joint_release_cases import Joint, played
 import federated.site_approval as site_approval
 import federated.site_checks as site_checks
 from dpsynth.artifacts import RunFolder, write_bytes
+from dpsynth.checks.kept import Keep
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.data.candidates import Candidates, load_candidates, save_candidates
 from dpsynth.data.images_digest import images_digest
@@ -98,7 +100,7 @@ def finding(monkeypatch: pytest.MonkeyPatch, **outcomes: Outcome) -> None:
     monkeypatch.setattr(site_checks, "run_checks", run_checks)
 
 
-def dies(*_: object, **__: object) -> None:
+def dies(*_: object, **__: object) -> Any:
     raise KeyboardInterrupt
 
 
@@ -216,13 +218,20 @@ def test_a_check_that_dies_costs_an_attempt_and_the_word_states_it(joint: Joint)
     assert joint.approve("north", "again.dsse.json").attempt == 2
 
 
-def test_a_check_that_died_goes_on_under_its_own_attempt(joint: Joint) -> None:
-    """The site allows two; the first one was over before."""
-    died(joint)
-    died(joint)
+def test_a_check_that_died_goes_on_under_its_own_attempt_with_what_it_had(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The site allows two attempts; the first one was over before."""
+    made: list[int] = []
+
+    def run_checks(*arguments: Any, keep: Keep, **options: Any) -> tuple[Verdict, ...]:
+        keep("long", lambda: {"rows": np.array(made.append(1) or 1)})
+        return dies() if len(made) == 1 and not notes else played(*arguments, **options)
+
     notes: list[str] = []
+    monkeypatch.setattr(site_checks, "run_checks", run_checks)
+    with pytest.raises(KeyboardInterrupt):
+        checked(joint)
     check_candidates(joint.guard("north"), joint.candidates, progress=silent, note=notes.append)
-    assert notes == ["Attempt 2 of 2, goes on from an unfinished check."]
+    assert (notes, made) == (["Attempt 2 of 2, goes on from an unfinished check."], [1])
     with pytest.raises(BudgetExceeded, match="checked 2 times"):
         checked(joint)
 
