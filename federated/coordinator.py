@@ -219,6 +219,7 @@ class Coordinator:
                 self._note(number, site, outcome, reason)
                 if found is not None:
                     usable[site] = found
+                    reasons.pop(site, None)
                 else:
                     reasons[site] = reason
                     waiting += [site] if outcome == "no-reply" else []

@@ -205,10 +205,17 @@ def test_whoever_waits_for_sites_is_told_when_that_is_in_vain(
 
         return answer
 
-    handlers = {"a": Hospital(empty, 0), **{site: refuses(code) for site, code in zip("bc", codes, strict=True)}}
+    honest, asked = Hospital(empty, 0), []
+
+    def slow(raw: bytes) -> bytes:
+        asked.append(raw)
+        return encode_refusal(Code.UNREACHABLE) if len(asked) == 1 else honest(raw)
+
+    handlers = {"a": slow, **{site: refuses(code) for site, code in zip("bc", codes, strict=True)}}
     with pytest.raises(QuorumLost) as found:
         study(empty, handlers, tmp_path / "study", quorum=quorum).run(initial(empty))
     assert found.value.exit_code == status
+    assert "a:" not in str(found.value)
 
 
 def test_a_refusal_of_another_question_uncounts_nothing(empty: World, tmp_path: Path) -> None:
