@@ -103,7 +103,8 @@ class Ledger:
             if ledger._known_lines() > 0:
                 raise LedgerError(
                     f"The ledger {path.name} is gone, but its head file {ledger._head_path().name} is there. "
-                    "Restore the ledger from a copy; a new budget for the same data would forget what was spent."
+                    "Put the newest copy of the ledger back and leave the head file, which refuses one that is too old; "
+                    "a new budget for the same data would forget what was spent. docs/site.md says what to do without a copy."
                 )
             genesis = {
                 "schema": SCHEMA,
@@ -123,8 +124,8 @@ class Ledger:
         """Open an existing ledger. Raises LedgerError when there is none, LedgerTampered when it does not hold."""
         if not path.is_file():
             raise LedgerError(
-                f"No ledger at {path}. Name it with --ledger, or restore it if it is gone; "
-                "for new data the data owner opens one with `dpsynth ledger open CONFIG --epsilon E`."
+                f"No ledger at {path}. Name it with --ledger; if it is gone, put its newest copy back and leave its head file; "
+                "for data that never had one the data owner opens one with `dpsynth ledger open CONFIG --epsilon E`."
             )
         ledger = cls(path=path.resolve())  # so that every name of the file leads to one lock
         ledger._sound()
@@ -228,7 +229,8 @@ class Ledger:
         if not secrets.compare_digest(self.genesis["data_digest"], digest):
             raise LedgerError(
                 "This ledger was opened for other data: images, labels or patient ids differ from those of its first line. "
-                "Restore the data, or let the data owner open a ledger for the new version."
+                "Put the data back as they were. A new ledger with a full budget would forget what these patients spent; "
+                "docs/site.md says what to do when patients come or go."
             )
 
     # -- what changes it ---------------------------------------------------------------------------------------------
@@ -357,7 +359,10 @@ class Ledger:
         head, lines, _ = self._snapshot()
         problems = self._structure_problems(head, lines)
         if problems:
-            raise LedgerTampered(f"The ledger {self.path.name} does not hold: " + "; ".join(problems) + ". Restore it from a copy.")
+            raise LedgerTampered(
+                f"The ledger {self.path.name} does not hold: {'; '.join(problems)}. Keep both files; "
+                "an older copy put back would forget charges. docs/site.md says what to do."
+            )
         return lines
 
     def _snapshot(self) -> tuple[bytes | None, tuple[Line, ...], bytes]:

@@ -157,7 +157,7 @@ def test_a_non_private_run_needs_an_infinite_budget(ledger: Ledger, tmp_path: Pa
 
 def test_other_data_are_refused(ledger: Ledger) -> None:
     ledger.require_data("d")
-    with pytest.raises(LedgerError, match="other data"):
+    with pytest.raises(LedgerError, match=r"other data.*a full budget would forget"):
         ledger.require_data("e")
 
 
@@ -241,6 +241,23 @@ def test_a_removed_ledger_cannot_be_opened_anew(used: Ledger) -> None:
     with pytest.raises(LedgerError, match="is gone"):
         open_ledger(used.path, epsilon=100.0)
     assert not used.path.exists()
+
+
+@pytest.mark.parametrize("content", [None, b"{}"], ids=["gone", "damaged"])
+def test_the_head_that_is_left_refuses_an_older_ledger_and_takes_the_newest(used: Ledger, content: bytes | None) -> None:
+    """What docs/site.md tells an officer to do, and what the error says: nothing that would forget a charge."""
+    older = used.path.read_bytes()
+    used.reserve((SMALL,), purpose="train", run_id="3")
+    newest = used.path.read_bytes()
+    used.path.unlink() if content is None else used.path.write_bytes(content)
+    with pytest.raises((LedgerError, LedgerTampered), match=r"head file|Keep both") as said:
+        Ledger.load(used.path)
+    assert "estore it" not in str(said.value)
+    used.path.write_bytes(older)
+    with pytest.raises(LedgerTampered, match="older copy put back would forget"):
+        Ledger.load(used.path)
+    used.path.write_bytes(newest)
+    assert [charge.run_id for charge in Ledger.load(used.path).charges()][-1] == "3"
 
 
 def test_an_older_copy_of_ledger_and_head_does_not_match_a_release(used: Ledger) -> None:
