@@ -31,6 +31,24 @@ def test_every_code_has_a_sentence_without_numbers_and_a_row() -> None:
         assert f"`{code.value}`" in text
 
 
+@pytest.mark.parametrize("page", ["site", "coordinator"])
+def test_links_of_the_pages_lead_somewhere(page: str) -> None:
+    text = (DOCS / f"{page}.md").read_text()
+    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.removeprefix("#") in anchors if target.startswith("#") else (DOCS / target.partition("#")[0]).exists(), target
+
+
+def test_the_page_holds_what_errors_of_the_ledger_send_to_it_for() -> None:
+    """None of them may lead to an older ledger, or to a second budget that forgets the first."""
+    text, said = (DOCS / "site.md").read_text(), (DOCS.parent / "dpsynth/privacy/ledger.py").read_text()
+    assert said.count("docs/site.md says what to do") == 3
+    for heading in ("### When the ledger is damaged or lost", "### When patients come or go", "### A new ledger for patients who have one"):
+        assert text.count(f"\n{heading}\n") == 1
+    assert "never put an older copy back" not in text, "it is said there what to put back, and beside what"
+
+
 def test_what_travels_imports_nothing_of_ours_and_is_only_what_is_named() -> None:
     assert sorted(path.name for path in APP.iterdir() if path.name != "__pycache__") == sorted(APP_FILES)
     imported = set()
