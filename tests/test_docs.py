@@ -44,5 +44,14 @@ def test_every_pitfall_names_a_test_that_exists() -> None:
 
 def test_every_link_in_the_documents_leads_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target in re.findall(r"\]\((?!https?://)([^)]+)", page.read_text(encoding="utf-8")):
+            name, _, anchor = target.partition("#")
+            place = page.parent / name if name else page
+            assert place.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(place), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page in Markdown, as they are made where it is shown."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -31,15 +31,6 @@ def test_every_code_has_a_sentence_without_numbers_and_a_row() -> None:
         assert f"`{code.value}`" in text
 
 
-@pytest.mark.parametrize("page", ["site", "coordinator"])
-def test_links_of_the_pages_lead_somewhere(page: str) -> None:
-    text = (DOCS / f"{page}.md").read_text()
-    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert target.removeprefix("#") in anchors if target.startswith("#") else (DOCS / target.partition("#")[0]).exists(), target
-
-
 def test_the_page_holds_what_errors_of_the_ledger_send_to_it_for() -> None:
     """None of them may lead to an older ledger, or to a second budget that forgets the first."""
     text, said = (DOCS / "site.md").read_text(), (DOCS.parent / "dpsynth/privacy/ledger.py").read_text()
