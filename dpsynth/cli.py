@@ -60,6 +60,7 @@ LedgerOption = Annotated[
     Path | None,
     typer.Option("--ledger", metavar="FILE", help="Ledger of the data set. Default: beside the data, NAME.ledger.jsonl."),
 ]
+CHANGED_BECAUSE = "Who changed the data, and why, as `Dr B: two patients withdrew`; name no patient. Stays in the ledger."
 Format = Annotated[OutputFormat, typer.Option("--format", help="How to print the result.")]
 
 
@@ -300,6 +301,25 @@ def ledger_open(
     print(f"Ledger: {path}")
 
 
+@ledger_app.command("data-changed")
+def ledger_data_changed(
+    config: ConfigFile,
+    because: Annotated[str, typer.Option("--because", metavar="WHO: WHY", help=CHANGED_BECAUSE)],
+    ledger: LedgerOption = None,
+) -> None:
+    """Read the data again and note in their ledger that they are others now. All charges stay; runs that are not over end here."""
+    from dpsynth.config import load_config
+    from dpsynth.data.fingerprint import change_data
+    from dpsynth.privacy.ledger import Ledger
+    from dpsynth.trained import default_ledger
+
+    settings, (who, why) = load_config(config), parse_because(because)
+    path = ledger or default_ledger(settings.data)
+    with progress_bars() as progress:
+        change_data(settings.data, Ledger.load(path), who=who, why=why, progress=progress)
+    print(f"Noted: {path}")
+
+
 @ledger_app.command("show")
 def ledger_show(
     ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="A ledger file.")], output: Format = OutputFormat.TEXT
@@ -314,6 +334,8 @@ def ledger_show(
     print(f"{summary['data_name']} ({summary['unit']}): budget epsilon {summary['epsilon']} at delta {summary['delta']:.3g}")
     for row in summary["charges"]:
         print(f"line {row['line']:>4}  {row['time']}  {row['state']:<9} epsilon alone {_figure(row['epsilon'])}  {row['purpose']}")
+    for row in summary["data_changes"]:
+        print(f"line {row['line']:>4}  {row['time']}  the data changed; " + "; ".join(f"{who}: {why}" for who, why in row["words"].items()))
     for row in summary["decisions"]:
         words = "; ".join(f"{name}: {why}" for name, why in row["words"].items()) or "no flag was accepted"
         print(f"{row['time']}  {row['decision']:<8}  images {row['candidates_sha256'][:16]} of run {row['run_id']}; {words}")

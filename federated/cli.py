@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dpsynth.cli import Format, OutputFormat, new_app, parse_because, parse_reviews, progress_bars, run_app
+from dpsynth.cli import CHANGED_BECAUSE, Format, OutputFormat, new_app, parse_because, parse_reviews, progress_bars, run_app
 from dpsynth.errors import RefusedError
 
 app = new_app(
@@ -99,6 +99,21 @@ def ledger(policy: PolicyFile, output: Format = OutputFormat.TEXT) -> None:
     from federated.policy import load_policy, site_ledger
 
     ledger_show(site_ledger(load_policy(policy)).path, output)
+
+
+@app.command("data-changed")
+def data_changed(policy: PolicyFile, because: Annotated[str, typer.Option("--because", metavar="WHO: WHY", help=CHANGED_BECAUSE)]) -> None:
+    """Read the data again and note in the ledger that they are others now. All charges stay; studies that began end here."""
+    from dpsynth.data.fingerprint import change_data
+    from federated.policy import load_policy
+    from federated.site import Guard
+
+    settings, (who, why) = load_policy(policy), parse_because(because)
+    with progress_bars() as progress:
+        guard = Guard.open(settings)
+        change_data(settings.data, guard.ledger, who=who, why=why, progress=progress)
+    guard.note_ledger()
+    print(f"Noted: {settings.ledger}. Next: dpsynth-site doctor {policy}, then start the guard again.")
 
 
 @app.command()

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split
-from dpsynth.errors import BudgetExceeded, SelfCheckFailed
+from dpsynth.errors import BudgetExceeded, LedgerError, SelfCheckFailed
 from dpsynth.model.moment_release import QUERIES
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Charge, Ledger
@@ -76,13 +76,18 @@ class Guard:
         """Called after each line that must not be forgotten."""
         self.journal.note_ledger(self.ledger.head())
 
-    @cached_property
+    @property
     def images(self) -> ImageSet:
         """The data set of the ledger, read once: what changes on disk later is not trained on. Raises DataError, LedgerError and others."""
-        config = data_config(self.policy)
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[int, ImageSet]:
+        """The ledger's line that says which data these are, and the data."""
+        line, config = self.ledger.data_line, data_config(self.policy)
         images = private_images(config, self.ledger, self.progress)
         usable_delta(config, images, self.ledger)
-        return images
+        return line, images
 
     def handle(self, raw: bytes) -> bytes:
         """The answer to one message. Never raises: what goes wrong is one of the codes, and its text stays in the guard's log."""
@@ -177,9 +182,16 @@ class Guard:
         )
 
     def _split(self, name: str, study: Study) -> Split:
-        """The study's split. Raises Refused(LOST) when its coins are not those that the ledger noted with the study's first round."""
-        split = study.split(self.images, control_fraction=self.policy.data.control_fraction)
-        if any(charge.coins_sha256 != split.commitment for _, charge in self._charges(name)):
+        """The study's split. Raises Refused(LOST) when its coins are not those that the ledger noted with the study's first round, or when
+        the data changed since, and LedgerError when this guard holds the images of before.
+        """
+        (line, images), charges = self._read, self._charges(name)
+        if line != self.ledger.data_line:
+            raise LedgerError("The data changed since this guard was started. Start it again.")
+        if any(charge.line < line for _, charge in charges):
+            raise Refused(Code.LOST, "the data changed since the study began; it ends here")
+        split = study.split(images, control_fraction=self.policy.data.control_fraction)
+        if any(charge.coins_sha256 != split.commitment for _, charge in charges):
             raise Refused(Code.LOST)
         return split
 
@@ -249,6 +261,7 @@ class Guard:
             run_id=_run_id(request),
             config_sha256=self._booked_digest(signed.digest),
             coins_sha256=coins,
+            data_line=self._read[0],
         )
         self.note_ledger()
         study.forget_others(message)

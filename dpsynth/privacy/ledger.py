@@ -33,7 +33,7 @@ from dpsynth.privacy.unit import PrivacyUnit
 SCHEMA = 1
 Decision = Literal["released", "refused"]
 _NOTHING = "0" * 64  # the hash before the first line
-_TYPES = ("genesis", "reserve", "resume", "settle", "gate", "verdicts", "decision", "recovered")
+_TYPES = ("genesis", "data", "reserve", "resume", "settle", "gate", "verdicts", "decision", "recovered")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,31 +220,65 @@ class Ledger:
             }
             for entry in self.decisions()
         ]
+        changes = [
+            {"line": line.number, "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line.entry["time"])), "words": line.entry["words"]}
+            for line in self._sound()
+            if line.entry and line.entry["type"] == "data"
+        ]
         keep = {name: genesis[name] for name in ("data_name", "unit", "epsilon", "delta", "max_gate_attempts")}
         left = max(self.budget_epsilon - spent, 0.0) if math.isfinite(spent) else 0.0
-        return {**keep, "charges": rows, "spent": _plain(spent), "left": _plain(left), "gate_attempts": gates, "decisions": decisions}
+        found = {"charges": rows, "spent": _plain(spent), "left": _plain(left), "gate_attempts": gates, "decisions": decisions}
+        return {**keep, **found, "data_changes": changes}
+
+    @property
+    def data_line(self) -> int:
+        """Number of the line that says which data the ledger is for: the first, or that of the last change."""
+        return _data_line(self._sound()).number
 
     def require_data(self, digest: str) -> None:
-        """Raise LedgerError unless the ledger was opened for data with this digest."""
-        if not secrets.compare_digest(self.genesis["data_digest"], digest):
+        """Raise LedgerError unless the ledger is for data with this digest."""
+        line = _data_line(self._sound())
+        if not secrets.compare_digest(str((line.entry or {})["data_digest"]), digest):
             raise LedgerError(
-                "This ledger was opened for other data: images, labels or patient ids differ from those of its first line. "
-                "Put the data back as they were. A new ledger with a full budget would forget what these patients spent; "
-                "docs/site.md says what to do when patients come or go."
+                f"This ledger is for other data: images, labels or patient ids differ from those of its line {line.number}. Put the data "
+                "back as they were. If they had to change, as when a patient withdraws, `dpsynth ledger data-changed` (at a site of a "
+                "federation `dpsynth-site data-changed`) notes it; a new ledger would forget what these patients spent."
             )
 
     # -- what changes it ---------------------------------------------------------------------------------------------
 
+    def change_data(self, digest: str, *, who: str, why: str) -> None:
+        """Note that the data are others from now on: all charges stay, and nobody goes on with what was booked before.
+
+        Each patient, of the old data or the new, loses at most what all charges compose to. Raises LedgerError when nothing changed.
+        """
+        with self._locked():
+            lines = self._recovered()
+            if str((_data_line(lines).entry or {})["data_digest"]) == digest:
+                raise LedgerError("The data are those that the ledger is for. There is nothing to note.")
+            self._append("data", {"data_digest": digest, "words": {who: why}, "salt": secrets.token_hex(16)}, lines=lines)
+
     def reserve(
-        self, mechanisms: Sequence[Mechanism], *, purpose: str, run_id: str, config_sha256: str = "", coins_sha256: str = ""
+        self,
+        mechanisms: Sequence[Mechanism],
+        *,
+        purpose: str,
+        run_id: str,
+        config_sha256: str = "",
+        coins_sha256: str = "",
+        data_line: int = 1,
     ) -> str:
         """Charge `mechanisms` in full before the data is touched; returns the reservation. Raises BudgetExceeded.
+
+        data_line: what `data_line` was before the images were read. Raises LedgerError when they have changed since.
 
         The configuration's digest is booked too: one reservation pays for one training, not for two that differ and share their noise.
         So is that of the patients' coins (key and control fraction): who is trained on cannot be chosen after looking at the result.
         """
         with self._locked():
             lines = self._recovered()
+            if _data_line(lines).number != data_line:
+                raise LedgerError("The data were changed while they were read. Start again.")
             self._require_affordable(lines, mechanisms)
             reservation = secrets.token_hex(8)
             fields = {
@@ -278,6 +312,7 @@ class Ledger:
         with self._locked():
             lines = self._recovered()
             charge = _open_charge(lines, reservation)
+            _require_same_data(lines, charge)
             same = (tuple(mechanisms), config_sha256, coins_sha256) == (charge.mechanisms, charge.config_sha256, charge.coins_sha256)
             if not same:
                 raise LedgerError("The run's mechanisms or settings differ from those that were reserved. Start a new run.")
@@ -333,8 +368,10 @@ class Ledger:
         """Book one more look of the gate at a generator's images; returns its number. Raises BudgetExceeded past the cap."""
         with self._locked():
             lines = self._recovered()
-            if run_id not in {charge.run_id for charge in _charges(lines)}:
+            booked = [charge for charge in _charges(lines) if charge.run_id == run_id]
+            if not booked:
                 raise LedgerError("This run is not booked in this ledger. Name the ledger that it was trained under.")
+            _require_same_data(lines, booked[0])
             done = sum(1 for line in lines if line.entry and _is(line.entry, "gate", run_id))
             cap = int(self.genesis["max_gate_attempts"])
             if done >= cap:
@@ -465,6 +502,16 @@ def _write_all(descriptor: int, content: bytes) -> None:
     except OSError:
         os.ftruncate(descriptor, size)
         raise
+
+
+def _data_line(lines: tuple[Line, ...]) -> Line:
+    return [line for line in lines if line.entry is not None and line.entry["type"] in ("genesis", "data")][-1]
+
+
+def _require_same_data(lines: tuple[Line, ...], charge: Charge) -> None:
+    line = _data_line(lines).number
+    if charge.line < line:
+        raise LedgerError(f"This run was booked in line {charge.line}, before the data changed in line {line}. Start a new run.")
 
 
 def _is(entry: dict[str, Any], kind: str, run_id: str) -> bool:

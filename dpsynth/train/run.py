@@ -64,6 +64,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         return _finish(run, ledger)
     if run is None or not is_booked(run):
         policy_needs.require_present(config.gate)
+    data_line = ledger.data_line
     images = private_images(config, ledger, progress)
     delta = usable_delta(config, images, ledger)
     public_set, reference = _public_constants(config, images, progress)
@@ -76,7 +77,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     audits = _start_up_audit(mechanisms)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
     with run.alone("train/site") as site:
-        charge, stream, split = _reserve(run, ledger, mechanisms, config, images)
+        charge, stream, split = _reserve(run, ledger, mechanisms, config, images, data_line=data_line)
         mechanisms = charge.mechanisms  # from here on, what the ledger booked and nothing else
         write_json(site / "split.json", split.record(), private=True)
         release = next((m for m in mechanisms if isinstance(m, MomentRelease)), None)
@@ -222,7 +223,7 @@ def require_claimable(mechanisms: tuple[Mechanism, ...], delta: float) -> None:
 
 
 def _reserve(
-    run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], config: Config, images: ImageSet
+    run: RunFolder, ledger: Ledger, mechanisms: tuple[Mechanism, ...], config: Config, images: ImageSet, *, data_line: int
 ) -> tuple[Charge, NoiseStream, Split]:
     """The charge, the stream of random numbers and the split that follows from it: new, or those of the killed run that goes on."""
 
@@ -242,11 +243,15 @@ def _reserve(
         write_bytes(site / _KEY, fresh_key(), private=True)
         try:
             drawn = split()  # before the charge: it fails when one side stays empty
-            coins = drawn[1].commitment
             reservation = ledger.reserve(
-                mechanisms, purpose=f"train {config.method}", run_id=run_id, config_sha256=digest, coins_sha256=coins
+                mechanisms,
+                purpose=f"train {config.method}",
+                run_id=run_id,
+                config_sha256=digest,
+                coins_sha256=drawn[1].commitment,
+                data_line=data_line,
             )
-        except (BudgetExceeded, DataError):
+        except (BudgetExceeded, DataError, LedgerError):
             shutil.rmtree(run.path)  # nothing was charged or trained, so nothing is left behind
             raise
     elif (site / _KEY).is_file():

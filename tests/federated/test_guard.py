@@ -19,6 +19,7 @@ from federation_cases import DELTA, EPSILON, Site, World, new_site, told_body
 
 import federated.site as module
 from dpsynth.checks.accounting import ALWAYS, REQUIRED
+from dpsynth.data.fingerprint import change_data
 from dpsynth.data.split import split_patients
 from dpsynth.errors import ConfigError, LedgerError, SelfCheckFailed
 from dpsynth.model import moment_release
@@ -283,6 +284,22 @@ def test_a_ledger_that_forgets_what_was_spent_is_not_served(
     with pytest.raises(LedgerError, match="is not the ledger that this guard knows, or an older copy"):
         site.restart()
     assert site.policy.ledger.read_bytes() == before
+
+
+def test_a_study_whose_patients_changed_ends_and_the_next_one_adds_to_its_charges(world: World) -> None:
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    site.write_policy(
+        data={**site.policy.data.model_dump(mode="json", exclude_unset=True), "phantom": {"num_patients": 119, "max_images": 2}}
+    )
+    change_data(load_policy(site.folder / "policy.yaml").data, site.guard.ledger, who="Dr B", why="withdrew", progress=silent)
+    assert world.ask("moments", 1).code is Code.FAILED, "the guard still holds the images of before"
+    site.restart()
+    assert world.ask("moments", 1).code is Code.LOST
+    assert len(reserve_lines(site)) == 1
+    assert world.ask(study="second", plan=world.changed(rounds=0, trainable="none", noise_multiplier=None)).outcome == "ok"
+    assert len(reserve_lines(site)) == 2
+    assert site.guard.ledger.spent() > epsilon_pld(site.guard.ledger.charges()[0].mechanisms, DELTA) * 1.1
 
 
 def test_a_lost_ledger_is_not_opened_anew(world: World) -> None:

@@ -21,6 +21,7 @@ from dpsynth.artifacts import RunFolder, write_bytes
 from dpsynth.checks.kept import Keep
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.data.candidates import Candidates, load_candidates, save_candidates
+from dpsynth.data.fingerprint import change_data
 from dpsynth.data.images_digest import images_digest
 from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, SignatureError
 from dpsynth.privacy.accountant import epsilon_pld
@@ -275,6 +276,15 @@ def test_a_study_at_a_smaller_delta_is_held_to_its_limit_and_states_its_whole_le
     word = joint.approve("north", "again.dsse.json")
     assert word.epsilons == pytest.approx([epsilon_pld(word.booked, delta), epsilon_pld([*word.booked, local], delta)], rel=1e-3)
     assert word.epsilons[1] > 1.01 * max(word.epsilons[0], ledger(joint).spent())
+
+
+def test_a_study_whose_patients_changed_is_checked_no_more_and_what_was_checked_can_be_approved(joint: Joint) -> None:
+    data = yaml.safe_load((joint.folder / "north" / "policy.yaml").read_text())["data"]
+    with_policy(joint, data={**data, "phantom": {**data["phantom"], "num_patients": data["phantom"]["num_patients"] - 1}})
+    change_data(joint.policy("north").data, ledger(joint), who=WHO, why="withdrew", progress=silent)
+    with pytest.raises(LedgerError, match="before the data changed"):
+        checked(joint)
+    assert joint.approve("north", "again.dsse.json").decision == "approved"
 
 
 def test_what_was_found_is_for_its_owner_only(joint: Joint) -> None:

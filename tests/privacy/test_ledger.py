@@ -157,8 +157,42 @@ def test_a_non_private_run_needs_an_infinite_budget(ledger: Ledger, tmp_path: Pa
 
 def test_other_data_are_refused(ledger: Ledger) -> None:
     ledger.require_data("d")
-    with pytest.raises(LedgerError, match=r"other data.*a full budget would forget"):
+    with pytest.raises(LedgerError, match=r"other data.*data-changed.*a new ledger would forget"):
         ledger.require_data("e")
+
+
+def test_data_that_changed_keep_all_charges_and_end_what_was_booked_before(ledger: Ledger) -> None:
+    reservation = ledger.reserve((SMALL,), purpose="train", run_id="1", config_sha256="c")
+    before, line = ledger.charges(), ledger.data_line
+    ledger.change_data("e", who="Dr B", why="two patients withdrew")
+    ledger.require_data("e")
+    with pytest.raises(LedgerError, match="other data"):
+        ledger.require_data("d")
+    assert (ledger.charges(), Ledger.problems_of(ledger.path)) == (before, [])
+    assert ledger.summary()["data_changes"][0]["words"] == {"Dr B": "two patients withdrew"}
+    with pytest.raises(LedgerError, match="booked in line 2, before the data changed in line 3"):
+        ledger.resume(reservation, (SMALL,), config_sha256="c")
+    with pytest.raises(LedgerError, match="before the data changed in line 3"):
+        ledger.record_gate_attempt("1")
+    with pytest.raises(LedgerError, match="changed while they were read"):
+        ledger.reserve((SMALL,), purpose="train", run_id="2", data_line=line)
+    ledger.settle(reservation, mechanisms=(SMALL,))
+    ledger.reserve((SMALL,), purpose="train", run_id="2", data_line=ledger.data_line)
+    assert ledger.record_gate_attempt("2") == 1
+    assert ledger.spent() == pytest.approx(epsilon_pld((SMALL, SMALL), 1e-5))
+    with pytest.raises(LedgerError, match="nothing to note"):
+        ledger.change_data("e", who="Dr B", why="again")
+
+
+def test_digests_of_later_lines_do_not_tell_why_the_data_changed(tmp_path: Path) -> None:
+    """They leave with releases; without a salt anybody could try words against them."""
+    lines = []
+    for name in ("one", "two"):
+        ledger = open_ledger(tmp_path / name)
+        ledger.change_data("e", who="Dr B", why="two patients withdrew")
+        lines.append(json.loads(ledger.path.read_text().splitlines()[-1]))
+    assert len({line["salt"] for line in lines}) == 2
+    assert min(len(line["salt"]) for line in lines) >= 32
 
 
 # -- tampering ---------------------------------------------------------------------------------------------------------
