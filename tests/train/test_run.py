@@ -17,7 +17,7 @@ from scipy import stats
 import dpsynth.train.run as module
 from dpsynth.artifacts import RunFolder
 from dpsynth.config import Config, DiffusionConfig, parse_config
-from dpsynth.data.fingerprint import open_ledger
+from dpsynth.data.fingerprint import change_data, open_ledger
 from dpsynth.errors import ArtifactError, BudgetExceeded, ClaimRefused, ConfigError, DataError, LedgerError, SelfCheckFailed
 from dpsynth.model.generator import Generator
 from dpsynth.model.moment_release import COUNT_WEIGHT
@@ -97,6 +97,26 @@ def _again(ledger: Ledger, run_id: str) -> str:
     """Stands in for a reservation that the budget would refuse: hands out the one that was made."""
     del run_id
     return ledger.charges()[0].reservation
+
+
+def test_a_run_on_changed_data_is_charged_on_top_and_one_that_began_before_does_not_go_on(
+    train: Callable[..., object], config: Config, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = config.privacy.model_copy(update={"epsilon": 3.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "noised_moments", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train("before", method="moments", privacy=private)
+    data = config.data.model_copy(update={"phantom": config.data.phantom.model_copy(update={"num_patients": 239})})
+    with pytest.raises(LedgerError, match="other data"):
+        train("after", method="moments", privacy=private, data=data)
+    change_data(data, ledger, who="Dr B", why="withdrew", progress=silent)
+    train("after", method="moments", privacy=private, data=data)
+    change_data(config.data, ledger, who="Dr B", why="came back", progress=silent)
+    with pytest.raises(LedgerError, match="before the data changed"):
+        train("before", method="moments", privacy=private)
+    assert [charge.settled for charge in ledger.charges()] == [False, True]
+    assert ledger.spent() > 4.0
 
 
 def test_dp_sgd_is_given_what_the_ledger_holds(train: Callable[..., object], ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
