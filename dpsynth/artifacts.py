@@ -95,6 +95,24 @@ def require_new(path: Path, *, kind: str = "folder") -> None:
         raise ArtifactError(f"Expected {path} not to exist. Name another {kind}.")
 
 
+@contextmanager
+def held(folder: Path, *, busy: str) -> Iterator[None]:
+    """A folder held by this process alone, made when missing; who dies lets go. Raises ArtifactError, which says `busy`, when another
+    process holds it.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(busy) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
     """What a finished stage wrote: files with SHA-256, digests of the stages it was made from, public facts."""
@@ -158,15 +176,8 @@ class RunFolder:
     @contextmanager
     def alone(self, stage: str) -> Iterator[Path]:
         """The folder of a stage, held by this process alone. Raises ArtifactError when another one works in it."""
-        descriptor = os.open(self.folder(stage), os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ArtifactError("Another process is working in this run folder. Wait for its end, or name another folder.") from error
+        with held(self.folder(stage), busy="Another process is working in this run folder. Wait for its end, or name another folder."):
             yield self.path / stage
-        finally:
-            os.close(descriptor)
 
     def is_complete(self, stage: str) -> bool:
         """Whether the stage has been finished."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,9 @@ def init_ca(folder: Folder, days: Days = 730) -> None:
 
     certificate = make_ca(folder, days=days)
     _, public = generate_key(folder / "coordinator")
-    print(f"For the sites: {certificate} and {public}. Next: dpsynth-federation server-cert {folder} --host NAME")
+    print("For the sites, which compare the fingerprints by telephone:")
+    _print_fingerprints([certificate, public])
+    print(f"Next: dpsynth-federation server-cert {folder} --host NAME")
 
 
 @app.command("server-cert")
@@ -42,11 +45,14 @@ def server_cert(
     folder: Folder,
     host: Annotated[list[str], typer.Option("--host", help="Name or address that sites dial; repeatable. 127.0.0.1 is always in it.")],
     days: Days = 365,
+    renew: Annotated[bool, typer.Option("--renew", help="Replace the certificate that is there.")] = False,
 ) -> None:
-    """Make the server certificate."""
+    """Make the server certificate, or with --renew another one; the sites keep their ca.crt."""
     from federated.certs import make_server_certificate
 
-    print(make_server_certificate(folder, hosts=list(dict.fromkeys([*host, "127.0.0.1"])), days=days))
+    made = make_server_certificate(folder, hosts=list(dict.fromkeys([*host, "127.0.0.1"])), days=days, renew=renew)
+    step = "Start `up` again, which still shows the old one" if renew else f"Next: dpsynth-federation up {folder}"
+    print(f"{made}, which holds for {days} days. {step}")
 
 
 @app.command("node-key")
@@ -55,7 +61,14 @@ def node_key(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The 
     from federated.certs import make_node_key
 
     key, public = make_node_key(folder)
-    print(f"{key} (secret), {public} (for the coordinator)")
+    print(f"{key} (secret)\nFor the coordinator, who compares the fingerprint by telephone:")
+    _print_fingerprints([public])
+
+
+@app.command()
+def fingerprint(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="ca.crt, signing.pub or node.pub.")]) -> None:
+    """Print what to compare by telephone, at the coordinator or at a site, of any public file that you sent or got."""
+    _print_fingerprints(files)
 
 
 @app.command()
@@ -66,14 +79,16 @@ def node(
     guard: Annotated[Path, typer.Option("--guard", help="The guard's socket.")],
     home: Annotated[Path, typer.Option("--home", help="Folder for Flower's own files.")],
     flower: FlowerPrograms,
-    port: Annotated[int, typer.Option("--port", help="Loopback port for the node's own app.")] = 9094,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Loopback port for the node's own app.")] = 9094,
 ) -> None:
     """At a site, as another user than the guard's: run Flower's node with safe settings."""
     import os
 
-    from federated.launch import Flower
+    from federated.launch import Flower, dialled
 
     programs = Flower(flower)
+    if reason := dialled(superlink, ca=ca, key=key):
+        print(f"{superlink} does not answer yet ({reason}); the node goes on trying.", file=sys.stderr, flush=True)
     home.mkdir(parents=True, exist_ok=True)
     command = programs.node_command(superlink=superlink, ca=ca.resolve(), key=key.resolve(), guard=guard.resolve(), port=port)
     os.execve(command[0], command, programs.environment(home.resolve()))  # noqa: S606 (no shell is wanted)
@@ -84,21 +99,28 @@ def up(
     folder: Folder,
     flower: FlowerPrograms,
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="The one port, HTTPS.")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The one port, HTTPS.")] = 8000,
 ) -> None:
     """Run Flower's SuperLink and SuperExec until stopped: TLS, registered nodes only, nothing installed, nothing sent home."""
-    from federated.launch import Coordination, Flower, Processes
+    from dpsynth.artifacts import held
+    from federated.certs import require_server_certificate
+    from federated.launch import Coordination, Flower, Processes, require_free
 
-    processes, stop = Processes(folder), threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        Coordination(folder, Flower(flower)).up(processes, host=host, port=port)
-        print(f"listening: {host}:{port}", flush=True)
-        while not stop.wait(1.0):
-            processes.require_alive()
-    finally:
-        processes.close()
+    programs = Flower(flower)
+    require_server_certificate(folder)
+    with held(folder, busy=f"Another `up` runs in {folder}. Stop it first, or go on with it."):
+        require_free(host, port)
+        processes, stop = Processes(folder), threading.Event()
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: stop.set())
+            Coordination(folder, programs).up(processes, host=host, port=port, stop=stop)
+            if not stop.is_set():
+                print(f"listening: {host}:{port}", flush=True)
+            while not stop.wait(1.0):
+                processes.require_alive()
+        finally:
+            processes.close()
 
 
 @app.command("approve-site")
@@ -111,7 +133,10 @@ def approve_site(
     """Register a site's node, while `up` runs."""
     from federated.launch import Coordination, Flower
 
-    print(f"{site}: node {Coordination(folder, Flower(flower)).approve(site, public_key)}")
+    approved = Coordination(folder, Flower(flower)).approve(site, public_key)
+    print(f"{site}: node {approved.node}. Compare its key with the site by telephone: {approved.key}")
+    if approved.replaced:
+        print(f"The key that it had before is no longer let in: {approved.replaced}")
 
 
 @app.command()
@@ -227,6 +252,13 @@ def demo(folder: Folder, flower: FlowerPrograms) -> None:
     print(guarantee.sentence())
     print(f"Report:  {folder / 'release' / 'report.html'}")
     print(f"Release: {folder / 'release'}, verified with {folder / 'coordinator' / 'coordinator' / 'signing.pub'}")
+
+
+def _print_fingerprints(files: list[Path]) -> None:
+    from federated.certs import fingerprint
+
+    for path, found in [(path, fingerprint(path)) for path in files]:
+        print(f"{found}  {path}")
 
 
 def _print_event(event: object) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dpsynth.artifacts import write_bytes
 from dpsynth.checks.verdict import Outcome
+from dpsynth.cli import INTERRUPTED
 from dpsynth.errors import ArtifactError, DpsynthError, GateRefused
 from dpsynth.generate import generate
 from dpsynth.privacy.guarantee import Guarantee
@@ -76,6 +77,12 @@ config:
 """
 CANDIDATES = "candidates.zip"
 _ONLINE_SECONDS = 150.0
+
+
+class Stopped(DpsynthError):
+    """Ctrl-C during a demonstration, which unlike a study cannot go on."""
+
+    exit_code = INTERRUPTED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,13 +204,16 @@ def demonstrate(
         raise ArtifactError(f"Expected {folder} not to exist, found files in it. Name another folder, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     parties = Demonstration(folder=folder.resolve(), flower=Flower(programs), processes=Processes(folder.resolve()), port=free_port())
-    parties.write(progress=progress)
     try:
-        parties.start()
-        guarantee = parties.run(report=report, progress=progress)
-    finally:
-        parties.processes.close()
-    parties.released(parties.checked(note=note, progress=progress), progress=progress)
+        parties.write(progress=progress)
+        try:
+            parties.start()
+            guarantee = parties.run(report=report, progress=progress)
+        finally:
+            parties.processes.close()
+        parties.released(parties.checked(note=note, progress=progress), progress=progress)
+    except KeyboardInterrupt:
+        raise Stopped(f"Stopped. A demonstration is not resumed: remove {folder}, or name another folder.") from None
     return guarantee
 
 

@@ -1,18 +1,22 @@
 """Flower's programs, started with flags under which a stranger gets nothing and nothing is fetched from the internet.
 
 Flower lives in a Python environment of its own (its requirements exclude this project's), named by the folder of its programs. The
-environment variables switch off telemetry and update checks. Every program has its own process group, ended as a whole.
+environment variables switch off telemetry and update checks. Every program has its own process group, ended as a whole, and on Linux
+ends with the process that started it, even when that was killed: setpriv sees to it, and Flower's apps look for their own parents.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,14 +25,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from dpsynth.artifacts import read_json, write_bytes, write_json
-from dpsynth.errors import ConfigError, DpsynthError
-from federated.certs import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY
+from dpsynth.errors import ConfigError, DpsynthError, SignatureError
+from federated.certs import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, load_certificate, node_fingerprint, require_node_key
+from federated.messages import Name
 
 APP = Path(__file__).resolve().parent / "app"
 APP_FILES = ("pyproject.toml", "client_app.py", "server_app.py")
 _CONNECTION = '[superlink]\ndefault = "fed"\n[superlink.fed]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{ca}"\n'
-_COMMAND_SECONDS, _HEALTH_SECONDS, _ENDING_SECONDS = 120, 120.0, 20
+_NODES = "nodes.json"
+_PROGRAMS = ("flwr", "flower-superlink", "flower-superexec", "flower-supernode")
+_COMMAND_SECONDS, _HEALTH_SECONDS, _ENDING_SECONDS, _DIALLING_SECONDS = 120, 120.0, 20, 10.0
 
 
 class FlowerFailed(DpsynthError):
@@ -42,9 +51,9 @@ class Flower:
     programs: Path
 
     def __post_init__(self) -> None:
-        if not (self.programs / "flower-superlink").is_file():
+        if missing := next((name for name in _PROGRAMS if not os.access(self.programs / name, os.X_OK)), ""):
             raise ConfigError(
-                f"Expected Flower's programs in {self.programs}, found none. Make an environment for it: "
+                f"Expected Flower's programs in {self.programs}, found no {missing} to run. Make an environment for it: "
                 "python3.11 -m venv flower && flower/bin/pip install 'flwr>=1.41,<1.42', and name flower/bin."
             )
 
@@ -56,6 +65,7 @@ class Flower:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "HOME": str(home),  # a service may have none, and nobody's settings are wanted
             "NO_COLOR": "1",
             "TERM": "dumb",
         }
@@ -66,6 +76,47 @@ class Flower:
         who = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
         where = ["--superlink", superlink, "--host", "127.0.0.1", "--port", str(port)]
         return [str(self.programs / "flower-supernode"), *who, *where, "--node-config", f"guard={json.dumps(str(guard))}"]
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise ConfigError when nobody can listen there: another program does, or the address is not this machine's."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"Could not listen at {host}:{port}: {reason}. Name another --host or --port, or stop who listens there."
+        ) from error
+
+
+def dialled(superlink: str, *, ca: Path, key: Path) -> str:
+    """Why the coordinator does not answer yet, for which a node waits; empty when it does. Raises ConfigError or SignatureError for what
+    no waiting mends.
+    """
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})", superlink)
+    if found is None or not 0 < int(found[2]) < 1 << 16:
+        raise ConfigError(f"--superlink: expected HOST:PORT, as in fed.example.org:8000, found {superlink!r}.")
+    load_certificate(ca, advice="Name the ca.crt that the coordinator sent.")
+    require_node_key(key)
+    host, context = found[1].strip("[]"), ssl.create_default_context(cafile=str(ca))
+    try:
+        with socket.create_connection((host, int(found[2])), timeout=_DIALLING_SECONDS) as connection:
+            context.wrap_socket(connection, server_hostname=host).close()
+    except ssl.SSLCertVerificationError as error:
+        raise SignatureError(
+            f"The certificate of {superlink} does not fit {ca}: {error.verify_message.rstrip('.')}. Ask the coordinator which name to "
+            f"dial, and compare the CA: dpsynth-federation fingerprint {ca}"
+        ) from error
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
+
+
+def _with_its_parent() -> list[str]:
+    """Words before a command that is to end when this process does, however that ends."""
+    program = shutil.which("setpriv")  # of util-linux
+    return [] if program is None else [program, "--pdeathsig", "KILL", "--"]
 
 
 @dataclass
@@ -79,7 +130,12 @@ class Processes:
         """Start one in its own process group."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(  # noqa: S603 (no shell, own arguments)
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                [*_with_its_parent(), *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def require_alive(self) -> None:
@@ -104,6 +160,15 @@ class Processes:
             self.end(name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Approved:
+    """A site's node as the SuperLink knows it. key: its fingerprint. replaced: that of the key that the site had before, or empty."""
+
+    node: int
+    key: str
+    replaced: str
+
+
 @dataclass(frozen=True)
 class Coordination:
     """The coordinator's folder: certificates, Flower's state, which node belongs to which site."""
@@ -115,10 +180,13 @@ class Coordination:
     def _home(self) -> Path:
         return self.folder / "home"
 
-    def up(self, processes: Processes, *, host: str, port: int, nodes: str = "--enable-supernode-auth") -> None:
-        """Start SuperLink and SuperExec and wait until they answer. `nodes`: the flag that says which nodes there are: registered ones
-        (or, on one machine, those of the simulation). Raises FlowerFailed.
+    def up(
+        self, processes: Processes, *, host: str, port: int, nodes: str = "--enable-supernode-auth", stop: threading.Event | None = None
+    ) -> None:
+        """Start SuperLink and SuperExec and wait until they answer, or until `stop`. `nodes`: the flag that says which nodes there are:
+        registered ones (or, on one machine, those of the simulation). Raises FlowerFailed.
         """
+        stop = stop or threading.Event()
         secret = self.folder / "superexec.secret"
         if not secret.is_file():
             write_bytes(secret, secrets.token_hex(32).encode(), private=True)
@@ -133,26 +201,32 @@ class Coordination:
         safe = ["--disable-runtime-dependency-installation", "--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         link = [str(self.flower.programs / "flower-superlink"), *tls, *listen, *safe]
         processes.start("superlink", link, self.flower.environment(self.folder / "home-superlink"))
-        self._wait_health(processes, port)
+        self._wait_health(processes, port, stop)
+        if stop.is_set():
+            return
         execute = [str(self.flower.programs / "flower-superexec"), "--root-certificates", str(self.folder / CA_CERTIFICATE)]
         execute += ["--runtime-api-address", f"127.0.0.1:{port}", "--superexec-auth-secret-file", str(secret)]
         environment = {**self.flower.environment(self.folder / "home-superexec"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         processes.start("superexec", execute, environment)
 
-    def _wait_health(self, processes: Processes, port: int) -> None:
+    def _wait_health(self, processes: Processes, port: int, stop: threading.Event) -> None:
         context, end = ssl.create_default_context(cafile=str(self.folder / CA_CERTIFICATE)), time.monotonic() + _HEALTH_SECONDS
-        while time.monotonic() < end:
+        while time.monotonic() < end and not stop.wait(0.2):
             processes.require_alive()
             try:
                 with urllib.request.urlopen(f"https://127.0.0.1:{port}/health", context=context, timeout=2) as answer:
                     if answer.status == 200:
                         return
             except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise FlowerFailed(f"The SuperLink does not answer. Its log: {self.folder / 'superlink.log'}")
+                continue
+        if not stop.is_set():
+            raise FlowerFailed(f"The SuperLink does not answer. Its log: {self.folder / 'superlink.log'}")
 
     def command(self, *words: str) -> Any:
         """What a `flwr` command answers in JSON. Raises FlowerFailed."""
+        absent = FlowerFailed(f"No SuperLink answers. Run: dpsynth-federation up {self.folder}")
+        if not (self._home / "config.toml").is_file():
+            raise absent
         done = subprocess.run(  # noqa: S603 (no shell, own arguments)
             [str(self.flower.programs / "flwr"), *words, "--format", "json"],
             env=self.flower.environment(self._home),
@@ -167,24 +241,55 @@ class Coordination:
         except ValueError:
             answer = None
         if done.returncode or not isinstance(answer, dict) or not answer.get("success", True):
-            raise FlowerFailed(f"flwr {words[0]} failed: {(done.stderr or done.stdout).strip()[-300:] or done.returncode}")
+            said = str(answer.get("error-message", "")) if isinstance(answer, dict) else done.stderr or done.stdout
+            if "Connection to the SuperLink is unavailable" in said:
+                raise absent
+            said = said.rpartition("SuperLink: fed")[2].partition("\n")[2] or said  # before it stands whom it asked
+            raise FlowerFailed(f"`flwr {' '.join(words[:2])}` failed: {said.strip() or f'code {done.returncode}'}")
         return answer
 
-    def approve(self, site: str, public_key: Path) -> int:
-        """Register a site's node; returns its id. Nodes that are not registered are turned away."""
-        node = int(self.command("supernode", "register", str(public_key.resolve()), "fed")["node-id"])
-        write_json(self.folder / "nodes.json", {**self.nodes(), site: node})
-        return node
+    def approve(self, site: str, public_key: Path) -> Approved:
+        """Register a site's node; nothing changes when it is registered. Nodes that are not registered are turned away, and from now on the
+        one of a key that the site had before. Raises ConfigError, SignatureError, FlowerFailed.
+        """
+        try:
+            TypeAdapter(Name).validate_python(site)
+        except ValidationError as error:
+            raise ConfigError(f"SITE: expected a name of a-z, 0-9 and -, as in the site's policy, found {site!r}.") from error
+        key, approved = node_fingerprint(public_key), self._approved()
+        if other := next((name for name, known in approved.items() if known["key"] == key and name != site), None):
+            raise ConfigError(f"This key is that of {other}, and every site needs one of its own. Ask {site} for its node.pub.")
+        before, listed = approved.get(site), {int(node["node-id"]) for node in self._listed()}
+        if before is not None and before["node"] in listed:
+            if before["key"] == key:
+                return Approved(node=before["node"], key=key, replaced="")
+            self.command("supernode", "unregister", str(before["node"]), "fed")
+        try:
+            node = int(self.command("supernode", "register", str(public_key.resolve()), "fed")["node-id"])
+        except FlowerFailed as error:
+            if "already in use" not in str(error):
+                raise
+            raise FlowerFailed(
+                f"The SuperLink knows this key, and {self.folder / _NODES} names no site for it: it was replaced, or that file was. Ask "
+                f"{site} for a new key (dpsynth-federation node-key)."
+            ) from error
+        write_json(self.folder / _NODES, {**approved, site: {"node": node, "key": key}})
+        return Approved(node=node, key=key, replaced="" if before is None or before["key"] == key else before["key"])
 
     def nodes(self) -> dict[str, int]:
         """Flower's node id of each approved site."""
-        path = self.folder / "nodes.json"
-        return {str(site): int(node) for site, node in read_json(path).items()} if path.is_file() else {}
+        return {site: int(known["node"]) for site, known in self._approved().items()}
+
+    def _approved(self) -> dict[str, dict[str, Any]]:
+        path = self.folder / _NODES
+        return dict(read_json(path)) if path.is_file() else {}
+
+    def _listed(self) -> list[dict[str, Any]]:
+        return list(self.command("supernode", "list", "fed")["nodes"])
 
     def online(self) -> list[str]:
         """Approved sites whose node is connected."""
-        listed = self.command("supernode", "list", "fed")["nodes"]
-        connected = {int(node["node-id"]) for node in listed if node["status"] == "online"}
+        connected = {int(node["node-id"]) for node in self._listed() if node["status"] == "online"}
         return [site for site, node in self.nodes().items() if node in connected]
 
     def start_app(self, relay: Path) -> None:

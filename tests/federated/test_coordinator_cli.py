@@ -1,0 +1,239 @@
+"""What a coordinator or a hospital's IT gets wrong in `dpsynth-federation`: one line that names the next step, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from dpsynth.artifacts import held
+from federated import coordinator_cli
+from federated.certs import SERVER_CERTIFICATE, SERVER_KEY, fingerprint, make_ca, make_node_key, make_server_certificate
+from federated.launch import Coordination, Flower
+
+PROGRAMS = ("flwr", "flower-superlink", "flower-superexec", "flower-supernode")
+# Plays `flwr supernode`: keys are registered once, and unregistered for good, as the SuperLink has it.
+FLWR = """#!{python}
+import json, pathlib, sys
+ASKED, state = "Using SuperLink: fed (127.0.0.1:8000)\\n\\n", pathlib.Path({state!r})
+known = json.loads(state.read_text()) if state.is_file() else {{}}
+words = sys.argv[1:]
+if {absent!r}:
+    print(json.dumps({{"success": False, "error-message": ASKED + "Connection to the SuperLink is unavailable."}}))
+    sys.exit(1)
+if words[1] == "list":
+    print(json.dumps({{"success": True, "nodes": [{{"node-id": str(n), "status": "online"}} for n in known.values() if n > 0]}}))
+elif words[1] == "unregister":
+    state.write_text(json.dumps({{key: -n if str(n) == words[2] else n for key, n in known.items()}}))
+    print(json.dumps({{"success": True}}))
+elif (key := pathlib.Path(words[2]).read_text()) in known:
+    print(json.dumps({{"success": False, "error-message": ASKED + "[code: 23] Public key already in use."}}))
+    sys.exit(1)
+else:
+    state.write_text(json.dumps({{**known, key: len(known) + 1}}))
+    print(json.dumps({{"success": True, "node-id": str(len(known) + 1)}}))
+"""
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs the command line in an empty folder: exit code, output, and the one line of an error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dpsynth-federation", *arguments])
+        with pytest.raises(SystemExit) as ending:
+            coordinator_cli.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        assert "Internal error" not in captured.err
+        assert len(captured.err.splitlines()) <= 1, captured.err
+        return int(ending.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Flower's programs, played."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in PROGRAMS:
+        write_flwr(folder / name, absent=False)
+    monkeypatch.setenv("DPSYNTH_FLOWER", str(folder))
+    return folder
+
+
+def write_flwr(path: Path, *, absent: bool) -> None:
+    path.write_text(FLWR.format(python=sys.executable, state=str(path.parent / "state.json"), absent=absent))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def fed(tmp_path: Path) -> Path:
+    """The coordinator's folder as `up` left it, and a node's key."""
+    make_ca(tmp_path / "fed", days=2)
+    make_server_certificate(tmp_path / "fed", hosts=["localhost", "127.0.0.1"], days=2)
+    (tmp_path / "fed" / "home").mkdir()
+    (tmp_path / "fed" / "home" / "config.toml").write_text("")
+    make_node_key(tmp_path / "node")
+    (tmp_path / "rubbish").write_text("rubbish")
+    return tmp_path / "fed"
+
+
+NODE = {"superlink": "localhost:1", "ca": "fed/ca.crt", "key": "node/node.key", "guard": "g.sock", "home": "home"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["init-ca", "new", "--days", "-5"], "--days: expected 1 to"),
+        (["init-ca", "new", "--days", "1000000"], "--days: expected 1 to"),
+        (["init-ca", "fed"], "exists already"),
+        *(
+            (["server-cert", "new", "--host", host], "--host: expected a name or an address")
+            for host in ("", "a b", "a:80", "https://a", "-a", "1.2.3")
+        ),
+        (["server-cert", "new", "--host", "a"], "init-ca"),
+        (["server-cert", "fed", "--host", "a"], "Add --renew"),
+        (["up", "new"], "Run: dpsynth-federation init-ca new"),
+        (["up", "fed", "--port", "99999"], "--port"),
+        (["fingerprint", "fed/ca.key"], "secret key"),
+        (["fingerprint", "rubbish"], "Name ca.crt, signing.pub or node.pub"),
+        (["approve-site", "fed", "North", "node/node.pub"], "as in the site's policy, found 'North'"),
+        (["approve-site", "fed", "north", "none.pub"], "none.pub: No such file"),
+        (["approve-site", "fed", "north", "fed/ca.crt"], "Name the node.pub"),
+        (["approve-site", "fed", "north", "node/node.key"], "Name the node.pub"),
+    ],
+)
+def test_wrong_usage_is_one_line(call: Call, fed: Path, programs: Path, arguments: list[str], words: str) -> None:
+    code, _, said = call(*arguments)
+    assert code == 2
+    assert words in said
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"superlink": "nonsense"}, "expected HOST:PORT"),
+        ({"superlink": "https://a:80"}, "expected HOST:PORT"),
+        ({"superlink": "a:99999"}, "expected HOST:PORT"),
+        ({"ca": "none.crt"}, "none.crt: No such file"),
+        ({"ca": "rubbish"}, "Name the ca.crt"),
+        ({"key": "none.key"}, "none.key: No such file"),
+        ({"key": "node/node.pub"}, "Name the node.key"),
+        ({"key": "fed/ca.key"}, "Name the node.key"),
+        ({"flower": "home"}, "found no flwr"),
+    ],
+)
+def test_a_node_is_not_started_with_what_flower_cannot_use(
+    call: Call, fed: Path, programs: Path, changes: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("it was started"))
+    code, _, said = call("node", *(f"--{name}={value}" for name, value in {**NODE, **changes}.items()))
+    assert (code, words in said) == (2, True), said
+
+
+def test_a_node_with_another_ca_is_not_started_and_one_whose_coordinator_is_away_is(
+    call: Call, fed: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(os, "execve", lambda path, *_: started.append(path))
+    code, _, said = call("node", *(f"--{name}={value}" for name, value in NODE.items()))
+    assert (code, len(started)) == (0, 1)
+    assert "localhost:1 does not answer yet (Connection refused)" in said
+    make_ca(Path("other"), days=2)
+    with tls_server(fed) as port:
+        code, _, said = call(
+            "node", *(f"--{name}={value}" for name, value in {**NODE, "superlink": f"localhost:{port}", "ca": "other/ca.crt"}.items())
+        )
+        assert (code, len(started)) == (2, 1)
+        assert f"The certificate of localhost:{port} does not fit other/ca.crt" in said
+        code, _, said = call("node", *(f"--{name}={value}" for name, value in {**NODE, "superlink": f"localhost:{port}"}.items()))
+        assert (code, len(started), said) == (0, 2, "")
+
+
+@contextmanager
+def tls_server(fed: Path) -> Iterator[int]:
+    """Shakes hands at a port of its own, as often as it is asked."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(fed / SERVER_CERTIFICATE, fed / SERVER_KEY)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with suppress(OSError):
+                context.wrap_socket(connection, server_side=True).close()
+
+    threading.Thread(target=answer, daemon=True).start()
+    with listener:
+        yield int(listener.getsockname()[1])
+
+
+def test_a_site_is_approved_once_and_its_new_key_takes_the_place_of_the_old(call: Call, fed: Path, programs: Path) -> None:
+    for folder in ("second", "third"):
+        make_node_key(Path(folder))
+    first = call("approve-site", "fed", "north", "node/node.pub")
+    assert first[0] == 0
+    assert f"north: node 1. Compare its key with the site by telephone: {fingerprint(Path('node/node.pub'))}" in first[1]
+    assert call("approve-site", "fed", "north", "node/node.pub") == first, "the same again is no error"
+    code, _, said = call("approve-site", "fed", "south", "node/node.pub")
+    assert (code, "This key is that of north" in said) == (2, True)
+    assert call("approve-site", "fed", "south", "second/node.pub")[0] == 0
+    code, out, _ = call("approve-site", "fed", "north", "third/node.pub")
+    assert code == 0
+    assert f"no longer let in: {fingerprint(Path('node/node.pub'))}" in out
+    coordination = Coordination(fed, Flower(programs))
+    assert coordination.nodes() == {"north": 3, "south": 2}
+    assert sorted(coordination.online()) == ["north", "south"]
+    code, _, said = call("approve-site", "fed", "north", "node/node.pub")
+    assert (code, "Ask north for a new key" in said) == (1, True)
+    write_flwr(programs / "flwr", absent=True)
+    code, _, said = call("approve-site", "fed", "west", "node/node.pub")
+    assert (code, said) == (1, "dpsynth-federation: No SuperLink answers. Run: dpsynth-federation up fed\n")
+
+
+def test_a_second_server_side_in_one_folder_is_refused_and_starts_nothing(call: Call, fed: Path, programs: Path) -> None:
+    with held(fed, busy=""):
+        code, _, said = call("up", "fed")
+    assert (code, said) == (2, "dpsynth-federation: Another `up` runs in fed. Stop it first, or go on with it.\n")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        code, _, said = call("up", "fed", "--port", str(other.getsockname()[1]))
+    assert (code, "Address already in use" in said) == (2, True)
+    assert not list(fed.glob("*.log"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from federated.launch import Processes
+processes = Processes(Path(sys.argv[1]))
+processes.start("program", ["sleep", "60"], dict(os.environ))
+print(processes.running["program"].pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_programs_end_with_the_process_that_was_killed(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    stat, end = Path("/proc", done.stdout.strip(), "stat"), time.monotonic() + 5
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":  # whoever is to reap it may not
+        assert time.monotonic() < end, "it lives on"
+        time.sleep(0.05)
