@@ -164,8 +164,10 @@ def generate(
     if drawn.already:
         print("Already drawn with these settings: candidates, and their check if there is one, stay as they are.")
     done = RunFolder.open(run).is_complete("check")
-    step = "dpsynth-federation candidates" if is_federated(run) else "dpsynth report" if done else "dpsynth check"
-    print(f"{drawn.count} candidates in {run / 'generate'}. Next: {step} {run}")
+    step = f"dpsynth {'report' if done else 'check'} {run}"
+    if is_federated(run):
+        step = f"dpsynth-federation candidates {run} --folder FED --out FILE"
+    print(f"{drawn.count} candidates in {run / 'generate'}. Next: {step}")
 
 
 @app.command()
@@ -275,10 +277,11 @@ def make_key(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write signing.key and signing.pub.")],
 ) -> None:
     """Make an Ed25519 key pair for releases. Keep signing.key secret; give signing.pub to recipients."""
-    from dpsynth.signing import generate_key
+    from dpsynth.signing import generate_key, key_id, load_public
 
-    generate_key(folder)
+    _, public = generate_key(folder)
     print(f"{folder / 'signing.key'} (secret), {folder / 'signing.pub'} (for recipients)")
+    print(f"Its fingerprint, to compare by telephone: {key_id(load_public(public))}")
 
 
 @ledger_app.command("open")

@@ -324,25 +324,25 @@ class EncoderConfig(_Settings):
     stddev: tuple[Positive, Positive, Positive] = Field((0.5, 0.5, 0.5), description="By which the channels are then divided.")
 
 
+CheckName = Literal[
+    "accounting",
+    "mechanism",
+    "membership",
+    "copying",
+    "groups",
+    "attributes",
+    "white_box",
+    "fidelity",
+    "utility",
+    "content",
+    "fairness",
+]
+
+
 class GateConfig(_Settings):
     """The policy by which a release is allowed; fixed before the checks run."""
 
-    required: tuple[
-        Literal[
-            "accounting",
-            "mechanism",
-            "membership",
-            "copying",
-            "groups",
-            "attributes",
-            "white_box",
-            "fidelity",
-            "utility",
-            "content",
-            "fairness",
-        ],
-        ...,
-    ] = Field(
+    required: tuple[CheckName, ...] = Field(
         ("accounting", "mechanism", "membership", "copying", "groups", "fidelity", "utility", "content"),
         description="Checks without which nothing is released; accounting, mechanism, membership and copying always are. attributes and "
         "white_box join the family of `family_error` when they are named here; else they are decided alone and can only flag.",

@@ -40,11 +40,7 @@ def default_ledger(data: DataConfig) -> Path:
 def load_trained(run: RunFolder, data: DataConfig, *, ledger_path: Path | None) -> Trained:
     """Read what train left and find it in the data set's ledger. Raises ArtifactError, or LedgerError when the configuration, and so the
     policy of the gate, is not the one that was booked."""
-    if is_federated(run.path):
-        raise ArtifactError(
-            "This generator was trained by several hospitals, whose patients are not here to check it against. `dpsynth generate` "
-            "draws from it; check, report and release do not take such a run: each site checks and approves, `dpsynth-federation` releases."
-        )
+    require_local(run)
     ledger = Ledger.load(ledger_path or default_ledger(data))
     charge = booking(run, ledger)
     conditions = str(_record(run).get("conditions"))
@@ -66,6 +62,22 @@ def load_trained(run: RunFolder, data: DataConfig, *, ledger_path: Path | None) 
 def is_federated(run_path: Path) -> bool:
     """Whether several hospitals trained the run."""
     return (run_path / "train" / FEDERATION).is_file()
+
+
+def require_local(run: RunFolder) -> None:
+    """Raise ArtifactError, which says how one goes on, for a run that several hospitals trained."""
+    if not is_federated(run.path):
+        return
+    step = (
+        f"dpsynth-federation candidates {run.path} --folder FED --out FILE"
+        if run.is_complete("generate")
+        else f"dpsynth generate {run.path}"
+    )
+    raise ArtifactError(
+        "This generator was trained by several hospitals, whose patients are not here to check it against, so `dpsynth` check, report, "
+        f"release and refuse do not take such a run. Next: {step}; each site checks and approves; then dpsynth-federation release STUDY "
+        f"{run.path} OUT --folder FED --approval FILE, which writes the report too."
+    )
 
 
 def read_claim(run: RunFolder) -> Guarantee:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dpsynth.artifacts import RunFolder, require_new, write_bytes
+from dpsynth.artifacts import RunFolder, read_json, require_new, write_bytes
 from dpsynth.cells import Cells
 from dpsynth.config import DataConfig, parse_config
 from dpsynth.data.candidates import FILE, Candidates, load_candidates, withheld
@@ -30,9 +30,10 @@ from dpsynth.errors import ArtifactError, SignatureError, UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.model.moments import Moments, frequencies
 from dpsynth.release.federated import load_federated_run, required_checks
-from dpsynth.release.statement import Check
-from dpsynth.signing import STATEMENT_TYPE, key_id, sign_statement, verify_envelope
+from dpsynth.release.statement import Check, plan_digest
+from dpsynth.signing import STATEMENT_TYPE, key_id, load_private, sign_statement, verify_envelope
 from federated.messages import Digest, Name
+from federated.progress_view import STUDY_FILE
 
 PREDICATE = "urn:dpsynth:candidates:v1"
 _HEADER, _MOMENTS = "header.dsse.json", "moments.npz"
@@ -65,6 +66,24 @@ class Carried:
     candidates: Candidates
     moments: Moments
     key: str
+
+
+def study_key(folder: Path, run_path: Path) -> Ed25519PrivateKey:
+    """The key under which the run's study was asked, from the coordinator's folder. Sites take its candidates from no other.
+
+    Raises ArtifactError or SignatureError when the folder is not the one that ran the study.
+    """
+    private, counted = load_private(folder / "coordinator" / "signing.key"), load_federated_run(RunFolder.open(run_path))
+    path = folder / "studies" / counted.study / STUDY_FILE
+    began = read_json(path) if path.is_file() else None
+    if began is None or plan_digest(began["plan"]) != counted.plan_sha256:
+        raise ArtifactError(f"{folder} did not run the study {counted.study} of {run_path}. Name the --folder that `run` was given.")
+    if began["coordinator"] != key_id(private.public_key()):
+        raise SignatureError(
+            f"The study {counted.study} ran under another key than the present one of {folder}: {began['coordinator'][:16]}, not "
+            f"{key_id(private.public_key())[:16]}. Put that one back."
+        )
+    return private
 
 
 def pack(run_path: Path, *, out: Path, private: Ed25519PrivateKey) -> Header:

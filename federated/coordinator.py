@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file, save
 from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
 from dpsynth.errors import ArtifactError, DpsynthError, RefusedError
 from dpsynth.model.moment_release import QUERIES, count_stddev, counts_of, raw_counts, told_by
+from dpsynth.signing import key_id
 from federated.combine import (
     averaged,
     combined_weights,
@@ -50,6 +52,7 @@ from federated.messages import (
     require_arrays,
     signed_digest,
 )
+from federated.progress_view import EVENTS, KNOWN, QUESTION, STUDY_FILE
 from federated.rounds import SUMS, TOLD, Model, moments_arrays, told_arrays
 
 EMA, COUNTS = "ema.", "counts."
@@ -107,7 +110,7 @@ class State:
 
 @dataclass(kw_only=True)
 class Coordinator:
-    """One study. `model` holds the public constants; `initial` the net's public weights."""
+    """One study. `model` holds the public constants."""
 
     federation: Federation
     plan: Plan
@@ -122,17 +125,46 @@ class Coordinator:
     attempts: dict[str, int] = field(default_factory=dict)  # by "site/round"
     questions: dict[str, int] = field(default_factory=dict)  # by "site/round": how often it was asked for since it was last uncounted
 
-    def run(self, initial: Arrays) -> State:
-        """All rounds that are missing. Raises QuorumLost; the same call goes on from the last checkpoint."""
+    def run(self, initial: Callable[[], Arrays]) -> State:
+        """All rounds that are missing. initial: makes the net's public weights, which takes minutes; called when the sites are known to be
+        there, and not at all once rounds of training have begun. Raises QuorumLost; the same call goes on from the last checkpoint.
+        """
         self._remember()
         state = self._last()
         if state is None:
             self._ask(0, "join", {})
             state = State(round=-1, arrays={})
+        weights = initial() if state.round + 1 < FIRST_TRAINING else {}
         while state.round + 1 < FIRST_TRAINING + self.federation.rounds:
-            state = self._train(state) if state.round + 1 >= FIRST_TRAINING else self._query(state, initial)
+            state = self._train(state) if state.round + 1 >= FIRST_TRAINING else self._query(state, weights)
             self._save(state)
         return state
+
+    @property
+    def asks_no_more(self) -> bool:
+        """Whether all rounds are done."""
+        found = self._checkpoints()
+        return bool(found) and _number(found[-1]) + 1 >= FIRST_TRAINING + self.federation.rounds
+
+    def require_same(self) -> None:
+        """Raise ArtifactError when the study began otherwise: sites then hold charges that another plan or key cannot go on with."""
+        path, own = self.folder / STUDY_FILE, self._began()
+        before = read_json(path) if path.is_file() else own
+        if before["coordinator"] != own["coordinator"]:
+            raise ArtifactError(
+                f"The study {self.federation.study} began with another signing key, {before['coordinator'][:16]}. Put that one back, or "
+                "name a new study."
+            )
+        if changed := [name for name, value in own["plan"].items() if before["plan"].get(name) != value]:
+            was = "; ".join(f"{name} was {before['plan'].get(name)}, is {own['plan'][name]}" for name in changed)
+            raise ArtifactError(
+                f"The study {self.federation.study} began with another plan, and sites take no other: {was}. Put back what was, or name a "
+                "new study."
+            )
+
+    def _began(self) -> dict[str, Any]:
+        plan = self.plan.model_dump(mode="json")
+        return {"study": self.federation.study, "plan": plan, "coordinator": key_id(self.private.public_key())}
 
     def _query(self, state: State, initial: Arrays) -> State:
         """One query of the moments: the sum over the sites of their noised sums, read as the sum of one site with all patients is.
@@ -202,13 +234,16 @@ class Coordinator:
         """Usable arrays by site, of `sites` or of all. Those that gave no answer are asked again with the same message."""
         usable: dict[str, Arrays] = {}
         reasons: dict[str, str] = {}
-        asked = self.federation.sites if sites is None else sites
-        waiting = [site for site in asked if site not in self.federation.left_out]
+        waiting = [site for site in self.federation.asked_sites if sites is None or site in sites]
         for _ in range(self.federation.retries + 1):
             requests = {site: self._request(site, number, kind, arrays) for site in waiting}
             if kind != "join":
                 self._count(number, waiting)
+            begun = datetime.now(UTC)
+            until = begun + timedelta(seconds=self.federation.deadline_seconds)
+            write_json(self.folder / QUESTION, {"round": number, "sites": waiting, "since": _time(begun), "until": _time(until)})
             replies = self.transport(requests, deadline_seconds=self.federation.deadline_seconds)
+            (self.folder / QUESTION).unlink(missing_ok=True)
             waiting = []
             for site, request in requests.items():
                 outcome, reason, found = self._read(site, request, replies.get(site), problem)
@@ -289,14 +324,14 @@ class Coordinator:
 
     def _note(self, number: int, site: str, outcome: str, reason: str) -> None:
         event = Event(round=number, site=site, outcome=outcome, reason=reason)
-        append_line(self.folder / "events.jsonl", asdict(event))
+        append_line(self.folder / EVENTS, {**asdict(event), "time": _time(datetime.now(UTC))})
         self._keep()
         self.report(event)
 
     def _keep(self) -> None:
         facts = {site: known.model_dump(mode="json") for site, known in self.facts.items()}
         write_json(
-            self.folder / "sites.json",
+            self.folder / KNOWN,
             {"facts": facts, "asked": self.asked, "answered": self.answered, "attempts": self.attempts, "questions": self.questions},
         )
 
@@ -304,17 +339,14 @@ class Coordinator:
         """What an earlier process of this study knew. Raises ArtifactError when the folder is another study's."""
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        plan = {"study": self.federation.study, "plan_sha256": self.plan.digest}
-        path = self.folder / "study.json"
-        if path.is_file() and read_json(path) != plan:
-            raise ArtifactError("This folder holds another study, or this one with another plan. Name another folder and another study.")
-        write_json(path, plan)
-        if (self.folder / "sites.json").is_file():
-            known = read_json(self.folder / "sites.json")
+        self.require_same()
+        write_json(self.folder / STUDY_FILE, self._began())
+        if (self.folder / KNOWN).is_file():
+            known = read_json(self.folder / KNOWN)
             self.facts = {site: Facts.model_validate_json(json.dumps(value)) for site, value in known["facts"].items()}
             self.asked, self.answered = known["asked"], known["answered"]
             self.attempts, self.questions = known["attempts"], known["questions"]
-        elif any(self.folder.glob("round-*.safetensors")):
+        elif self._checkpoints():
             raise ArtifactError("sites.json is missing beside the checkpoints, so nobody knows what the sites were asked for. Restore it.")
 
     def _save(self, state: State) -> None:
@@ -322,12 +354,34 @@ class Coordinator:
         write_bytes(self.folder / f"round-{state.round:06d}.safetensors", save(arrays))
 
     def _last(self) -> State | None:
-        found = sorted(self.folder.glob("round-*.safetensors"))
+        found = self._checkpoints()
         if not found:
             return None
         try:
-            return State(round=int(found[-1].stem.removeprefix("round-")), arrays=dict(load_file(found[-1])))
+            return State(round=_number(found[-1]), arrays=dict(load_file(found[-1])))
         except (OSError, ValueError, SafetensorError) as error:
             raise ArtifactError(
                 f"The checkpoint {found[-1].name} cannot be read. Remove it: the study goes on from the one before."
             ) from error
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("round-*.safetensors"))
+
+
+def require_quorum_online(federation: Federation, online: Collection[str]) -> list[str]:
+    """The sites whose node is not connected. Raises QuorumLost when the others are too few, before any of them is asked."""
+    away = [site for site in federation.asked_sites if site not in online]
+    if len(federation.asked_sites) - len(away) < federation.quorum:
+        raise QuorumLost(
+            f"Not connected: {', '.join(away)}; {federation.quorum} of {len(federation.asked_sites)} sites are needed. Their IT starts "
+            "`dpsynth-federation node`; then run the same command."
+        )
+    return away
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("round-"))
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")

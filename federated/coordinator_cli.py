@@ -147,27 +147,38 @@ def run(
     flower: FlowerPrograms,
 ) -> None:
     """Train over the sites, while `up` runs. The same command goes on after a crash."""
+    from dpsynth.artifacts import RunFolder, held
     from dpsynth.signing import load_private
+    from federated.coordinator import require_quorum_online
     from federated.federation import load_federation
     from federated.launch import Coordination, Flower
     from federated.relay import Relay
     from federated.simulate import coordinator_of, run_study
 
     federation, coordination = load_federation(study), Coordination(folder, Flower(flower))
-    if missing := [site for site in federation.sites if site not in coordination.nodes()]:
+    private, nodes = load_private(folder / "coordinator" / "signing.key"), coordination.nodes()
+    if missing := [site for site in federation.asked_sites if site not in nodes]:
         raise ConfigError(f"sites: {missing[0]} is not approved. Run: dpsynth-federation approve-site {folder} {missing[0]} KEY")
-    relay_path = (folder / "relay.sock").resolve()
-    relay = Relay(path=relay_path, nodes=coordination.nodes(), start=lambda: coordination.start_app(relay_path))
-    private = load_private(folder / "coordinator" / "signing.key")
     work = folder / "studies" / federation.study
-    coordinator = coordinator_of(federation, private=private, transport=relay, folder=work, report=_print_event)
-    try:
-        with progress_bars() as progress:
-            guarantee = run_study(coordinator, run_path=run_path, progress=progress)
-    finally:
-        relay.close()
-    print(guarantee.sentence())
-    print(f"Next: dpsynth generate {run_path}")
+    with held(
+        work, busy=f"Another `run` of {federation.study} is under way. Watch it: dpsynth-federation status {folder} {federation.study}"
+    ):
+        relay_path = (work / "relay.sock").resolve()
+        relay = Relay(path=relay_path, nodes=nodes, start=lambda: coordination.start_app(relay_path))
+        coordinator = coordinator_of(federation, private=private, transport=relay, folder=work, report=_print_event)
+        try:
+            with progress_bars() as progress:
+                guarantee = run_study(
+                    coordinator,
+                    run_path=run_path,
+                    progress=progress,
+                    ready=lambda: _warn_of(require_quorum_online(federation, coordination.online())),
+                )
+        finally:
+            relay.close()
+    drawn = RunFolder.open(run_path).is_complete("generate")
+    step = f"dpsynth-federation candidates {run_path} --folder {folder} --out FILE" if drawn else f"dpsynth generate {run_path}"
+    print(f"{federation.study} is finished: {run_path}. {guarantee.sentence()}\nNext: {step}")
 
 
 @app.command()
@@ -177,10 +188,9 @@ def candidates(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write, for every site that trained.")],
 ) -> None:
     """Pack and sign a study's candidates, for the sites to check against their own patients."""
-    from dpsynth.signing import load_private
-    from federated.candidates import pack
+    from federated.candidates import pack, study_key
 
-    header = pack(run_path, out=out, private=load_private(folder / "coordinator" / "signing.key"))
+    header = pack(run_path, out=out, private=study_key(folder, run_path))
     print(f"Candidates of {header.study}: {out}. Each site runs: dpsynth-site check POLICY {out.name}")
 
 
@@ -197,8 +207,10 @@ def release(
     """Ask the gate, which wants the approval of every site that was charged, and if it allows, write the signed release folder."""
     from dpsynth.release.detect import no_detector
     from dpsynth.release.federated import release_federated
+    from federated.candidates import study_key
     from federated.federation import load_federation
 
+    study_key(folder, run_path)
     home, keys = folder / "coordinator", load_federation(study).public_keys()
     with progress_bars() as progress:
         made = release_federated(run_path, out=out, key_path=home / "signing.key", approvals=approvals, site_keys=keys, progress=progress)
@@ -259,6 +271,11 @@ def _print_fingerprints(files: list[Path]) -> None:
 
     for path, found in [(path, fingerprint(path)) for path in files]:
         print(f"{found}  {path}")
+
+
+def _warn_of(away: list[str]) -> None:
+    if away:
+        print(f"Warning: not connected: {', '.join(away)}. The others are enough; it is asked all the same.", file=sys.stderr, flush=True)
 
 
 def _print_event(event: object) -> None:

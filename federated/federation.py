@@ -59,12 +59,14 @@ class Federation(BaseModel):
     def _consistent(self) -> Federation:
         if len(set(self.sites)) != len(self.sites):
             raise ValueError("sites must not repeat")
-        if self.quorum > len(set(self.sites) - set(self.left_out)):
+        if unknown := sorted(set(self.left_out) - set(self.sites)):
+            raise ValueError(f"left_out names {unknown[0]}, which is none of the sites: {', '.join(self.sites)}")
+        if self.quorum > len(self.asked_sites):
             raise ValueError("quorum is larger than the number of sites")
         if self.weights != "uniform" and set(self.weights) != set(self.sites):
             raise ValueError("weights must be declared for all sites and no others")
         if unknown := sorted(set(self.site_keys) - set(self.sites)):
-            raise ValueError(f"site_keys names {unknown[0]}, which is none of the sites")
+            raise ValueError(f"site_keys names {unknown[0]}, which is none of the sites: {', '.join(self.sites)}")
         if self.config.method != "diffusion" or self.config.votes.share > 0:
             raise ValueError("config.method must be diffusion, without votes")
         if "white_box" in self.config.gate.required:
@@ -72,6 +74,11 @@ class Federation(BaseModel):
         if (self.rounds == 0) != (self.config.diffusion.trainable == "none"):
             raise ValueError("rounds must be 0 where config.diffusion.trainable is none, and only there")
         return self
+
+    @property
+    def asked_sites(self) -> tuple[str, ...]:
+        """The sites without those that were left out."""
+        return tuple(site for site in self.sites if site not in self.left_out)
 
     def weight(self, site: str) -> float:
         """Of one site in the mean."""

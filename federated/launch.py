@@ -16,6 +16,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -298,8 +299,9 @@ class Coordination:
 
     def start_run(self, files: Mapping[str, Path], **settings: Path) -> None:
         """Start a run of an app of these files, with these settings."""
-        copy = self.folder / "app"
-        shutil.rmtree(copy, ignore_errors=True)
-        for name, source in files.items():
-            write_bytes(copy / name, source.read_bytes())
-        self.command("run", str(copy), "fed", "-c", " ".join(f"{name}={json.dumps(str(value))}" for name, value in settings.items()))
+        with tempfile.TemporaryDirectory(
+            prefix="app-", dir=self.folder
+        ) as copy:  # one of its own, since studies may begin at the same time
+            for name, source in files.items():
+                write_bytes(Path(copy) / name, source.read_bytes())
+            self.command("run", copy, "fed", "-c", " ".join(f"{name}={json.dumps(str(value))}" for name, value in settings.items()))

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpsynth.artifacts import RunFolder, write_json
 from dpsynth.config import dump_config
+from dpsynth.errors import ArtifactError
 from dpsynth.model.generator import Generator
 from dpsynth.model.moment_release import QUERIES, count_stddev
 from dpsynth.privacy.accountant import account, epsilon_pld
@@ -16,9 +17,10 @@ from dpsynth.privacy.guarantee import Guarantee, claim
 from dpsynth.privacy.mechanism import Mechanism, PoissonDpSgd, merged, to_json
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.progress import silent
+from dpsynth.release.federated import load_federated_run
 from dpsynth.release.federated_gate import data_name_of, unprotected
 from dpsynth.train.second_opinion import prv_epsilon
-from dpsynth.trained import CLAIM, FEDERATION
+from dpsynth.trained import CLAIM, FEDERATION, read_claim
 from federated.coordinator import EMA, Coordinator, State
 from federated.messages import FIRST_TRAINING
 from federated.rounds import load_weights, sgd_of
@@ -61,7 +63,9 @@ def spending(coordinator: Coordinator) -> Spending:
 
 
 def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> Guarantee:
-    """Write the run folder. Raises ClaimRefused when the accountants do not agree."""
+    """Write the run folder. Raises ClaimRefused when the accountants do not agree, ArtifactError when the folder is in use."""
+    if claim_of(coordinator, run_path) is not None:
+        raise ArtifactError(f"{run_path} holds this study already.")
     federation, spent = coordinator.federation, spending(coordinator)
     by_site = charged(coordinator)
     worst = max(by_site, key=lambda site: spent.by_site[site])
@@ -92,14 +96,32 @@ def write_outcome(coordinator: Coordinator, state: State, *, run_path: Path) -> 
     return guarantee
 
 
+def claim_of(coordinator: Coordinator, path: Path) -> Guarantee | None:
+    """What the run folder of this study claims; None when it is still to be made, or was half written by a process that died: what it holds
+    is computed again from the last checkpoint. Raises ArtifactError for a folder that holds anything else.
+    """
+    if not (path / "run.json").is_file():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ArtifactError(f"Expected {path} not to exist or to be empty. Name another --run.")
+        return None
+    run, other = RunFolder.open(path), f"{path} holds another run, or this study with other settings. Name another --run."
+    local = (path / "train" / "site").exists()  # a run of `dpsynth train`, which has secrets of its own
+    if run.config_text != dump_config(coordinator.federation.config) or local:
+        raise ArtifactError(other)
+    if not run.is_complete("train"):
+        return None
+    found = load_federated_run(run)
+    if (found.study, found.plan_sha256) != (coordinator.federation.study, coordinator.plan.digest):
+        raise ArtifactError(other)
+    return read_claim(run)
+
+
 def _begun(path: Path, *, config_text: str) -> RunFolder:
-    """The run folder, new, or half written by a process that died: what it holds is computed again from the last checkpoint."""
+    """The run folder, new or made anew, of which `claim_of` said that nobody loses anything."""
     if (path / "run.json").is_file():
         run = RunFolder.open(path)
-        local = (path / "train" / "site").exists()  # a run of `dpsynth train`, which has secrets of its own
-        if run.config_text == config_text and not run.is_complete("train") and not local:
-            run.reset("train")
-            return run
+        run.reset("train")
+        return run
     return RunFolder.create(path, config_text=config_text)
 
 

@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Sequence
 from datetime import datetime, time
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpsynth.config import (
+    CheckName,
     Config,
     DataConfig,
     DiffusionConfig,
@@ -34,7 +36,6 @@ from dpsynth.data.fingerprint import open_ledger
 from dpsynth.errors import ConfigError, LedgerError
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import Progress
-from dpsynth.release.statement import Check
 from dpsynth.signing import load_public
 from federated.journal import Journal
 from federated.messages import Code, Digest, Name, Plan
@@ -100,7 +101,7 @@ class SitePolicy(_Settings):
         GateConfig(),
         description="By which candidates of a study are approved, as `gate` in a configuration of dpsynth ([config.md](config.md)).",
     )
-    public_checks: tuple[Check, ...] = Field(
+    public_checks: tuple[CheckName, ...] = Field(
         (),
         description="Checks whose outcome, one word, stands in the signed statement; by default approved or refused is all that leaves.",
     )
@@ -119,8 +120,8 @@ class SitePolicy(_Settings):
             raise ValueError("study_epsilon is larger than epsilon")
         if problem := policy_problem(self.gate, self.data):
             raise ValueError(problem)
-        if "white_box" in self.gate.required:
-            raise ValueError("gate.required: white_box looks at weights, which no site of a federation holds. Leave it out")
+        if named := [name for name in ("gate.required", "public_checks") if "white_box" in attrgetter(name)(self)]:
+            raise ValueError(f"{named[0]}: white_box looks at weights, which no site of a federation holds. Leave it out")
         return self
 
     def coordinator_keys(self) -> tuple[Ed25519PublicKey, ...]:

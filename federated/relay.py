@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from io import BufferedRWPair
 from pathlib import Path
 
-from dpsynth.errors import DpsynthError
+from dpsynth.errors import DpsynthError, StorageError
 from federated.messages import Code, encode_refusal
 from federated.serve import LENGTH
 
@@ -69,7 +69,12 @@ class Relay:
         if self._listener is None:
             self.path.unlink(missing_ok=True)
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._listener.bind(str(self.path))
+            try:
+                self._listener.bind(str(self.path))
+            except OSError as error:
+                raise StorageError(
+                    f"Could not make the socket {self.path}: {error}. Its path must have fewer than 108 characters."
+                ) from error
             self.path.chmod(0o600)
             self._listener.listen(1)
             self._listener.settimeout(_STARTING_SECONDS)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from dpsynth.artifacts import write_json
 from dpsynth.model.moments import public_reference
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress, silent
@@ -16,7 +17,8 @@ from dpsynth.train.public import public_images
 from federated.coordinator import Coordinator, Event, Transport, quiet
 from federated.federation import Federation, plan_of
 from federated.messages import Arrays
-from federated.outcome import write_outcome
+from federated.outcome import claim_of, write_outcome
+from federated.progress_view import OUTCOME
 from federated.rounds import NET, Model
 
 
@@ -47,16 +49,32 @@ def coordinator_of(
     return Coordinator(federation=federation, plan=plan, model=model, private=private, transport=transport, folder=folder, report=report)
 
 
-def public_weights(federation: Federation, *, progress: Progress = silent) -> Arrays:
-    """The net's weights after pre-training on public images, with which the first round begins."""
-    images = public_images(federation.config, progress=progress)
-    reference = public_reference(images, low_frequencies=federation.config.moments.low_frequencies)
-    weights = pretrained_weights(federation.config, images, reference, progress=progress)
+def public_weights(federation: Federation, *, kept: Path | None = None, progress: Progress = silent) -> Arrays:
+    """The net's weights after pre-training on public images, with which the first round begins. kept: a folder from which they are taken
+    when equal settings were trained before.
+    """
+    config = federation.config
+    if config.pretrain.cache is None:
+        config = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"cache": kept})})
+    images = public_images(config, progress=progress)
+    reference = public_reference(images, low_frequencies=config.moments.low_frequencies)
+    weights = pretrained_weights(config, images, reference, progress=progress)
     return {NET + name: tensor.numpy() for name, tensor in weights.items()}
 
 
-def run_study(coordinator: Coordinator, *, run_path: Path, progress: Progress = silent) -> Guarantee:
-    """Pre-train, ask all rounds that are missing, and write the run folder. Raises QuorumLost, ClaimRefused and others."""
-    initial = public_weights(coordinator.federation, progress=progress)
-    state = coordinator.run(initial)
-    return write_outcome(coordinator, state, run_path=run_path)
+def run_study(
+    coordinator: Coordinator, *, run_path: Path, progress: Progress = silent, ready: Callable[[], None] = lambda: None
+) -> Guarantee:
+    """Ask all rounds that are missing and write the run folder; a finished one is read. What can be wrong is found before what takes long.
+
+    ready: called before anybody is asked, to raise what stands in the way. Raises QuorumLost, ClaimRefused and others.
+    """
+    coordinator.require_same()
+    guarantee = claim_of(coordinator, run_path)
+    if guarantee is None:
+        if not coordinator.asks_no_more:
+            ready()
+        state = coordinator.run(lambda: public_weights(coordinator.federation, kept=coordinator.folder / "pretrained", progress=progress))
+        guarantee = write_outcome(coordinator, state, run_path=run_path)
+    write_json(coordinator.folder / OUTCOME, {"run": str(run_path.resolve())})
+    return guarantee

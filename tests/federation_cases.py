@@ -217,8 +217,8 @@ def study(world: World, handlers: Mapping[str, Handler], folder: Path, **changes
     )  # fmt: skip
 
 
-def initial(world: World) -> dict[str, np.ndarray]:
-    return {name: array for name, array in world.bodies["train"].items() if name.startswith(NET)}
+def initial(world: World) -> Callable[[], dict[str, np.ndarray]]:
+    return lambda: {name: array for name, array in world.bodies["train"].items() if name.startswith(NET)}
 
 
 @pytest.fixture

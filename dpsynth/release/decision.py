@@ -19,7 +19,7 @@ from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.release.gate import Question
-from dpsynth.trained import load_trained
+from dpsynth.trained import load_trained, require_local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Case:
 def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str, str]) -> Case:
     """Read a run whose checks have finished. Raises ArtifactError or LedgerError when something is missing or was changed."""
     run = RunFolder.open(run_path)
+    require_local(run)
     run.require("check")
     config = parse_config(run.config_text, base=run.path)
     trained = load_trained(run, config.data, ledger_path=ledger_path)

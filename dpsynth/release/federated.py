@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from dpsynth.artifacts import RunFolder, read_json
+from dpsynth.artifacts import STAGES, RunFolder, read_json
 from dpsynth.checks.family import needed
 from dpsynth.config import Config, parse_config
 from dpsynth.data.candidates import Candidates, load_candidates, load_cell_rows
@@ -30,9 +30,15 @@ from dpsynth.trained import FEDERATION, is_federated, read_claim
 def load_federated_run(run: RunFolder) -> FederatedRun:
     """What the coordinator counted. Raises ArtifactError for a run of one site."""
     if not is_federated(run.path):
-        raise ArtifactError("This run was not trained by several hospitals. `dpsynth check`, `report` and `release` take it.")
+        raise ArtifactError(f"This run was not trained by several hospitals, so it goes on with `dpsynth`. Next: {_next_step(run)}")
     run.require("train")
     return federated_run(read_json(run.folder("train") / FEDERATION))
+
+
+def _next_step(run: RunFolder) -> str:
+    """Of a run of one site."""
+    missing = next((verb for verb in STAGES[1:] if not run.is_complete(verb)), None)
+    return f"dpsynth {missing} {run.path}" if missing else f"dpsynth release {run.path} OUT --key FILE"
 
 
 def required_checks(config: Config) -> tuple[str, ...]:

@@ -173,7 +173,7 @@ def deployed(programs: Path, patients: int, side: int, rounds: int) -> dict[str,
             turns = TakingTurns(relay=relay, local=None)
             coordinator = coordinator_of(federation, private=private, transport=turns, folder=study.folder / "work")
             turns.local = local_training(study, coordinator, study.folder)
-            coordinator.run(public_weights(federation))
+            coordinator.run(lambda: public_weights(federation))
             turns.finished()
     ratios = [own / local for own, local in zip(turns.rounds, turns.trained, strict=True)]
     return {

@@ -69,7 +69,7 @@ def test_a_poisoned_update_is_left_out(empty: World, tmp_path: Path, lie: str) -
     liar = lying(empty, TRAINING_LIES[lie], kind="train")
     coordinator = study(empty, {**honest, "c": liar}, tmp_path / "with")
     state = coordinator.run(initial(empty))
-    for name in initial(empty):
+    for name in initial(empty)():
         np.testing.assert_array_equal(state.arrays[name], without.arrays[name])
     events = (tmp_path / "with" / "events.jsonl").read_text().splitlines()
     assert sum('"unusable"' in event and '"site": "c"' in event for event in events) == 2

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from federation_cases import Handler, Hospital, World, initial, study
 
 from dpsynth.errors import ArtifactError, ConfigError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd, merged
+from dpsynth.train import pretrain
 from federated.combine import (
     averaged,
     combined_weights,
@@ -20,11 +21,13 @@ from federated.combine import (
     odd_sites,
     update_norm,
 )
-from federated.coordinator import EMA, QuorumLost
+from federated.coordinator import EMA, QuorumLost, require_quorum_online
 from federated.federation import load_federation
 from federated.messages import Code, Refused, decode_request, encode_refusal
 from federated.outcome import charged, spending
+from federated.progress_view import describe, progress_of
 from federated.rounds import NET
+from federated.simulate import public_weights, run_study
 
 ALL = list(range(6))  # four queries of the moments, two rounds of training
 
@@ -102,15 +105,19 @@ def test_a_coordinator_that_was_killed_asks_the_same_bytes_again(empty: World, t
 def test_a_round_is_counted_before_its_question_leaves(empty: World, tmp_path: Path) -> None:
     """A coordinator that dies while it waits knows afterwards what may have been released."""
     sites: dict[str, Handler] = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
-    honest, counted = sites["a"], []
+    honest, counted, waited = sites["a"], [], []
 
     def looking(raw: bytes) -> bytes:
-        if (tmp_path / "study" / "sites.json").is_file():  # after the join
-            counted.append(json.loads((tmp_path / "study" / "sites.json").read_text())["asked"].get("a"))
+        shown = progress_of(tmp_path / "study")
+        waited.append((shown["waits_for"]["round"], shown["waits_for"]["sites"]))
+        counted.append(shown["sites"]["a"]["rounds_that_may_be_released"])
+        assert "answers are waited for until" in describe(shown)[1]
         return honest(raw)
 
     study(empty, {**sites, "a": looking}, tmp_path / "study").run(initial(empty))
-    assert counted == [ALL[: number + 1] for number in ALL]
+    assert counted == [[], *(ALL[: number + 1] for number in ALL)]
+    assert waited == [(number, ["a", "b", "c"]) for number in (0, *ALL)]
+    assert progress_of(tmp_path / "study")["waits_for"] is None
 
 
 def test_a_silent_site_is_asked_again_and_the_round_goes_on_with_the_quorum(empty: World, tmp_path: Path) -> None:
@@ -145,6 +152,9 @@ def test_a_site_that_leaves_is_not_counted_for_the_rounds_that_it_refused(empty:
 
     coordinator = study(empty, {**sites, "c": closed_in_round_4}, tmp_path / "study")
     coordinator.run(initial(empty))
+    last = progress_of(tmp_path / "study")["sites"]["c"]
+    assert (last["last"]["outcome"], last["last_refusal"]["round"]) == ("ok", 4)
+    assert last["last_refusal"]["reason"].startswith("hours: ")
     assert coordinator.asked == {"a": ALL, "b": ALL, "c": [0, 1, 2, 3, 5]}
     assert spending(coordinator).by_site["c"] < spending(coordinator).by_site["a"]
 
@@ -240,6 +250,76 @@ def test_a_study_whose_count_is_lost_does_not_go_on(empty: World, tmp_path: Path
         study(empty, sites, tmp_path / "study").run(initial(empty))
 
 
+@pytest.fixture
+def pretrainings(empty: World, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows by one with each pre-training. The second accountant, which takes seconds, is the first one."""
+    done: list[object] = []
+    monkeypatch.setattr("federated.simulate.public_weights", lambda federation, **_: done.append(federation) or initial(empty)())
+    monkeypatch.setattr("federated.outcome.prv_epsilon", epsilon_pld)
+    return done
+
+
+def test_what_can_be_wrong_is_said_before_anybody_is_asked_and_before_what_takes_long(
+    empty: World, tmp_path: Path, pretrainings: list[object]
+) -> None:
+    sites = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+
+    def refused(error: type[Exception], words: str, *, run: str = "run", **changes: object) -> None:
+        with pytest.raises(error, match=words):
+            run_study(study(empty, {**sites}, tmp_path / "study", **changes), run_path=tmp_path / run, ready=lambda: absent(["a"]))
+
+    def absent(online: list[str]) -> None:
+        require_quorum_online(empty.federation, online)
+
+    refused(QuorumLost, "Not connected: b, c; 2 of 3 sites are needed")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("ten years of work")
+    refused(ArtifactError, "Name another --run", run="used")
+    silent = dict.fromkeys("abc", lambda _: encode_refusal(Code.UNREACHABLE))
+    with pytest.raises(QuorumLost, match="unreachable"):
+        run_study(study(empty, silent, tmp_path / "study"), run_path=tmp_path / "run")
+    other = study(empty, {**sites}, tmp_path / "study")
+    other.plan = empty.changed(learning_rate=0.002)
+    with pytest.raises(ArtifactError, match=r"learning_rate was 0\.001, is 0\.002"):
+        run_study(other, run_path=tmp_path / "run")
+    other = study(empty, {**sites}, tmp_path / "study")
+    other.private = Ed25519PrivateKey.generate()
+    with pytest.raises(ArtifactError, match="began with another signing key"):
+        run_study(other, run_path=tmp_path / "run")
+    assert not pretrainings
+    assert not any(site.frames for site in sites.values())
+
+
+def test_a_finished_study_is_read_again_and_asks_nobody(empty: World, tmp_path: Path, pretrainings: list[object]) -> None:
+    sites = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
+    first = run_study(study(empty, {**sites}, tmp_path / "study"), run_path=tmp_path / "run")
+    asked = len(sites["a"].frames)
+    for run in ("run", "another"):
+        again = run_study(
+            study(empty, {**sites}, tmp_path / "study"), run_path=tmp_path / run, ready=lambda: pytest.fail("nobody is asked")
+        )
+        assert again == first
+    assert [len(pretrainings), len(sites["a"].frames)] == [1, asked]
+    assert describe(progress_of(tmp_path / "study"))[1].endswith(f"Next: dpsynth generate {tmp_path / 'another'}")
+    other = study(empty, {**sites}, tmp_path / "second", study="second")
+    with pytest.raises(ArtifactError, match="holds another run"):
+        run_study(other, run_path=tmp_path / "run")
+
+
+def test_what_was_pretrained_is_kept_until_its_settings_change(empty: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, train = [], pretrain._train
+    monkeypatch.setattr(pretrain, "_train", lambda *given, **named: trained.append(1) or train(*given, **named))
+    config = empty.federation.config
+    longer = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"steps": 3})})
+    made = [
+        public_weights(empty.federation.model_copy(update={"config": settings}), kept=tmp_path / "kept")
+        for settings in (config, config, longer)
+    ]
+    assert len(trained) == 2
+    for name, array in made[0].items():
+        np.testing.assert_array_equal(array, made[1][name])
+
+
 def test_both_bounds_over_sites_are_those_of_their_mechanisms(empty: World, tmp_path: Path) -> None:
     coordinator = study(empty, {name: Hospital(empty, seed) for seed, name in enumerate("abc")}, tmp_path / "study")
     coordinator.run(initial(empty))
@@ -265,6 +345,7 @@ def _queries(world: World) -> tuple[object, ...]:
         ("quorum: 4", "quorum is larger"),
         ("quorum: 2\nweights: {a: 1}", "declared for all sites"),
         ("quorum: 2\nrouns: 3", "rouns: unknown setting"),
+        ("quorum: 2\nleft_out: [d]", "left_out names d, which is none of the sites: a, b, c"),
         ("quorum: 2\nconfig: {method: moments}", "config.method must be diffusion"),
         ("quorum: 2\nconfig: {votes: {share: 0.1}}", "without votes"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -15,8 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from joint_release_cases import SITES, Joint
 
 from dpsynth.artifacts import held
+from dpsynth.signing import generate_key
 from federated import coordinator_cli
 from federated.certs import SERVER_CERTIFICATE, SERVER_KEY, fingerprint, make_ca, make_node_key, make_server_certificate
 from federated.launch import Coordination, Flower
@@ -237,3 +240,54 @@ def test_programs_end_with_the_process_that_was_killed(tmp_path: Path) -> None:
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":  # whoever is to reap it may not
         assert time.monotonic() < end, "it lives on"
         time.sleep(0.05)
+
+
+def test_candidates_and_release_are_made_in_the_folder_that_ran_the_study(call: Call, joint: Joint) -> None:
+    os.chdir(joint.folder)
+    words = [("candidates", "run", "--out", "new.zip"), ("release", "study.yaml", "run", "out", *approvals())]
+    for name in ("fed", "other"):
+        shutil.copytree("keys", Path(name, "coordinator"))
+    shutil.copytree("study", "fed/studies/joint")
+    for arguments in words:
+        code, _, said = call(*arguments, "--folder", "other")
+        assert (code, "other did not run the study joint of run. Name the --folder that `run` was given." in said) == (2, True)
+    shutil.move("fed/coordinator", "kept")
+    generate_key(Path("fed/coordinator"))
+    for arguments in words:
+        code, _, said = call(*arguments, "--folder", "fed")
+        assert (code, "ran under another key" in said) == (2, True)
+    assert not Path("new.zip").exists()
+    assert not Path("out").exists()
+    shutil.rmtree("fed/coordinator")
+    shutil.move("kept", "fed/coordinator")
+    assert call("candidates", "run", "--out", "new.zip", "--folder", "fed")[0] == 0
+
+
+def approvals() -> list[str]:
+    return [word for site in SITES for word in ("--approval", f"{site}.dsse.json")]
+
+
+def test_run_names_what_is_missing_and_says_of_a_finished_study_what_comes_next(call: Call, joint: Joint, programs: Path) -> None:
+    os.chdir(joint.folder)
+    arguments = ("run", "study.yaml", "--folder", "fed", "--run", "run")
+    shutil.copytree("keys", "fed/coordinator")
+    code, _, said = call(*arguments)
+    assert (code, "north is not approved. Run: dpsynth-federation approve-site fed north KEY" in said) == (2, True)
+    Path("fed/nodes.json").write_text('{"north": {"node": 1, "key": "a"}, "south": {"node": 2, "key": "b"}}')
+    Path("fed/home").mkdir()
+    Path("fed/home/config.toml").write_text("")
+    code, _, said = call(*arguments[:-1], "new")
+    assert (code, "Not connected: north, south; 2 of 2 sites are needed" in said) == (1, True), said
+    shutil.rmtree("fed/studies")
+    shutil.copytree("study", "fed/studies/joint")
+    with held(Path("fed/studies/joint"), busy=""):
+        code, _, said = call(*arguments)
+    assert (code, "Another `run` of joint is under way" in said) == (2, True)
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "joint is finished: run." in out
+    assert "Next: dpsynth-federation candidates run --folder fed --out FILE" in out
+    code, out, _ = call("status", "fed", "joint")
+    assert (code, "finished" in out) == (0, True)
+    code, _, said = call("status", "fed", "jiont")
+    assert (code, "found joint in fed/studies" in said) == (2, True)

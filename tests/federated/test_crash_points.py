@@ -139,7 +139,7 @@ def test_a_coordinator_that_dies_while_it_writes_the_run_writes_it_again_and_tak
         assert (path / "train" / "weights.safetensors").read_bytes() == whole
     (path / "train" / "stage.json").unlink()
     (path / "train" / "site").mkdir()
-    with pytest.raises(ArtifactError, match="not to exist or to be empty"):
+    with pytest.raises(ArtifactError, match="holds another run"):
         write_outcome(coordinator, state, run_path=path)
 
 

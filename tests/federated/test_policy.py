@@ -29,6 +29,8 @@ from federated.policy import OpeningHours, load_policy
         ({"hours": [{"start": "25:00"}]}, "hours"),
         ({"gate": {"required": ["fairness"]}}, "gate.required: fairness compares the values of data.attributes"),
         ({"gate": {"required": ["white_box"]}}, "gate.required: white_box looks at weights"),
+        ({"public_checks": ["copyin"]}, r"public_checks\.0: .*'copying'.*\(found 'copyin'\)"),
+        ({"public_checks": ["white_box"]}, "public_checks: white_box looks at weights"),
     ],
 )
 def test_a_wrong_policy_is_refused_by_the_name_of_its_key(world: World, changes: dict[str, object], words: str) -> None:

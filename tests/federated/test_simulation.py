@@ -21,9 +21,11 @@ from dpsynth.model.moment_release import count_stddev
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.progress import silent
+from dpsynth.release.run import refuse, report
 from federated.federation import Federation, load_federation
 from federated.messages import FIRST_TRAINING, Plan
 from federated.price import describe, price_of
+from federated.progress_view import progress_of
 from federated.proofs import proofs_of
 from federated.simulate import InProcess, coordinator_of, run_study
 
@@ -51,8 +53,18 @@ def test_three_sites_train_a_generator_together(new_world: Callable[..., object]
     assert noise == pytest.approx([of_one * 3**0.5]), "small cells are named by the noise of all three sites"
     counted = replace(generator, gains=None).with_released_detail(world.federation.config.generate, progress=silent)
     np.testing.assert_array_equal(generator.gains, counted.gains)
-    with pytest.raises(ArtifactError, match="do not take such a run"):
-        check(tmp_path / "run", ledger_path=None, progress=silent)
+    for verb in (
+        lambda run: check(run, ledger_path=None, progress=silent),
+        lambda run: report(run, ledger_path=None),
+        lambda run: refuse(run, ledger_path=None, who="W", why="w"),
+    ):
+        with pytest.raises(ArtifactError, match=r"do not take such a run\. Next: dpsynth-federation candidates"):
+            verb(tmp_path / "run")
+    shown = progress_of(tmp_path / "study")
+    assert (shown["finished"], shown["run"], shown["waits_for"]) == (True, str(tmp_path / "run"), None)
+    for site in shown["sites"].values():
+        assert site["study_epsilon"] == pytest.approx(guarantee.epsilon, rel=1e-6)
+        assert site["ledger_epsilon"] == pytest.approx(guarantee.epsilon, rel=1e-6)
 
 
 def test_a_study_that_can_afford_no_training_spends_everything_on_the_moments(new_world: Callable[..., object], tmp_path: Path) -> None:
