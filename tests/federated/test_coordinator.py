@@ -281,7 +281,7 @@ def test_what_can_be_wrong_is_said_before_anybody_is_asked_and_before_what_takes
     other = study(empty, {**sites}, tmp_path / "study")
     other.plan = empty.changed(learning_rate=0.002)
     with pytest.raises(ArtifactError, match=r"learning_rate was 0\.001, is 0\.002"):
-        run_study(other, run_path=tmp_path / "run")
+        run_study(other, run_path=tmp_path / "run", ready=lambda: pytest.fail("it is too late"))
     other = study(empty, {**sites}, tmp_path / "study")
     other.private = Ed25519PrivateKey.generate()
     with pytest.raises(ArtifactError, match="began with another signing key"):

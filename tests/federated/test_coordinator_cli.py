@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -202,6 +203,7 @@ def test_a_site_is_approved_once_and_its_new_key_takes_the_place_of_the_old(call
     code, out, _ = call("approve-site", "fed", "north", "third/node.pub")
     assert code == 0
     assert f"no longer let in: {fingerprint(Path('node/node.pub'))}" in out
+    assert json.loads((programs / "state.json").read_text())[Path("node/node.pub").read_text()] < 0, "the old node is still let in"
     coordination = Coordination(fed, Flower(programs))
     assert coordination.nodes() == {"north": 3, "south": 2}
     assert sorted(coordination.online()) == ["north", "south"]
