@@ -293,3 +293,20 @@ def test_run_names_what_is_missing_and_says_of_a_finished_study_what_comes_next(
     assert (code, "finished" in out) == (0, True)
     code, _, said = call("status", "fed", "jiont")
     assert (code, "found joint in fed/studies" in said) == (2, True)
+
+
+def test_a_demonstration_that_is_stopped_does_not_promise_to_go_on(
+    call: Call, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("federated.demonstration.Demonstration.write", stopped)
+    code, _, said = call("demo", "demo")
+    assert (code, said) == (130, "dpsynth-federation: Stopped. A demonstration is not resumed: remove demo, or name another folder.\n")
+
+
+def test_flower_is_started_with_a_home_of_its_own(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service may have none, or one that it cannot write."""
+    monkeypatch.delenv("HOME", raising=False)
+    assert Flower(programs).environment(tmp_path)["HOME"] == str(tmp_path)
