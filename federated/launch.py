@@ -95,7 +95,7 @@ def dialled(superlink: str, *, ca: Path, key: Path) -> str:
     """Why the coordinator does not answer yet, for which a node waits; empty when it does. Raises ConfigError or SignatureError for what
     no waiting mends.
     """
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})", superlink)
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})", superlink)
     if found is None or not 0 < int(found[2]) < 1 << 16:
         raise ConfigError(f"--superlink: expected HOST:PORT, as in fed.example.org:8000, found {superlink!r}.")
     load_certificate(ca, advice="Name the ca.crt that the coordinator sent.")

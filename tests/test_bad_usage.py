@@ -17,6 +17,7 @@ from dpsynth import cli
 from dpsynth.config import Config, dump_config, parse_config
 from dpsynth.data.raster import write_png
 from dpsynth.errors import ConfigError
+from dpsynth.signing import key_id, load_public
 
 RASTER = "data: {format: raster, path: xrays, name: clinic, classes: [normal, lesion], declared_patients: 500}\n"
 
@@ -250,7 +251,9 @@ def test_a_reader_of_text_that_is_not_installed_is_known_before_anything_is_char
 
 
 def test_a_private_key_in_place_of_a_public_one_is_named(call: Callable[..., Result], tmp_path: Path) -> None:
-    assert call("key", "keys").code == 0
+    made = call("key", "keys")
+    assert made.code == 0
+    assert key_id(load_public(tmp_path / "keys" / "signing.pub")) in made.out, "people compare it by telephone"
     call("verify", "nofolder", "--key", "keys/signing.key").refused("public Ed25519 key", "keys/signing.key", "found a private key")
     call("release", "norun", "out", "--key", "keys/signing.pub").refused("keys/signing.pub", "found a public key")
 
