@@ -275,7 +275,7 @@ def _print_fingerprints(files: list[Path]) -> None:
 
 def _warn_of(away: list[str]) -> None:
     if away:
-        print(f"Warning: not connected: {', '.join(away)}. The others are enough; it is asked all the same.", file=sys.stderr, flush=True)
+        print(f"Warning: not connected: {', '.join(away)}. The others are enough; all are asked all the same.", file=sys.stderr, flush=True)
 
 
 def _print_event(event: object) -> None:
