@@ -278,7 +278,7 @@ class Ledger:
         with self._locked():
             lines = self._recovered()
             if _data_line(lines).number != data_line:
-                raise LedgerError("The data were changed while they were read. Start again.")
+                raise LedgerError("The data changed after they were read. Start again.")
             self._require_affordable(lines, mechanisms)
             reservation = secrets.token_hex(8)
             fields = {

@@ -174,7 +174,7 @@ def test_data_that_changed_keep_all_charges_and_end_what_was_booked_before(ledge
         ledger.resume(reservation, (SMALL,), config_sha256="c")
     with pytest.raises(LedgerError, match="before the data changed in line 3"):
         ledger.record_gate_attempt("1")
-    with pytest.raises(LedgerError, match="changed while they were read"):
+    with pytest.raises(LedgerError, match="changed after they were read"):
         ledger.reserve((SMALL,), purpose="train", run_id="2", data_line=line)
     ledger.settle(reservation, mechanisms=(SMALL,))
     ledger.reserve((SMALL,), purpose="train", run_id="2", data_line=ledger.data_line)
