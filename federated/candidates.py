@@ -33,7 +33,7 @@ from dpsynth.release.federated import load_federated_run, required_checks
 from dpsynth.release.statement import Check, plan_digest
 from dpsynth.signing import STATEMENT_TYPE, key_id, load_private, sign_statement, verify_envelope
 from federated.messages import Digest, Name
-from federated.progress_view import STUDY_FILE
+from federated.study_folder import STUDY_FILE
 
 PREDICATE = "urn:dpsynth:candidates:v1"
 _HEADER, _MOMENTS = "header.dsse.json", "moments.npz"

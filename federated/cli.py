@@ -1,4 +1,4 @@
-"""The hospital's command: `dpsynth-site init | doctor | serve | ledger | check | approve | refuse`. Errors are one line."""
+"""The hospital's command, `dpsynth-site`: from `init` to the officer's `sign`. Errors are one line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import logging
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpsynth.cli import CHANGED_BECAUSE, Format, OutputFormat, new_app, parse_because, parse_reviews, progress_bars, run_app
 from dpsynth.errors import RefusedError
+
+if TYPE_CHECKING:
+    from dpsynth.release.statement import SiteStatement
 
 app = new_app(
     "dpsynth-site",
@@ -21,8 +24,11 @@ PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="The site's p
 CandidatesFile = Annotated[
     Path, typer.Argument(metavar="CANDIDATES", help="What the coordinator sent, as `dpsynth-federation candidates` writes it.")
 ]
-KeyOption = Annotated[Path, typer.Option("--key", metavar="FILE", help="The site's private signing key; `dpsynth key FOLDER` makes one.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the signed statement, for the coordinator.")]
+KeyOption = Annotated[
+    Path | None,
+    typer.Option("--key", metavar="FILE", help="The site's private signing key; without it `dpsynth-site sign` signs, on another machine."),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the statement.")]
 
 
 @app.callback()
@@ -140,8 +146,8 @@ def check(policy: PolicyFile, candidates: CandidatesFile) -> None:
 def approve(
     policy: PolicyFile,
     candidates: CandidatesFile,
-    key: KeyOption,
     out: OutOption,
+    key: KeyOption = None,
     accept: Annotated[
         list[str] | None, typer.Option("--accept", metavar="CHECK=WHO: WHY", help="Accept a flag of a check after looking; stays here.")
     ] = None,
@@ -149,30 +155,55 @@ def approve(
     """Sign that this site approves checked candidates, if its gate allows it. The statement says no more than docs/site.md lists."""
     from federated.policy import load_policy
     from federated.site import Guard
-    from federated.site_approval import approve as sign
+    from federated.site_approval import approve as decide
 
-    sign(Guard.open(load_policy(policy)), candidates, key_path=key, out=out, reviews=parse_reviews(accept or []))
-    print(f"Approved: {out}. Send it to the coordinator.")
+    _print_statement(decide(Guard.open(load_policy(policy)), candidates, key_path=key, out=out, reviews=parse_reviews(accept or [])))
+    print(f"Approved: {out}. {_next(key)}")
 
 
 @app.command()
 def refuse(
     policy: PolicyFile,
     candidates: CandidatesFile,
-    key: KeyOption,
     out: OutOption,
     because: Annotated[str, typer.Option("--because", metavar="WHO: WHY", help="Who looked, and why; stays in the ledger.")],
+    key: KeyOption = None,
 ) -> None:
     """Sign that this site refuses checked candidates, and note it in the ledger: it can then never approve these images."""
     from federated.policy import load_policy
     from federated.site import Guard
-    from federated.site_approval import refuse as sign
+    from federated.site_approval import refuse as decide
 
     guard, (who, why) = Guard.open(load_policy(policy)), parse_because(because)
-    said = sign(guard, candidates, key_path=key, out=out, who=who, why=why)
-    print(f"Refused, and noted in the ledger: {out}. Send it to the coordinator.")
+    said = decide(guard, candidates, key_path=key, out=out, who=who, why=why)
+    _print_statement(said)
+    print(f"Refused, and noted in the ledger: {out}. {_next(key)}")
     if guard.ledger.decided(said.images_sha256, "released"):  # the refusal does not reach whoever has that approval
         print("Warning: these images were approved before, and whoever has that approval can still use it. Call the coordinator.")
+
+
+@app.command("sign")
+def sign_statement(
+    statement: Annotated[Path, typer.Argument(metavar="STATEMENT", help="What `approve` or `refuse` wrote without a key.")],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="The site's private signing key; `dpsynth key FOLDER` makes one.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the signed statement, for the coordinator.")],
+) -> None:
+    """On the officer's machine: print what a statement says, and sign it. Needs neither policy nor data."""
+    from federated.officer import sign
+
+    _print_statement(sign(statement, key_path=key, out=out))
+    print(f"Signed: {out}. Send it to the coordinator.")
+
+
+def _print_statement(statement: SiteStatement) -> None:
+    from federated.officer import describe
+
+    for line in describe(statement):
+        print(line)
+
+
+def _next(key: Path | None) -> str:
+    return "Send it to the coordinator." if key else "The officer reads it and signs it: dpsynth-site sign STATEMENT --key FILE --out FILE"
 
 
 def main() -> None:

@@ -35,7 +35,6 @@ from federated.combine import (
     update_norm,
 )
 from federated.federation import Federation
-from federated.lines import append_line
 from federated.messages import (
     FIRST_TRAINING,
     REASONS,
@@ -52,8 +51,8 @@ from federated.messages import (
     require_arrays,
     signed_digest,
 )
-from federated.progress_view import EVENTS, KNOWN, QUESTION, STUDY_FILE
 from federated.rounds import SUMS, TOLD, Model, moments_arrays, told_arrays
+from federated.study_folder import EVENTS, KNOWN, QUESTION, STUDY_FILE, append_line
 
 EMA, COUNTS = "ema.", "counts."
 _LARGEST_REPLY_BYTES = 1 << 30

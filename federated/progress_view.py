@@ -12,11 +12,8 @@ from dpsynth.artifacts import read_json
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import from_json
-from federated.lines import read_lines
 from federated.messages import FIRST_TRAINING
-
-# Files of a study's folder: what it began with, what its sites said, every answer, the question that is out, where it ended.
-STUDY_FILE, KNOWN, EVENTS, QUESTION, OUTCOME = "study.json", "sites.json", "events.jsonl", "question.json", "outcome.json"
+from federated.study_folder import EVENTS, KNOWN, OUTCOME, QUESTION, STUDY_FILE, read_lines
 
 
 def progress_of(folder: Path) -> dict[str, Any]:

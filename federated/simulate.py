@@ -18,8 +18,8 @@ from federated.coordinator import Coordinator, Event, Transport, quiet
 from federated.federation import Federation, plan_of
 from federated.messages import Arrays
 from federated.outcome import claim_of, write_outcome
-from federated.progress_view import OUTCOME
 from federated.rounds import NET, Model
+from federated.study_folder import OUTCOME
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ from federated.site import Guard
 from federated.site_checks import Joined, joined, question_of
 
 
-def approve(guard: Guard, path: Path, *, key_path: Path, out: Path, reviews: Mapping[str, str]) -> SiteStatement:
-    """Ask the site's gate and sign its yes. Raises GateRefused with every reason, UsageError for a review of what was not flagged."""
+def approve(guard: Guard, path: Path, *, key_path: Path | None, out: Path, reviews: Mapping[str, str]) -> SiteStatement:
+    """Ask the site's gate and sign its yes; without a key, write it for the officer to sign. Raises GateRefused with every reason,
+    UsageError for a review of what was not flagged.
+    """
     work = joined(guard, path)
     question = question_of(guard, work, reviews=reviews)
     flagged = {verdict.check for verdict in question.verdicts if verdict.outcome is Outcome.FLAG}
@@ -37,7 +39,7 @@ def approve(guard: Guard, path: Path, *, key_path: Path, out: Path, reviews: Map
     return _signed(guard, work, question, decision="approved", words=reviews, key_path=key_path, out=out)
 
 
-def refuse(guard: Guard, path: Path, *, key_path: Path, out: Path, who: str, why: str) -> SiteStatement:
+def refuse(guard: Guard, path: Path, *, key_path: Path | None, out: Path, who: str, why: str) -> SiteStatement:
     """Sign a refusal of candidates that were checked, whatever the checks found: for good, and with the reason in the ledger alone."""
     work = joined(guard, path)
     return _signed(guard, work, question_of(guard, work, reviews={}), decision="refused", words={who: why}, key_path=key_path, out=out)
@@ -50,10 +52,10 @@ def _signed(
     *,
     decision: Literal["approved", "refused"],
     words: Mapping[str, str],
-    key_path: Path,
+    key_path: Path | None,
     out: Path,
 ) -> SiteStatement:
-    private = load_private(key_path)
+    private = None if key_path is None else load_private(key_path)
     require_new(out, kind="file")
     policy, header, delta = guard.policy, work.carried.header, question.guarantee.delta
     lines, head = guard.ledger.head()  # before this decision, so that its words cannot be tried against the digest
@@ -85,5 +87,5 @@ def _signed(
     noted: Decision = "released" if decision == "approved" else "refused"
     guard.ledger.record_decision(work.run_id, candidates_sha256=header.images_sha256, decision=noted, words=words)
     guard.note_ledger()
-    write_json(out, sign_site_statement(statement, private))
+    write_json(out, statement.model_dump(mode="json") if private is None else sign_site_statement(statement, private))
     return statement

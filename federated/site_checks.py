@@ -44,9 +44,9 @@ from federated.site import Guard, charges_of
 
 _FOLDER, _PAGE, _UNFINISHED = "check", "report.html", "unfinished"
 _ANSWERING = Answering(
-    command="dpsynth-site approve POLICY CANDIDATES --key KEY --out FILE",
+    command="dpsynth-site approve POLICY CANDIDATES --out FILE",
     words="Your name and words stay at the site, in its ledger.",
-    refusing="dpsynth-site refuse POLICY CANDIDATES --key KEY --out FILE --because 'NAME: WHY'",
+    refusing="dpsynth-site refuse POLICY CANDIDATES --out FILE --because 'NAME: WHY'",
 )
 
 

@@ -27,6 +27,7 @@ TORCH_FREE_MODULES = (
     "dpsynth.release.verify",
     "dpsynth.signing",
     "dpsynth.artifacts",
+    "federated.officer",
 )
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
 from dpsynth.progress import silent
+from dpsynth.release.statement import SiteStatement, open_site_statement
 from dpsynth.signing import generate_key, load_private, load_public, sign_statement, verify_envelope
 from federated.candidates import pack
+from federated.officer import describe, sign
 from federated.site_approval import approve, refuse
 from federated.site_checks import check_candidates
 
@@ -249,6 +252,52 @@ def test_a_gate_that_became_another_since_the_check_allows_nothing(joint: Joint)
     with_policy(joint, gate={"required": ["content"], "largest_membership_auc": 0.95})
     with pytest.raises(ArtifactError, match="gate is not the one that the checks ran under"):
         joint.approve("north", "again.dsse.json")
+
+
+@pytest.mark.parametrize("act", [approve, partial(refuse, who=WHO, why=WHY)], ids=["approve", "refuse"])
+def test_the_officer_signs_elsewhere_what_the_site_decided_without_the_key(joint: Joint, act: Callable[..., SiteStatement]) -> None:
+    """The key is never on the guard's machine; what comes out is what one step would have made."""
+    key, plain, out = joint.key("north").rename(joint.folder / "officer.key"), joint.folder / "north.json", joint.folder / "north.signed"
+    reviews = {} if isinstance(act, partial) else {"reviews": {}}
+    word = act(joint.guard("north"), joint.candidates, key_path=None, out=plain, **reviews)
+    assert ledger(joint).decisions()[-1]["decision"] == {"approved": "released", "refused": "refused"}[word.decision]
+    with pytest.raises(DpsynthError):
+        joint.release(approvals=[plain, joint.statement("south")])
+    shutil.rmtree(joint.folder / "north" / "state")
+    assert sign(plain, key_path=key, out=out) == word
+    assert open_site_statement(json.loads(out.read_text()), load_private(key).public_key()) == word
+    if word.decision == "approved":
+        assert joint.release(approvals=[out, joint.statement("south")]).is_dir()
+    else:
+        with pytest.raises(GateRefused, match="refused"):
+            joint.release(approvals=[out, joint.statement("south")])
+
+
+def test_what_the_officer_signs_is_all_printed_before(joint: Joint) -> None:
+    word = joint.approve("north", "again.dsse.json")
+    text = "\n".join(describe(word))
+    shown = [
+        word.site,
+        word.study,
+        word.decision,
+        word.images_sha256,
+        word.plan_sha256,
+        word.ledger_sha256,
+        f"attempt    {word.attempt} of",
+    ]
+    assert [
+        part for part in (*shown, f"{word.epsilons[0]:.4g} of this study", f"{word.epsilons[1]:.4g} of all runs") if part not in text
+    ] == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"site": "north"}', None])
+def test_the_officer_signs_nothing_but_a_statement(joint: Joint, content: str | None) -> None:
+    path = joint.folder / "north.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ArtifactError):
+        sign(path, key_path=joint.key("north"), out=joint.folder / "signed")
+    assert not (joint.folder / "signed").exists()
 
 
 @pytest.mark.parametrize("act", [checked, lambda joint: joint.approve("north", "again.dsse.json"), refused])

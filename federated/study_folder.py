@@ -1,4 +1,4 @@
-"""A file of JSON lines that only grows. A process that died underway leaves half a line: the next one begins anew, readers skip it."""
+"""The files of a study's folder at the coordinator, and the one of them that only grows, line by line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 from dpsynth.artifacts import storage_errors
 
+# What the study began with, what its sites said, every answer, the question that is out, where it ended.
+STUDY_FILE, KNOWN, EVENTS, QUESTION, OUTCOME = "study.json", "sites.json", "events.jsonl", "question.json", "outcome.json"
+
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Add one line. Raises StorageError."""
+    """Add one line. A process that died underway leaves half a line: the next one begins anew, readers skip it. Raises StorageError."""
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
