@@ -58,7 +58,7 @@ def _gaussian(noise: float, probability: float, interval: float) -> PrivacyLossD
 
 def epsilon_pld(mechanisms: Sequence[Mechanism], delta: float, *, interval: float = FINE) -> float:
     """Smallest epsilon at `delta` by privacy loss distributions: 0 for nothing, infinity for anything non-private."""
-    return _epsilon_pld(tuple(mechanisms), delta, interval)
+    return _epsilon_pld(merged(mechanisms), delta, interval)  # so that rounds of one mechanism are asked for once, however they are cut
 
 
 @lru_cache(maxsize=256)
