@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -335,14 +335,22 @@ def ledger_show(
         print(json.dumps(summary, indent=2, sort_keys=True))
         return
     print(f"{summary['data_name']} ({summary['unit']}): budget epsilon {summary['epsilon']} at delta {summary['delta']:.3g}")
-    for row in summary["charges"]:
-        print(f"line {row['line']:>4}  {row['time']}  {row['state']:<9} epsilon alone {_figure(row['epsilon'])}  {row['purpose']}")
-    for row in summary["data_changes"]:
-        print(f"line {row['line']:>4}  {row['time']}  the data changed; " + "; ".join(f"{who}: {why}" for who, why in row["words"].items()))
-    for row in summary["decisions"]:
-        words = "; ".join(f"{name}: {why}" for name, why in row["words"].items()) or "no flag was accepted"
-        print(f"{row['time']}  {row['decision']:<8}  images {row['candidates_sha256'][:16]} of run {row['run_id']}; {words}")
+    said = [(row, f"{row['state']:<9} epsilon alone {_figure(row['epsilon'])}  {row['purpose']}") for row in summary["charges"]]
+    said += [(row, f"{'changed':<9} the data; {_words(row)}") for row in summary["data_changes"]]
+    said += [
+        (
+            row,
+            f"{row['decision']:<9} images {row['candidates_sha256'][:16]} of run {row['run_id']}; {_words(row) or 'no flag was accepted'}",
+        )
+        for row in summary["decisions"]
+    ]
+    for row, text in sorted(said, key=lambda item: int(item[0]["line"])):
+        print(f"line {row['line']:>4}  {row['time']}  {text}")
     print(f"spent {_figure(summary['spent'])}, left {_figure(summary['left'])}, gate attempts {summary['gate_attempts']}")
+
+
+def _words(row: dict[str, Any]) -> str:
+    return "; ".join(f"{who}: {why}" for who, why in row["words"].items())
 
 
 @ledger_app.command("verify")

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpsynth import policy_needs
 from dpsynth.cells import FEWEST_PATIENTS
-from dpsynth.config import Config, packing, resolved
+from dpsynth.config import Config, GateConfig, packing, resolved
 from dpsynth.expectations import Expectation, Expectations, load_expectations
 from dpsynth.privacy.accountant import COARSE, epsilon_pld, epsilon_rdp, tpr_at_fpr
 from dpsynth.privacy.calibrate import plan_mechanisms, resolve_delta
@@ -73,7 +73,7 @@ def plan(config: Config) -> Plan:
     rates = tpr_at_fpr(mechanisms, fprs)
     sgd = next((m for m in mechanisms if isinstance(m, PoissonDpSgd)), None)
     table = load_expectations()
-    fewest = FEWEST_OF_GROUPS if "groups" in config.gate.required else FEWEST_CONTROL
+    fewest = fewest_control(config.gate)
     control = config.data.declared_patients * config.data.control_fraction
     per_cell = config.data.declared_patients * (1 - config.data.control_fraction) / len(config.data.cells)
     missing = policy_needs.missing(config.gate)
@@ -100,6 +100,11 @@ def plan(config: Config) -> Plan:
         missing=missing,
         warnings=tuple(_warnings(config, control=control, fewest=fewest, per_cell=per_cell, missing=missing)),
     )
+
+
+def fewest_control(gate: GateConfig) -> int:
+    """Control patients below which the checks that are required cannot decide."""
+    return FEWEST_OF_GROUPS if "groups" in gate.required else FEWEST_CONTROL
 
 
 def _warnings(config: Config, *, control: float, fewest: int, per_cell: float, missing: str) -> list[str]:

@@ -51,10 +51,11 @@ def init(
     from federated.site import Guard
 
     settings = load_policy(policy)
+    settings.coordinator_keys()  # what is wrong with them is said before the ledger is there
     if not settings.ledger.exists():
         with progress_bars() as progress:
             open_site_ledger(settings, max_gate_attempts=max_gate_attempts, progress=progress)
-    Guard.open(settings).note_ledger()
+    Guard.open(settings)
     print(f"Ledger: {settings.ledger}. Next: dpsynth-site doctor {policy}")
 
 
@@ -118,7 +119,6 @@ def data_changed(policy: PolicyFile, because: Annotated[str, typer.Option("--bec
     with progress_bars() as progress:
         guard = Guard.open(settings)
         change_data(settings.data, guard.ledger, who=who, why=why, progress=progress)
-    guard.note_ledger()
     print(f"Noted: {settings.ledger}. Next: dpsynth-site doctor {policy}, then start the guard again.")
 
 

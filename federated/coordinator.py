@@ -316,9 +316,13 @@ class Coordinator:
         if len(usable) < self.federation.quorum:
             why = "; ".join(f"{site}: {reason}" for site, reason in reasons.items())
             others = sum(reason.partition(":")[0] in _MAY_CHANGE for reason in reasons.values())
-            raise (QuorumLost if len(usable) + others >= self.federation.quorum else QuorumRefused)(
-                f"Round {number}: {len(usable)} usable answers, {self.federation.quorum} are needed. {why}. "
-                "Mend the cause and run the same command: it goes on from here, and no site charges a round twice."
+            found = f"Round {number}: {len(usable)} usable answers, {self.federation.quorum} are needed. {why}. "
+            if len(usable) + others >= self.federation.quorum:
+                more = "Mend the cause and run the same command: it goes on from here, and no site charges a round twice."
+                raise QuorumLost(found + more)
+            raise QuorumRefused(
+                found + "A site says the same however often it is asked. Ask it, begin a study with another plan, or go on without it: "
+                "left_out and quorum in the study's file may change at any time."
             )
 
     def _note(self, number: int, site: str, outcome: str, reason: str) -> None:

@@ -84,9 +84,10 @@ def node(
     """At a site, as another user than the guard's: run Flower's node with safe settings."""
     import os
 
-    from federated.launch import Flower, dialled
+    from federated.launch import Flower, dialled, require_free
 
     programs = Flower(flower)
+    require_free("127.0.0.1", port)
     if reason := dialled(superlink, ca=ca, key=key):
         print(f"{superlink} does not answer yet ({reason}); the node goes on trying.", file=sys.stderr, flush=True)
     home.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpsynth.errors import DpsynthError
+from dpsynth.plan import fewest_control
 from dpsynth.policy_needs import missing
 from dpsynth.progress import Progress
 from dpsynth.signing import key_id, load_public
@@ -42,11 +43,22 @@ def examine(policy_path: Path, *, progress: Progress) -> list[Diagnosis]:
         found.append(
             Diagnosis(question="ledger", state="ok", answer=f"sound; {spent:.3f} of {policy.epsilon:g} spent at delta {policy.delta:g}")
         )
+        found += [Diagnosis(question="patients", state="warning", answer=text) for text in _too_few(policy)]
         guard.images  # noqa: B018 (reads the data set and compares it with the ledger)
         found.append(Diagnosis(question="data", state="ok", answer="the data set of the ledger, and delta is small enough for it"))
     except DpsynthError as error:
         found.append(Diagnosis(question="ledger and data", state="error", answer=str(error)))
     return found
+
+
+def _too_few(policy: SitePolicy) -> list[str]:
+    fewest, control = fewest_control(policy.gate), policy.data.declared_patients * policy.data.control_fraction
+    if control >= fewest:
+        return []
+    return [
+        f"about {control:.0f} control patients; below {fewest} the checks cannot tell, so that no candidates could be approved here. "
+        "Bring more patients, raise data.control_fraction up to 0.5, or take part in no study"
+    ]
 
 
 def _coordinator(path: Path) -> Diagnosis:

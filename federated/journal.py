@@ -3,7 +3,7 @@
 The journal is for repeating answers and for going on after a crash. It is no record of what was spent: that is the ledger, and without a
 journal the guard refuses more, never less. All files are for their owner only.
 
-    STATE/ledger.json                         number of lines and digest of the last one that this guard saw in its ledger
+    STATE/ledger.json                         number and digest of the ledger's last line, as a command of the site or the guard saw it last
     STATE/studies/STUDY/study.json            plan's digest and coordinator's key id
     STATE/studies/STUDY/split.json            the coins: who is in the control set and in the audit pool, for all rounds of the study
     STATE/studies/STUDY/messages/ID/          request (digest), key (while the round is open), checkpoint.safetensors, proof.json, reply
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,18 @@ from typing import Any
 from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split, split_patients
+from dpsynth.errors import ConfigError, LedgerError
+from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from federated.messages import Code, Refused
 
+LOST = (
+    "Put back the ledger that knows most; a fresh or an older one would forget what the patients have lost. "
+    "docs/site.md says what to do when the ledger is lost."
+)
 _PROOF, _LEDGER = "proof.json", "ledger.json"
+_COINS = "split.json"
+_LARGEST_NUMBER_OF_REFUSED_STUDIES = 1000  # so that nobody can fill the disk with them either
 _LARGEST_NUMBER_OF_ANSWERS = 5000  # of a study; further refusals are given and forgotten, so that nobody can fill the disk with them
 
 
@@ -100,12 +107,19 @@ class Study:
         """The message of that id, known or not."""
         return Message(self.folder / "messages" / message_id)
 
-    def split(self, images: ImageSet, *, control_fraction: float) -> Split:
-        """Who is trained on: by the key and the control fraction of the first call, whatever the policy says since."""
-        path = self.folder / "split.json"
+    def split(self, images: ImageSet, *, control_fraction: float, settings: Mapping[str, Any]) -> Split:
+        """Who is trained on: by the key and the control fraction of the first call, whatever the policy says since.
+
+        settings: plain values, how the images are read and prepared. Raises ConfigError when they are not those of the first call: other
+        images would be trained on, or compared with what was trained on these.
+        """
+        path = self.folder / _COINS
         if not path.is_file():
-            write_json(path, {"key": fresh_key().hex(), "control_fraction": control_fraction}, private=True)
+            first = {"key": fresh_key().hex(), "control_fraction": control_fraction, "settings": dict(settings)}
+            write_json(path, first, private=True)
         known = read_json(path)
+        if changed := [name for name, value in settings.items() if known["settings"].get(name) != value]:
+            raise ConfigError(f"data.{changed[0]} is not what it was when the study began. Put it back in the policy.")
         return split_patients(images, control_fraction=float(known["control_fraction"]), key=bytes.fromhex(known["key"]))
 
     def is_full(self) -> bool:
@@ -127,21 +141,32 @@ class Journal:
 
     folder: Path
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Held by one answer at a time, in whatever process."""
+        return self._locked("lock")
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(self.folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
 
-    def note_ledger(self, head: tuple[int, str]) -> None:
-        """Remember a line of the ledger, so that an older copy, or another one, is known as such."""
-        write_json(self.folder / _LEDGER, {"line": head[0], "sha256": head[1]}, private=True)
+    def note_ledger(self, ledger: Ledger) -> None:
+        """Remember the ledger's last line, so that an older copy, or another one, is known as such. Raises LedgerError when this is one."""
+        with self._locked("ledger.lock"):
+            noted = self.ledger()
+            if noted is not None and not ledger.has_line(*noted):
+                raise LedgerError(
+                    f"{ledger.path} is not the ledger that this guard knows, or an older copy: it lacks line {noted[0]}. {LOST}"
+                )
+            head = ledger.head()
+            if head != noted and self.folder.stat().st_uid == os.geteuid():  # a file of another user could not be read by the guard
+                write_json(self.folder / _LEDGER, {"line": head[0], "sha256": head[1]}, private=True)
 
     def ledger(self) -> tuple[int, str] | None:
         """Number and digest of the line that was noted last; None when none was."""
@@ -156,6 +181,10 @@ class Journal:
         folder = self.folder / "studies"
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
+    def _begun(self) -> int:
+        """How many studies came as far as a charge. Others, which were refused, take none of the places that the policy has."""
+        return sum(1 for name in self.studies() if (self.folder / "studies" / name / _COINS).is_file())
+
     def known(self, name: str) -> tuple[Study, str, str] | None:
         """The study of that name with the plan's digest and the coordinator's key id; None when none began here."""
         folder = self.folder / "studies" / name
@@ -167,14 +196,14 @@ class Journal:
     def study(self, name: str, *, plan_sha256: str, key: str, booked: bool, limit: int) -> Study:
         """The study of that name, begun now when it is new. Its plan may change until a round was `booked`.
 
-        Raises Refused when another coordinator began it, when it was booked with another plan, or when there are `limit` studies already.
+        Raises Refused when another coordinator began it, when it was booked with another plan, or when `limit` studies were charged.
         """
         folder = self.folder / "studies" / name
         path, own = folder / "study.json", {"plan_sha256": plan_sha256, "coordinator": key}
         if not path.is_file():
             if booked:
                 raise Refused(Code.LOST)
-            if len(self.studies()) >= limit:
+            if self._begun() >= limit or len(self.studies()) >= limit + _LARGEST_NUMBER_OF_REFUSED_STUDIES:
                 raise Refused(Code.STUDIES)
             write_json(path, own, private=True)
         known = read_json(path)
@@ -190,7 +219,3 @@ class Journal:
         """Destroy the secrets of rounds whose answer is kept: a guard that was killed just then left them."""
         for reply in self.folder.glob("studies/*/messages/*/reply"):
             Message(reply.parent).forget()
-
-    def remove(self, name: str) -> None:
-        """Forget a study: its answers can then not be repeated, and its rounds not go on."""
-        shutil.rmtree(self.folder / "studies" / name, ignore_errors=True)

@@ -94,7 +94,7 @@ REASONS = {
     Code.BUDGET: "the budget of the site's data does not cover it",
     Code.STUDY_BUDGET: "the site's policy allows no study to spend so much",
     Code.ARRAYS: "arrays are missing, of another shape or type, not finite, or too large in value",
-    Code.LOST: "the round was charged and what is needed to go on with it is gone; its charge stays",
+    Code.LOST: "the site cannot go on with what it was charged for in this study; its charges stay",
     Code.FAILED: "the site failed; its own log says why",
     Code.UNREACHABLE: "the guard of the site does not answer",
     Code.CARRIER: "Flower lost the message: the site's node is not connected, or its app ended",

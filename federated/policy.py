@@ -37,7 +37,7 @@ from dpsynth.errors import ConfigError, LedgerError
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import Progress
 from dpsynth.signing import load_public
-from federated.journal import Journal
+from federated.journal import LOST, Journal
 from federated.messages import Code, Digest, Name, Plan
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -46,7 +46,6 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 Clock = Annotated[str, Field(pattern="^([01][0-9]|2[0-3]):[0-5][0-9]$")]
 End = Annotated[str, Field(pattern="^(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)$")]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
-LOST = "Put back the ledger that knows most; a fresh or an older one would forget what the patients have lost. docs/site.md: a lost ledger."
 _DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
@@ -105,7 +104,7 @@ class SitePolicy(_Settings):
         (),
         description="Checks whose outcome, one word, stands in the signed statement; by default approved or refused is all that leaves.",
     )
-    studies: Count = Field(20, description="Studies that the guard keeps; further ones are refused.")
+    studies: Count = Field(20, description="Studies that may come as far as a charge; further ones are refused.")
     reply_grid_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
         5.0,
         description="Answers leave at multiples of this time after the guard turned to the question, so that their time tells less; "
@@ -181,6 +180,11 @@ def data_config(policy: SitePolicy) -> Config:
     return Config(data=policy.data, privacy=PrivacyConfig(delta=policy.delta), gate=policy.gate, release=formats)
 
 
+def preparation(data: DataConfig) -> dict[str, Any]:
+    """Plain values: how images and labels are read and prepared, beside what the ledger's digest of the data covers."""
+    return data.model_dump(mode="json", exclude={"path", "name", "control_fraction", "exclusions", "phantom"})
+
+
 def open_site_ledger(policy: SitePolicy, *, max_gate_attempts: int, progress: Progress) -> Ledger:
     """Read the site's data once and open their ledger with the policy's budget. Raises what `open_ledger` raises, and LedgerError when the
     guard's state knows that there was one.
@@ -192,8 +196,8 @@ def open_site_ledger(policy: SitePolicy, *, max_gate_attempts: int, progress: Pr
 
 
 def site_ledger(policy: SitePolicy) -> Ledger:
-    """The site's ledger. Raises LedgerError when it is missing, or is not the one that the guard has seen, LedgerTampered when it does not
-    hold, ConfigError when the policy states another budget.
+    """The site's ledger, whose last line is noted, whoever wrote it. Raises LedgerError when it is missing, or is not the one that was seen
+    before, LedgerTampered when it does not hold, ConfigError when the policy states another budget.
     """
     noted = Journal(policy.state).ledger()
     if not policy.ledger.is_file():
@@ -201,13 +205,10 @@ def site_ledger(policy: SitePolicy) -> Ledger:
             raise LedgerError(f"There is no ledger at {policy.ledger}. {LOST}")
         raise LedgerError(f"There is no ledger at {policy.ledger}. `dpsynth-site init POLICY` reads the data and opens it.")
     ledger = Ledger.load(policy.ledger)
-    if noted is not None and not ledger.has_line(*noted):
-        raise LedgerError(
-            f"{policy.ledger} is not the ledger that this guard knows, or an older copy: line {noted[0]} is another one. {LOST}"
-        )
     for name, stated, booked in (("epsilon", policy.epsilon, ledger.budget_epsilon), ("delta", policy.delta, ledger.delta)):
         if stated != booked:
             raise ConfigError(f"{name}: the policy says {stated:g}, the ledger's first line {booked:g}. Correct the policy.")
+    Journal(policy.state).note_ledger(ledger)
     return ledger
 
 

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split
-from dpsynth.errors import BudgetExceeded, SelfCheckFailed
+from dpsynth.errors import BudgetExceeded, DpsynthError, SelfCheckFailed
 from dpsynth.model.moment_release import QUERIES
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Charge, Ledger
@@ -43,7 +43,7 @@ from federated.messages import (
     encode_refusal,
     encode_reply,
 )
-from federated.policy import SitePolicy, config_of, data_config, is_open, problem, site_ledger
+from federated.policy import SitePolicy, config_of, data_config, is_open, preparation, problem, site_ledger
 from federated.rounds import Model, Proof, model_of, moments_round, require_bound, sgd_of, train_round
 
 _LOG = logging.getLogger("dpsynth.site")
@@ -74,7 +74,7 @@ class Guard:
 
     def note_ledger(self) -> None:
         """Called after each line that must not be forgotten."""
-        self.journal.note_ledger(self.ledger.head())
+        self.journal.note_ledger(self.ledger)
 
     @property
     def images(self) -> ImageSet:
@@ -102,6 +102,9 @@ class Guard:
         except Refused as refused:
             _LOG.warning("refused: %s", refused)
             return encode_refusal(refused.code, request_sha256=digest)
+        except DpsynthError as error:
+            _LOG.error("failed; the coordinator is told no more than that: %s", error)
+            return encode_refusal(Code.FAILED, request_sha256=digest)
         except Exception:
             _LOG.exception("failed; the coordinator is told no more than that")
             return encode_refusal(Code.FAILED, request_sha256=digest)
@@ -153,12 +156,14 @@ class Guard:
         told = model.told(signed.arrays, QUERIES[request.round]) if request.kind == "moments" else None
         split = self._split(request.study, study)
         if charge is None:
-            charge = self._book(signed, study, message, self._mechanism(request, model), coins=split.commitment)
+            charge = self._book(signed, message, self._mechanism(request, model), coins=split.commitment)
         elif charge.settled or charge.config_sha256 != self._booked_digest(signed.digest) or message.key() is None:
             raise Refused(Code.LOST)
         else:
             coins = charge.coins_sha256
             self.ledger.resume(charge.reservation, charge.mechanisms, config_sha256=charge.config_sha256, coins_sha256=coins)
+        self.note_ledger()
+        study.forget_others(message)
         (mechanism,), stream = charge.mechanisms, message.stream()  # from here on, what the ledger booked and nothing else
 
         def record(found: Proof) -> None:
@@ -188,7 +193,7 @@ class Guard:
         (line, images), charges = self._read, self._charges(name)
         if any(charge.line < line for _, charge in charges):
             raise Refused(Code.LOST, "the data changed since the study began; it ends here")
-        split = study.split(images, control_fraction=self.policy.data.control_fraction)
+        split = study.split(images, control_fraction=self.policy.data.control_fraction, settings=preparation(self.policy.data))
         if any(charge.coins_sha256 != split.commitment for _, charge in charges):
             raise Refused(Code.LOST)
         return split
@@ -247,7 +252,7 @@ class Guard:
         require_bound(self._config_json(request), mechanism)
         return mechanism
 
-    def _book(self, signed: Signed, study: Study, message: Message, mechanism: Mechanism, *, coins: str) -> Charge:
+    def _book(self, signed: Signed, message: Message, mechanism: Mechanism, *, coins: str) -> Charge:
         """Charge the round in full, and note the patients' coins, before any image is used for it. Raises BudgetExceeded when a local run
         took the rest of the budget just now.
         """
@@ -261,8 +266,6 @@ class Guard:
             coins_sha256=coins,
             data_line=self._read[0],
         )
-        self.note_ledger()
-        study.forget_others(message)
         return self.ledger.charge(reservation)
 
     def _settle(self, request: Request) -> None:

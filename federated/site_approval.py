@@ -19,7 +19,7 @@ from dpsynth.privacy.ledger import Decision
 from dpsynth.privacy.mechanism import to_json
 from dpsynth.release.gate import Question, Refused, decide
 from dpsynth.release.statement import SiteStatement, plain, sign_site_statement, site_statement
-from dpsynth.signing import load_private
+from dpsynth.signing import key_id, load_private
 from federated.site import Guard
 from federated.site_checks import Joined, joined, question_of
 
@@ -28,7 +28,7 @@ def approve(guard: Guard, path: Path, *, key_path: Path | None, out: Path, revie
     """Ask the site's gate and sign its yes; without a key, write it for the officer to sign. Raises GateRefused with every reason,
     UsageError for a review of what was not flagged.
     """
-    work = joined(guard, path)
+    head, work = guard.ledger.head(), joined(guard, path)
     question = question_of(guard, work, reviews=reviews)
     flagged = {verdict.check for verdict in question.verdicts if verdict.outcome is Outcome.FLAG}
     if unknown := sorted(set(reviews) - flagged):
@@ -36,13 +36,14 @@ def approve(guard: Guard, path: Path, *, key_path: Path | None, out: Path, revie
     answer = decide(question)
     if isinstance(answer, Refused):
         raise GateRefused("Nothing was signed: " + "; ".join(answer.reasons) + ". `dpsynth-site refuse` signs a refusal.")
-    return _signed(guard, work, question, decision="approved", words=reviews, key_path=key_path, out=out)
+    return _signed(guard, work, question, head=head, decision="approved", words=reviews, key_path=key_path, out=out)
 
 
 def refuse(guard: Guard, path: Path, *, key_path: Path | None, out: Path, who: str, why: str) -> SiteStatement:
     """Sign a refusal of candidates that were checked, whatever the checks found: for good, and with the reason in the ledger alone."""
-    work = joined(guard, path)
-    return _signed(guard, work, question_of(guard, work, reviews={}), decision="refused", words={who: why}, key_path=key_path, out=out)
+    head, work = guard.ledger.head(), joined(guard, path)
+    question = question_of(guard, work, reviews={})
+    return _signed(guard, work, question, head=head, decision="refused", words={who: why}, key_path=key_path, out=out)
 
 
 def _signed(
@@ -50,15 +51,17 @@ def _signed(
     work: Joined,
     question: Question,
     *,
+    head: tuple[int, str],
     decision: Literal["approved", "refused"],
     words: Mapping[str, str],
     key_path: Path | None,
     out: Path,
 ) -> SiteStatement:
     private = None if key_path is None else load_private(key_path)
+    if private is not None and key_id(private.public_key()) in map(key_id, guard.coordinators):
+        raise UsageError(f"{key_path} is the key of a coordinator, not of this site. Name the officer's own.")
     require_new(out, kind="file")
     policy, header, delta = guard.policy, work.carried.header, question.guarantee.delta
-    lines, head = guard.ledger.head()  # before this decision, so that its words cannot be tried against the digest
     statement = site_statement(
         {
             "site": policy.site,
@@ -80,12 +83,12 @@ def _signed(
             "max_attempts": question.max_attempts,
             "required": list(question.required),
             "outcomes": {v.check: v.outcome.value for v in question.verdicts if v.check in policy.public_checks},
-            "ledger_lines": lines,
-            "ledger_sha256": head,
+            "ledger_lines": head[0],  # before this decision, so that its words cannot be tried against the digest
+            "ledger_sha256": head[1],
         }
     )
     noted: Decision = "released" if decision == "approved" else "refused"
-    guard.ledger.record_decision(work.run_id, candidates_sha256=header.images_sha256, decision=noted, words=words)
+    guard.ledger.record_decision(work.run_id, candidates_sha256=header.images_sha256, decision=noted, words=words, after=head)
     guard.note_ledger()
     write_json(out, statement.model_dump(mode="json") if private is None else sign_site_statement(statement, private))
     return statement

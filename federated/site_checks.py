@@ -38,7 +38,7 @@ from dpsynth.report.policy import policy_rows
 from dpsynth.train.second_opinion import prv_epsilon
 from federated.candidates import Carried, unpack
 from federated.journal import Study
-from federated.policy import data_config
+from federated.policy import data_config, preparation
 from federated.proofs import proofs_of
 from federated.site import Guard, charges_of
 
@@ -114,45 +114,46 @@ def check_candidates(guard: Guard, path: Path, *, progress: Progress, note: Call
     split = _split(guard, work, progress)
     guarantee = _guarantee(guard, work)
     unfinished, looked_at = UnfinishedCheck(work.folder / _UNFINISHED), _looked_at(guard, work)
-    attempt = unfinished.booked(ledger, work.run_id, looked_at, note=note)
-    guard.note_ledger()
-    cells, content = policy.data.cells, policy.gate.content
-    screening = screen_candidates(carried.candidates, cells, carried.moments, content, sample_key=split.key, progress=progress)
-    proofs = proofs_of(work.study, work.charges, largest_bytes=policy.largest_message_bytes)
-    evidence = Evidence(
-        synthetic=to_unit_range(carried.candidates.images),
-        synthetic_labels=carried.candidates.labels,
-        training=split.training,
-        control=split.control,
-        in_pool=split.in_pool,
-        epsilon=guarantee.epsilon,
-        delta=guarantee.delta,
-        selfcheck=proofs.selfcheck,
-        canaries=proofs.canaries,
-        accounting_problems=guarantee.problems(),
-        ledger_problems=tuple(ledger.verify()),
-        uses_sgd=proofs.uses_sgd,
-        synthetic_attributes=carried.candidates.attributes,
-        screening=screening,
-        withheld=carried.header.withheld,
-    )
-    verdicts = run_checks(evidence, policy.gate, seed=SEED, progress=progress, keep=unfinished)
-    record = work.folder / VERDICTS
-    write_json(
-        record,
-        {**looked_at, "attempt": attempt, "guarantee": guarantee.to_json(), "verdicts": [v.to_json() for v in verdicts]},
-        private=True,
-    )
-    write_json(work.folder / CONTENT, screening.log(carried.candidates.seeds), private=True)
-    review = work.folder / REVIEW
-    write_bytes(review, review_page(evidence, verdicts, required=required(guard, work), answering=_ANSWERING).encode(), private=True)
-    ledger.record_verdicts(work.run_id, sha256_file(record))
-    question = question_of(guard, work, reviews={})
-    answer = decide(question)
-    page = work.folder / _PAGE
-    write_bytes(page, _report(guard, work, question, answer).encode(), private=True)
-    unfinished.forget()
-    return Checked(verdicts=verdicts, answer=answer, page=page, review=review)
+    with unfinished.alone():
+        attempt = unfinished.booked(ledger, work.run_id, looked_at, note=note)
+        guard.note_ledger()
+        cells, content = policy.data.cells, policy.gate.content
+        screening = screen_candidates(carried.candidates, cells, carried.moments, content, sample_key=split.key, progress=progress)
+        proofs = proofs_of(work.study, work.charges, largest_bytes=policy.largest_message_bytes)
+        evidence = Evidence(
+            synthetic=to_unit_range(carried.candidates.images),
+            synthetic_labels=carried.candidates.labels,
+            training=split.training,
+            control=split.control,
+            in_pool=split.in_pool,
+            epsilon=guarantee.epsilon,
+            delta=guarantee.delta,
+            selfcheck=proofs.selfcheck,
+            canaries=proofs.canaries,
+            accounting_problems=guarantee.problems(),
+            ledger_problems=tuple(ledger.verify()),
+            uses_sgd=proofs.uses_sgd,
+            synthetic_attributes=carried.candidates.attributes,
+            screening=screening,
+            withheld=carried.header.withheld,
+        )
+        verdicts = run_checks(evidence, policy.gate, seed=SEED, progress=progress, keep=unfinished)
+        record = work.folder / VERDICTS
+        write_json(
+            record,
+            {**looked_at, "attempt": attempt, "guarantee": guarantee.to_json(), "verdicts": [v.to_json() for v in verdicts]},
+            private=True,
+        )
+        write_json(work.folder / CONTENT, screening.log(carried.candidates.seeds), private=True)
+        review = work.folder / REVIEW
+        write_bytes(review, review_page(evidence, verdicts, required=required(guard, work), answering=_ANSWERING).encode(), private=True)
+        ledger.record_verdicts(work.run_id, sha256_file(record))
+        question = question_of(guard, work, reviews={})
+        answer = decide(question)
+        page = work.folder / _PAGE
+        write_bytes(page, _report(guard, work, question, answer).encode(), private=True)
+        unfinished.forget()
+        return Checked(verdicts=verdicts, answer=answer, page=page, review=review)
 
 
 def question_of(guard: Guard, work: Joined, *, reviews: Mapping[str, str]) -> Question:
@@ -192,15 +193,18 @@ def _record(guard: Guard, work: Joined) -> dict[str, Any]:
     now = _looked_at(guard, work)
     if found["rounds"] != now["rounds"]:
         raise ArtifactError("The study went on after the check, so other rounds are booked now. Run `dpsynth-site check` again.")
-    if found["gate"] != now["gate"]:
-        raise ArtifactError("The policy's gate is not the one that the checks ran under. Put it back, or run `dpsynth-site check` again.")
+    for name in ("gate", "data"):
+        if found[name] != now[name]:
+            raise ArtifactError(
+                f"The policy's {name} is not the one that the checks ran under. Put it back, or run `dpsynth-site check` again."
+            )
     return found
 
 
 def _looked_at(guard: Guard, work: Joined) -> dict[str, Any]:
     """What the verdicts are about, beside the patients and their coins."""
-    gate = guard.policy.gate.model_dump(mode="json")
-    return {"images_sha256": work.carried.header.images_sha256, "rounds": list(work.rounds), "gate": gate}
+    gate, data = guard.policy.gate.model_dump(mode="json"), preparation(guard.policy.data)
+    return {"images_sha256": work.carried.header.images_sha256, "rounds": list(work.rounds), "gate": gate, "data": data}
 
 
 def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
@@ -208,7 +212,7 @@ def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
     data = guard.policy.data
     cohort = read_cohort(data)
     require_data(cohort, data, guard.ledger, progress=progress)
-    split = work.study.split(prepare(cohort, data, progress=progress), control_fraction=data.control_fraction)
+    split = work.study.split(prepare(cohort, data, progress=progress), control_fraction=data.control_fraction, settings=preparation(data))
     if any(charge.coins_sha256 != split.commitment for _, charge in work.charges):
         raise LedgerError("The patients' coins are not those that the ledger noted before training. Restore the study's split.json.")
     return split

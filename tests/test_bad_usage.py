@@ -215,7 +215,7 @@ def test_data_that_changed_after_the_ledger_was_opened_trains_nothing(call: Call
     call("ledger", "data-changed", "config.yaml", "--because", "image 3 was broken").refused("WHO: WHY")
     assert call("ledger", "data-changed", "config.yaml", "--because", "Dr B: image 3 was broken").code == 0
     (shown,) = [name for name in snapshot(tmp_path) if name.endswith("ledger.jsonl")]
-    assert "the data changed; Dr B: image 3 was broken" in call("ledger", "show", shown).out
+    assert "changed   the data; Dr B: image 3 was broken" in call("ledger", "show", shown).out
     call("ledger", "data-changed", "config.yaml", "--because", "Dr B: again").refused("nothing to note")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth import __version__
-from dpsynth.artifacts import read_json, sha256_file, write_bytes, write_json
+from dpsynth.artifacts import held, read_json, sha256_file, write_bytes, write_json
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import say_nothing
@@ -44,12 +45,17 @@ class UnfinishedCheck:
 
     folder: Path
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Held from the booking to the end: parts of two checks at once would mix. Raises ArtifactError when another one is going on."""
+        return held(self.folder.parent, busy="These images are being checked already. Wait for the end of that check.")
+
     def booked(self, ledger: Ledger, run_id: str, subject: Mapping[str, Any], *, note: Callable[[str], object] = say_nothing) -> int:
         """The attempt that a killed check of the same subject had booked, or a new one, booked before anything is looked at: its number.
 
         subject: plain values, all that a verdict depends on beside the run's patients and coins. `note` is told which attempt it is, and
         whether it goes on. Raises BudgetExceeded.
         """
+        ledger.require_same_data(run_id)
         own = {**subject, "run_id": run_id, "dpsynth": __version__}
         known = self._record()
         goes_on = known.get("subject") == own and known.get("attempt") == ledger.gate_attempts(run_id)

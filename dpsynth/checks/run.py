@@ -56,46 +56,47 @@ def check(
     unfinished = UnfinishedCheck(run.path / _UNFINISHED)
     candidates, generator = load_candidates(run), Generator.load(run.folder("train"))
     require_drawn(candidates, generator, config.generate, progress=progress)
-    # Patients and coins are those of the run's booking by now.
-    attempt = unfinished.booked(trained.ledger, trained.charge.run_id, {"candidates_sha256": candidates.sha256}, note=note)
-    synthetic = to_unit_range(candidates.images)
-    screening = screen_candidates(
-        candidates, generator.cells, generator.moments, config.gate.content, sample_key=split.key, progress=progress
-    )
-    site = run.folder("train") / "site"
-    evidence = Evidence(
-        synthetic=synthetic,
-        synthetic_labels=candidates.labels,
-        training=split.training,
-        control=split.control,
-        in_pool=split.in_pool,
-        epsilon=trained.guarantee.epsilon,
-        delta=trained.guarantee.delta,
-        selfcheck=read_json(site / "selfcheck.json"),
-        canaries=read_json(site / CANARIES),
-        accounting_problems=trained.guarantee.problems(),
-        ledger_problems=tuple(trained.ledger.verify()),
-        uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in trained.guarantee.mechanisms),
-        synthetic_attributes=candidates.attributes,
-        screening=screening,
-        generator=generator,
-        withheld=withheld(run),
-    )
-    verdicts = run_checks(evidence, config.gate, seed=SEED, progress=progress, keep=unfinished)
-    if load_candidates(run).sha256 != candidates.sha256:
-        raise ArtifactError("The candidates were changed while they were checked. Restore them and run `dpsynth check` again.")
-    run.reset("check")
-    facts = {"attempt": attempt, "candidates_sha256": candidates.sha256}
-    record = run.folder("check") / VERDICTS
-    write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
-    page = review_page(evidence, verdicts, required=needed(config.gate.required), answering=_answering(run_path, ledger_path))
-    write_bytes(run.folder("check") / REVIEW, page.encode(), private=True)
-    noted = {**facts, "files": looked_at(run), "verdicts": [verdict.to_json() for verdict in verdicts]}
-    write_json(record, noted, private=True)
-    trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
-    run.complete("check", needs=("train", "generate"), facts=facts)
-    unfinished.forget()
-    return verdicts
+    with unfinished.alone():
+        # Patients and coins are those of the run's booking by now.
+        attempt = unfinished.booked(trained.ledger, trained.charge.run_id, {"candidates_sha256": candidates.sha256}, note=note)
+        synthetic = to_unit_range(candidates.images)
+        screening = screen_candidates(
+            candidates, generator.cells, generator.moments, config.gate.content, sample_key=split.key, progress=progress
+        )
+        site = run.folder("train") / "site"
+        evidence = Evidence(
+            synthetic=synthetic,
+            synthetic_labels=candidates.labels,
+            training=split.training,
+            control=split.control,
+            in_pool=split.in_pool,
+            epsilon=trained.guarantee.epsilon,
+            delta=trained.guarantee.delta,
+            selfcheck=read_json(site / "selfcheck.json"),
+            canaries=read_json(site / CANARIES),
+            accounting_problems=trained.guarantee.problems(),
+            ledger_problems=tuple(trained.ledger.verify()),
+            uses_sgd=any(isinstance(mechanism, PoissonDpSgd) for mechanism in trained.guarantee.mechanisms),
+            synthetic_attributes=candidates.attributes,
+            screening=screening,
+            generator=generator,
+            withheld=withheld(run),
+        )
+        verdicts = run_checks(evidence, config.gate, seed=SEED, progress=progress, keep=unfinished)
+        if load_candidates(run).sha256 != candidates.sha256:
+            raise ArtifactError("The candidates were changed while they were checked. Restore them and run `dpsynth check` again.")
+        run.reset("check")
+        facts = {"attempt": attempt, "candidates_sha256": candidates.sha256}
+        record = run.folder("check") / VERDICTS
+        write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
+        page = review_page(evidence, verdicts, required=needed(config.gate.required), answering=_answering(run_path, ledger_path))
+        write_bytes(run.folder("check") / REVIEW, page.encode(), private=True)
+        noted = {**facts, "files": looked_at(run), "verdicts": [verdict.to_json() for verdict in verdicts]}
+        write_json(record, noted, private=True)
+        trained.ledger.record_verdicts(trained.charge.run_id, sha256_file(record))
+        run.complete("check", needs=("train", "generate"), facts=facts)
+        unfinished.forget()
+        return verdicts
 
 
 def _answering(run_path: Path, ledger_path: Path | None) -> Answering:

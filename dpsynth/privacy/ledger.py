@@ -215,6 +215,7 @@ class Ledger:
         gates = sum(1 for line in self._sound() if line.entry and line.entry["type"] == "gate")
         decisions = [
             {
+                "line": entry["seq"],
                 "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["time"])),
                 **{name: entry[name] for name in ("run_id", "candidates_sha256", "decision", "words")},
             }
@@ -278,7 +279,7 @@ class Ledger:
         with self._locked():
             lines = self._recovered()
             if _data_line(lines).number != data_line:
-                raise LedgerError("The data changed after they were read. Start again.")
+                raise LedgerError("The data changed after they were read, so nothing was booked. Start the command, or the guard, again.")
             self._require_affordable(lines, mechanisms)
             reservation = secrets.token_hex(8)
             fields = {
@@ -341,15 +342,21 @@ class Ledger:
         found = [line.entry["sha256"] for line in self._sound() if line.entry and _is(line.entry, "verdicts", run_id)]
         return found[-1] if found else None
 
-    def record_decision(self, run_id: str, *, candidates_sha256: str, decision: Decision, words: Mapping[str, str]) -> None:
+    def record_decision(
+        self, run_id: str, *, candidates_sha256: str, decision: Decision, words: Mapping[str, str], after: tuple[int, str]
+    ) -> None:
         """Note what a person decided on these images: for a release the words on each accepted flag, for a refusal who and why.
 
+        after: the `head` of when the question was asked. Raises LedgerError when anything was noted since, which might change the answer.
         Digests of later lines leave with releases and statements; the salt keeps anybody from trying words against them.
         """
         fields = {"run_id": run_id, "candidates_sha256": candidates_sha256, "decision": decision, "words": dict(words)}
         fields["salt"] = secrets.token_hex(16)
         with self._locked():
-            self._append("decision", fields, lines=self._recovered())
+            lines = self._recovered()
+            if (len(lines), lines[-1].digest) != after:
+                raise LedgerError("Something else was noted in the ledger meanwhile, so nothing was decided. Run the command again.")
+            self._append("decision", fields, lines=lines)
 
     def decisions(self) -> tuple[dict[str, Any], ...]:
         """All of them, as they were noted."""
@@ -364,14 +371,16 @@ class Ledger:
         said = self.decided(candidates_sha256, "refused")
         return "; ".join(f"{who}: {why}" for entry in said for who, why in entry["words"].items())
 
+    def require_same_data(self, run_id: str) -> None:
+        """Raise LedgerError when the data changed since the run was booked, so that its images cannot be tested against its patients."""
+        lines = self._sound()
+        _require_same_data(lines, _charge_of(lines, run_id))
+
     def record_gate_attempt(self, run_id: str) -> int:
         """Book one more look of the gate at a generator's images; returns its number. Raises BudgetExceeded past the cap."""
         with self._locked():
             lines = self._recovered()
-            booked = [charge for charge in _charges(lines) if charge.run_id == run_id]
-            if not booked:
-                raise LedgerError("This run is not booked in this ledger. Name the ledger that it was trained under.")
-            _require_same_data(lines, booked[0])
+            _require_same_data(lines, _charge_of(lines, run_id))
             done = sum(1 for line in lines if line.entry and _is(line.entry, "gate", run_id))
             cap = int(self.genesis["max_gate_attempts"])
             if done >= cap:
@@ -508,10 +517,21 @@ def _data_line(lines: tuple[Line, ...]) -> Line:
     return [line for line in lines if line.entry is not None and line.entry["type"] in ("genesis", "data")][-1]
 
 
+def _charge_of(lines: tuple[Line, ...], run_id: str) -> Charge:
+    """The first charge of a run."""
+    booked = [charge for charge in _charges(lines) if charge.run_id == run_id]
+    if not booked:
+        raise LedgerError("This run is not booked in this ledger. Name the ledger that it was trained under.")
+    return booked[0]
+
+
 def _require_same_data(lines: tuple[Line, ...], charge: Charge) -> None:
     line = _data_line(lines).number
     if charge.line < line:
-        raise LedgerError(f"This run was booked in line {charge.line}, before the data changed in line {line}. Start a new run.")
+        raise LedgerError(
+            f"This was booked in line {charge.line}, before the data changed in line {line}, so it ends there: its images cannot be "
+            "checked against other patients than those that it was trained on."
+        )
 
 
 def _is(entry: dict[str, Any], kind: str, run_id: str) -> bool:

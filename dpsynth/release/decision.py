@@ -30,6 +30,7 @@ class Case:
     run_id: str
     config: Config
     ledger: Ledger
+    head: tuple[int, str]  # of the ledger, when it was asked
     candidates: Candidates
     cells: tuple[CellRow, ...]
     detector: Detector | None
@@ -45,6 +46,7 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
     config = parse_config(run.config_text, base=run.path)
     trained = load_trained(run, config.data, ledger_path=ledger_path)
     guarantee, ledger, run_id = trained.guarantee, trained.ledger, trained.charge.run_id
+    head = ledger.head()
     record = run.folder("check") / VERDICTS
     if sha256_file(record) != ledger.verdicts_sha256(run_id):
         raise ArtifactError("The verdicts are not those that the ledger noted when the checks ran. Run `dpsynth check` again.")
@@ -84,6 +86,7 @@ def load_case(run_path: Path, *, ledger_path: Path | None, reviews: Mapping[str,
         run_id=run_id,
         config=config,
         ledger=ledger,
+        head=head,
         candidates=candidates,
         cells=load_cell_rows(run),
         detector=detector_of(run),

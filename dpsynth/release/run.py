@@ -48,7 +48,7 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
         )
     require_new(out)
     candidates = case.question.candidates_sha256
-    case.ledger.record_decision(case.run_id, candidates_sha256=candidates, decision="released", words=reviews)
+    case.ledger.record_decision(case.run_id, candidates_sha256=candidates, decision="released", words=reviews, after=case.head)
     head = case.ledger.head()
     release_id = hashlib.sha256(f"{case.question.candidates_sha256}:{head[1]}".encode()).hexdigest()[:16]
     package = Release(
@@ -76,7 +76,7 @@ def refuse(run_path: Path, *, ledger_path: Path | None, who: str, why: str) -> N
     """Note in the ledger that a person looked at a checked run's images and refused them: for good, whatever the checks found."""
     case = load_case(run_path, ledger_path=ledger_path, reviews={})
     candidates = case.question.candidates_sha256
-    case.ledger.record_decision(case.run_id, candidates_sha256=candidates, decision="refused", words={who: why})
+    case.ledger.record_decision(case.run_id, candidates_sha256=candidates, decision="refused", words={who: why}, after=case.head)
 
 
 def _view(case: Case, answer: Allowed | Refused, *, site: bool) -> dict[str, object]:

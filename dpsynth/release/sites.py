@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dpsynth.artifacts import json_bytes, read_json
 from dpsynth.data.images_digest import archive_digest
-from dpsynth.errors import ArtifactError, DpsynthError, SignatureError
+from dpsynth.errors import ArtifactError, DpsynthError, GateRefused, SignatureError
 from dpsynth.privacy.guarantee import Guarantee, round_up
 from dpsynth.release.federated_gate import FederatedRun, SitesQuestion, federated_problems, federated_run
 from dpsynth.release.statement import SiteStatement, open_site_statement
@@ -105,7 +105,14 @@ def read_statements(paths: Sequence[Path], keys: Mapping[str, Ed25519PublicKey])
         signer, statement = _opened(path, envelope, keys)
         if statement.site != signer:
             raise SignatureError(f"{path.name} was signed with the key of {signer} and speaks for {statement.site}. Ask both sites.")
-        if signer in found:
+        before = found.get(signer)
+        if (
+            before is not None
+            and before.statement.images_sha256 == statement.images_sha256
+            and before.statement.decision != statement.decision
+        ):
+            raise GateRefused(f"{signer} refused these images, and approved them in another statement. Ask the site; nothing was released.")
+        if before is not None:
             raise ArtifactError(f"{path.name} is a second statement of {signer}. Name one of each site.")
         found[signer] = SignedStatement(statement=statement, envelope=envelope, public=keys[signer])
     return found

@@ -121,10 +121,18 @@ def test_an_id_is_good_for_one_message(world: World) -> None:
     assert len(world.sites["a"].guard.ledger.charges()) == 1
 
 
-def test_studies_are_counted(untouched: World) -> None:
-    untouched.sites["a"].write_policy(studies=2)
-    untouched.sites["a"].restart()
-    assert [untouched.ask("join", study=f"study-{number}").code for number in range(3)] == [None, None, Code.STUDIES]
+def test_studies_that_were_charged_are_counted_and_refused_ones_take_no_place(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever is refused often enough keeps all others out."""
+    cheap = world.changed(rounds=0, trainable="none", noise_multiplier=None, moments_noise_multiplier=20.0)
+    world.sites["a"].write_policy(studies=2)
+    world.sites["a"].restart()
+    refused = world.changed(moments_noise_multiplier=0.1)
+    assert [world.ask("join", study=f"refused-{number}", plan=refused).code for number in range(4)] == [Code.NOISE] * 4
+    assert world.ask(study="refused-1", plan=refused).code is Code.NOISE
+    assert [world.ask(study=f"study-{number}", plan=cheap).code for number in range(3)] == [None, None, Code.STUDIES]
+    assert world.ask("moments", 1, study="study-0", plan=cheap).outcome == "ok"
+    monkeypatch.setattr("federated.journal._LARGEST_NUMBER_OF_REFUSED_STUDIES", 3)
+    assert world.ask("join", study="refused-5", plan=refused).code is Code.STUDIES
 
 
 def spoiled(world: World, name: str, value: float) -> dict[str, np.ndarray]:

@@ -53,7 +53,7 @@ def again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def started(world: World, images: object) -> Guard:
     guard = world.sites["a"].restart()
-    guard.__dict__["images"] = images  # read once for all restarts
+    guard.__dict__["_read"] = (1, images)  # read once for all restarts
     return guard
 
 

@@ -26,6 +26,7 @@ from dpsynth.model import moment_release
 from dpsynth.model.moment_release import QUERIES, Told, raw_counts, told_by
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.calibrate import mu_of
+from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease, PoissonDpSgd, from_json, merged
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent
@@ -223,17 +224,22 @@ def test_a_policy_that_became_stricter_binds_a_study_that_began(world: World, ch
     assert booked(site) == [("study/0/moments-0", True)]
 
 
-def a_local_run_takes_all_but_a_little(site: Site) -> None:
-    mu_left = (mu_of(EPSILON - 0.01, DELTA) ** 2 - mu_of(site.guard.ledger.spent(), DELTA) ** 2) ** 0.5
-    local = MomentRelease(noise_multiplier=1 / mu_left, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
+def a_local_run_leaves(world: World, *queries: str) -> None:
+    """Budget for a tenth more than these queries of a study that was charged as it is now."""
+    site, release = world.sites["a"], world.model.release(world.plan)
+    left = sum(release.query_noise_multiplier(query) ** -2 for query in queries) * 1.1
+    mu = (mu_of(EPSILON, DELTA) ** 2 - mu_of(site.guard.ledger.spent(), DELTA) ** 2 - left) ** 0.5
+    local = MomentRelease(noise_multiplier=1 / mu, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
     site.guard.ledger.reserve([local], purpose="a local run", run_id="local")
 
 
 def test_local_runs_and_studies_share_one_budget(world: World) -> None:
+    """What is left would do for the next round, and not for the rest of the study."""
     site = world.sites["a"]
     assert world.ask().outcome == "ok"
-    a_local_run_takes_all_but_a_little(site)
+    a_local_run_leaves(world, QUERIES[1])
     assert world.ask("moments", 1).code is Code.BUDGET
+    site.guard.ledger.require_affordable([world.model.release(world.plan).alone(QUERIES[1])])
     assert len(reserve_lines(site)) == 2
 
 
@@ -242,14 +248,14 @@ def test_a_study_that_could_not_end_is_charged_nothing(world: World, caplog: pyt
     """The first rounds would be affordable."""
     site = world.sites["a"]
     if code is Code.BUDGET:
-        a_local_run_takes_all_but_a_little(site)
+        a_local_run_leaves(world, QUERIES[0])
     else:
         site.write_policy(study_epsilon=whole(world) * 0.999)
         site.restart()
     before = site.guard.ledger.charges()
     assert [world.ask(kind).code for kind in ("join", "moments")] == [code] * 2
     assert site.guard.ledger.charges() == before
-    assert {Code.BUDGET: "11.990 is spent", Code.STUDY_BUDGET: "study_epsilon is"}[code] in caplog.text
+    assert {Code.BUDGET: "is spent and this run would bring it to", Code.STUDY_BUDGET: "study_epsilon is"}[code] in caplog.text
 
 
 def another_ledger(site: Site) -> None:
@@ -266,7 +272,15 @@ def older_ledger(site: Site) -> None:
         shutil.copy(site.folder / f"copy{index}", path)
 
 
-@pytest.mark.parametrize("replace_ledger", [another_ledger, older_ledger])
+def forked_ledger(site: Site) -> None:
+    """An older copy that a local run has made as long as the true one."""
+    lines = len(site.policy.ledger.read_text().splitlines())
+    older_ledger(site)
+    while len(site.policy.ledger.read_text().splitlines()) < lines:
+        Ledger.load(site.policy.ledger).record_verdicts("local", "0" * 64)
+
+
+@pytest.mark.parametrize("replace_ledger", [another_ledger, older_ledger, forked_ledger])
 @pytest.mark.parametrize("running", [True, False])
 def test_a_ledger_that_forgets_what_was_spent_is_not_served(
     world: World, replace_ledger: Callable[[Site], None], *, running: bool, caplog: pytest.LogCaptureFixture
@@ -300,6 +314,78 @@ def test_a_study_whose_patients_changed_ends_and_the_next_one_adds_to_its_charge
     assert world.ask(study="second", plan=world.changed(rounds=0, trainable="none", noise_multiplier=None)).outcome == "ok"
     assert len(reserve_lines(site)) == 2
     assert site.guard.ledger.spent() > epsilon_pld(site.guard.ledger.charges()[0].mechanisms, DELTA) * 1.1
+
+
+def test_a_ledger_that_is_replaced_while_a_round_is_booked_lets_no_answer_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, real = world.sites["a"], module.Ledger.reserve
+    assert world.ask().outcome == "ok"
+    for index, path in enumerate(ledger_files(site)):
+        shutil.copy(path, site.folder / f"copy{index}")
+    assert world.ask("moments", 1).outcome == "ok"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Ledger, "reserve", lambda *given, **options: older_ledger(site) or real(*given, **options))
+        patch.setattr(module, "moments_round", lambda *_, **__: pytest.fail("patients were used"))
+        assert world.ask("moments", 2).code is Code.FAILED
+    with pytest.raises(LedgerError, match="or an older copy"):
+        site.restart()
+
+
+def test_a_round_that_goes_on_after_a_kill_is_noted_before_its_answer_leaves(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    for index, path in enumerate(ledger_files(site)):
+        shutil.copy(path, site.folder / f"copy{index}")
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Guard, "note_ledger", cut_off)
+        assert world.ask("moments", 1).code is Code.FAILED
+    site.restart()
+    assert world.ask("moments", 1).outcome == "ok"
+    older_ledger(site)
+    with pytest.raises(LedgerError, match="or an older copy"):
+        site.restart()
+
+
+def test_lines_of_local_runs_are_noted_when_the_guard_sees_them(world: World) -> None:
+    site = world.sites["a"]
+    for index, path in enumerate(ledger_files(site)):
+        shutil.copy(path, site.folder / f"copy{index}")
+    a_local_run_leaves(world)
+    site.restart()
+    older_ledger(site)
+    with pytest.raises(LedgerError, match="or an older copy"):
+        site.restart()
+
+
+def test_the_ledger_is_not_noted_in_another_users_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root who runs the doctor would leave a file that the guard cannot read."""
+    site = world.sites["a"]
+    before = (site.policy.state / "ledger.json").read_bytes()
+    a_local_run_leaves(world)
+    monkeypatch.setattr("federated.journal.os.geteuid", lambda: os.getuid() + 1)
+    site.restart()
+    assert (site.policy.state / "ledger.json").read_bytes() == before
+
+
+def test_data_that_change_while_they_are_read_are_not_trained_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, real = world.sites["a"], module.private_images
+
+    def read(*given: Any) -> Any:
+        images = real(*given)
+        site.guard.ledger.change_data("others", who="Dr B", why="withdrew")
+        return images
+
+    monkeypatch.setattr(module, "private_images", read)
+    assert world.ask().code is Code.FAILED
+    assert booked(site) == []
+
+
+def test_a_study_goes_on_with_images_prepared_as_they_were_when_it_began(world: World) -> None:
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    site.write_policy(data={**site.policy.data.model_dump(mode="json", exclude_unset=True), "max_images_per_patient": 1})
+    site.restart()
+    assert world.ask("moments", 1).code is Code.FAILED
+    assert len(reserve_lines(site)) == 1
 
 
 def test_a_lost_ledger_is_not_opened_anew(world: World) -> None:
@@ -387,7 +473,7 @@ def test_a_site_without_a_class_is_trained_with_the_others(new_world: Callable[.
     site = world.sites["a"]
     images = site.guard.images
     only = np.flatnonzero(np.bincount(images.patients, weights=images.labels) == 0)
-    site.guard.__dict__["images"] = images.subset(only)
+    site.guard.__dict__["_read"] = (1, images.subset(only))
     reply, arrays = decode_reply(site.guard.handle(world.request()), largest_bytes=1 << 30)
     assert reply.outcome == "ok"
     counts = raw_counts(arrays[SUMS], world.model.reference)
@@ -499,7 +585,7 @@ def test_nobody_else_can_read_what_a_guard_keeps_and_no_secret_outlives_its_roun
         with monkeypatch.context() as patch:
             patch.setattr(module, "train_round", lambda *args, **rest: cut_off(real(*args, **rest)))
             assert world.ask("train", 4).code is Code.FAILED
-        always = {"lock", "ledger.json", "study.json", "split.json", "request", "proof.json"}
+        always = {"lock", "ledger.lock", "ledger.json", "study.json", "split.json", "request", "proof.json"}
         assert files() == {*always, "key", "checkpoint.safetensors"}
         assert world.ask("train", 4).outcome == "ok"
         assert files() == {*always, "reply"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 
@@ -63,7 +64,9 @@ def readable_data(site: Site) -> None:
         (lambda site: site.policy.ledger.chmod(0o620), "ledger is private", "error", "can change the ledger"),
         (lambda site: site.policy.ledger.chmod(0o640), "ledger is private", "warning", "can read the ledger"),
         (readable_data, "data is private", "warning", "can read the data"),
-        (lambda site: site.policy.ledger.unlink(), "ledger and data", "error", "dpsynth-site init"),
+        (lambda site: (site.policy.ledger.unlink(), shutil.rmtree(site.policy.state)), "ledger and data", "error", "dpsynth-site init"),
+        (lambda site: site.policy.ledger.unlink(), "ledger and data", "error", "would forget"),
+        (lambda site: site.write_policy(gate={"required": ["content"]}), "patients", "warning", "about 20 control patients; below 60"),
         (lambda site: site.write_policy(socket="run/guard.sock"), "socket", "warning", "is not there now"),
         (lambda site: site.write_policy(reply_grid_seconds=0), "time of answers", "warning", "set reply_grid_seconds"),
     ],

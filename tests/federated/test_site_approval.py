@@ -24,7 +24,7 @@ from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.data.candidates import Candidates, load_candidates, save_candidates
 from dpsynth.data.fingerprint import change_data
 from dpsynth.data.images_digest import images_digest
-from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, SignatureError
+from dpsynth.errors import ArtifactError, BudgetExceeded, ConfigError, DpsynthError, GateRefused, LedgerError, SignatureError, UsageError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
@@ -248,10 +248,91 @@ def test_a_check_of_anything_else_is_another_attempt(joint: Joint, change: Calla
         checked(joint)
 
 
-def test_a_gate_that_became_another_since_the_check_allows_nothing(joint: Joint) -> None:
-    with_policy(joint, gate={"required": ["content"], "largest_membership_auc": 0.95})
-    with pytest.raises(ArtifactError, match="gate is not the one that the checks ran under"):
+def changed_data(joint: Joint) -> dict[str, Any]:
+    return dict(yaml.safe_load((joint.folder / "north" / "policy.yaml").read_text())["data"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gate", {"required": ["content"], "largest_membership_auc": 0.95}),
+        ("gate", {"required": ["content"], "largest_membership_auc": 0.9, "smallest_precision": 0.01}),
+        ("gate", {"required": ["content"], "largest_membership_auc": 0.9, "content": {"contrast": [0.02, 0.01]}}),
+        ("data", {"declared_patients": 9000}),
+    ],
+)
+def test_a_policy_that_became_another_since_the_check_allows_nothing(joint: Joint, name: str, value: dict[str, Any]) -> None:
+    with_policy(joint, **{name: value if name == "gate" else {**changed_data(joint), **value}})
+    with pytest.raises(ArtifactError, match=f"{name} is not the one that the checks ran under"):
         joint.approve("north", "again.dsse.json")
+
+
+@pytest.mark.parametrize("value", [{"intensity_range": [0, 4096]}, {"max_images_per_patient": 1}])
+def test_candidates_are_compared_with_images_prepared_as_they_were_trained_on(joint: Joint, value: dict[str, Any]) -> None:
+    attempts = ledger(joint).summary()["gate_attempts"]
+    with_policy(joint, data={**changed_data(joint), **value})
+    with pytest.raises(ConfigError, match=f"{next(iter(value))} is not what it was when the study began"):
+        checked(joint)
+    assert ledger(joint).summary()["gate_attempts"] == attempts
+
+
+def test_other_patients_are_not_checked_though_nobody_noted_that_they_changed(joint: Joint) -> None:
+    attempts = ledger(joint).summary()["gate_attempts"]
+    with_policy(joint, data={**changed_data(joint), "phantom": {**changed_data(joint)["phantom"], "num_patients": 200}})
+    with pytest.raises(LedgerError, match="for other data"):
+        checked(joint)
+    assert ledger(joint).summary()["gate_attempts"] == attempts
+
+
+def test_a_check_that_died_does_not_go_on_when_the_patients_changed(joint: Joint) -> None:
+    """Else those who came would be looked at, with no attempt booked, and those who withdrew as well."""
+    died(joint)
+    with_policy(joint, data={**changed_data(joint), "phantom": {**changed_data(joint)["phantom"], "num_patients": 200}})
+    change_data(joint.policy("north").data, ledger(joint), who=WHO, why="withdrew", progress=silent)
+    with pytest.raises(LedgerError, match="before the data changed"):
+        checked(joint)
+
+
+def test_two_checks_at_once_are_one_too_many(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one has computed of its images would be taken for the other's."""
+
+    def meanwhile(*arguments: Any, **options: Any) -> tuple[Verdict, ...]:
+        with pytest.raises(ArtifactError, match="being checked already"):
+            checked(joint)
+        return played(*arguments, **options)
+
+    monkeypatch.setattr(site_checks, "run_checks", meanwhile)
+    checked(joint)
+
+
+@pytest.mark.parametrize("act", [lambda joint: joint.approve("north", "again.dsse.json"), refused], ids=["approve", "refuse"])
+def test_what_is_noted_between_question_and_decision_stops_the_decision(
+    joint: Joint, monkeypatch: pytest.MonkeyPatch, act: Callable[[Joint], None]
+) -> None:
+    """A refusal, or a charge that the statement's epsilon would not hold."""
+    local = MomentRelease(noise_multiplier=20.0, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
+
+    def slow(path: Path) -> Any:
+        ledger(joint).reserve([local], purpose="a local run", run_id="local")
+        return load_private(path)
+
+    monkeypatch.setattr(site_approval, "load_private", slow)
+    before = ledger(joint).decisions()
+    with pytest.raises(LedgerError, match="noted in the ledger meanwhile"):
+        act(joint)
+    assert ledger(joint).decisions() == before
+
+
+def test_the_coordinators_key_signs_no_approval(joint: Joint) -> None:
+    with pytest.raises(UsageError, match="key of a coordinator"):
+        approve(joint.guard("north"), joint.candidates, key_path=joint.coordinator_key, out=joint.folder / "x", reviews={})
+
+
+def test_a_refusal_beside_an_approval_stops_the_release(joint: Joint) -> None:
+    refused(joint)
+    with pytest.raises(GateRefused, match="north refused these images"):
+        joint.release(approvals=[joint.statement("north"), joint.statement("south"), joint.folder / "refusal.dsse.json"])
+    assert not (joint.folder / "out").exists()
 
 
 @pytest.mark.parametrize("act", [approve, partial(refuse, who=WHO, why=WHY)], ids=["approve", "refuse"])
@@ -328,7 +409,7 @@ def test_a_study_at_a_smaller_delta_is_held_to_its_limit_and_states_its_whole_le
 
 
 def test_a_study_whose_patients_changed_is_checked_no_more_and_what_was_checked_can_be_approved(joint: Joint) -> None:
-    data = yaml.safe_load((joint.folder / "north" / "policy.yaml").read_text())["data"]
+    data = changed_data(joint)
     with_policy(joint, data={**data, "phantom": {**data["phantom"], "num_patients": data["phantom"]["num_patients"] - 1}})
     change_data(joint.policy("north").data, ledger(joint), who=WHO, why="withdrew", progress=silent)
     with pytest.raises(LedgerError, match="before the data changed"):

@@ -184,6 +184,13 @@ def test_data_that_changed_keep_all_charges_and_end_what_was_booked_before(ledge
         ledger.change_data("e", who="Dr B", why="again")
 
 
+def test_a_change_of_data_after_a_torn_line_leaves_a_sound_ledger(ledger: Ledger) -> None:
+    ledger.path.write_bytes(ledger.path.read_bytes() + b'{"seq": 2, "ty')
+    ledger.change_data("e", who="Dr B", why="withdrew")
+    assert Ledger.problems_of(ledger.path) == []
+    ledger.require_data("e")
+
+
 def test_digests_of_later_lines_do_not_tell_why_the_data_changed(tmp_path: Path) -> None:
     """They leave with releases; without a salt anybody could try words against them."""
     lines = []

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,22 @@ def test_a_run_on_changed_data_is_charged_on_top_and_one_that_began_before_does_
         train("before", method="moments", privacy=private)
     assert [charge.settled for charge in ledger.charges()] == [False, True]
     assert ledger.spent() > 4.0
+
+
+def test_data_that_change_while_they_are_read_are_not_trained_on(
+    train: Callable[..., object], ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.private_images
+
+    def read(*given: Any) -> Any:
+        images = real(*given)
+        ledger.change_data("others", who="Dr B", why="withdrew")
+        return images
+
+    monkeypatch.setattr(module, "private_images", read)
+    with pytest.raises(LedgerError, match="changed after they were read"):
+        train(method="moments")
+    assert (ledger.charges(), (tmp_path / "run").exists()) == ((), False)
 
 
 def test_dp_sgd_is_given_what_the_ledger_holds(train: Callable[..., object], ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
