@@ -95,7 +95,7 @@ def build(folder: Path) -> Joint:
     federation = load_federation(folder / "study.yaml")
     transport = InProcess({site: joint.guard(site).handle for site in SITES})
     private = load_private(joint.coordinator_key)
-    run_study(coordinator_of(federation, private=private, transport=transport, folder=folder / "study"), run_path=joint.run)
+    run_study(coordinator_of(federation, private=private, transport=transport, folder=folder / "studies" / "joint"), run_path=joint.run)
     generate(joint.run, progress=silent)
     pack(joint.run, out=joint.candidates, private=private)
     with pytest.MonkeyPatch.context() as patch:
