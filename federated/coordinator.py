@@ -81,9 +81,9 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What became of one question: outcome is ok, refused, unusable or no-reply."""
+    """What became of one question: outcome is ok, refused, unusable or no-reply. round: none for whether a site takes part."""
 
-    round: int
+    round: int | None
     site: str
     outcome: str
     reason: str = ""
@@ -240,7 +240,10 @@ class Coordinator:
                 self._count(number, waiting)
             begun = datetime.now(UTC)
             until = begun + timedelta(seconds=self.federation.deadline_seconds)
-            write_json(self.folder / QUESTION, {"round": number, "sites": waiting, "since": _time(begun), "until": _time(until)})
+            write_json(
+                self.folder / QUESTION,
+                {"round": None if kind == "join" else number, "sites": waiting, "since": _time(begun), "until": _time(until)},
+            )
             replies = self.transport(requests, deadline_seconds=self.federation.deadline_seconds)
             (self.folder / QUESTION).unlink(missing_ok=True)
             waiting = []
@@ -250,7 +253,7 @@ class Coordinator:
                     self._refused(site, number, charged=reason.partition(":")[0] in _MAY_BE_CHARGED)
                 if outcome == "ok" and kind != "join":
                     self.answered[site] = sorted({*self.answered.get(site, []), number})
-                self._note(number, site, outcome, reason)
+                self._note(None if kind == "join" else number, site, outcome, reason)
                 if found is not None:
                     usable[site] = found
                     reasons.pop(site, None)
@@ -325,7 +328,7 @@ class Coordinator:
                 "left_out and quorum in the study's file may change at any time."
             )
 
-    def _note(self, number: int, site: str, outcome: str, reason: str) -> None:
+    def _note(self, number: int | None, site: str, outcome: str, reason: str) -> None:
         event = Event(round=number, site=site, outcome=outcome, reason=reason)
         append_line(self.folder / EVENTS, {**asdict(event), "time": _time(datetime.now(UTC))})
         self._keep()

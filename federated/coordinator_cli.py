@@ -283,7 +283,10 @@ def _print_event(event: object) -> None:
     from federated.coordinator import Event
 
     if isinstance(event, Event):
-        print(f"round {event.round}  {event.site:<12} {event.outcome:<9} {event.reason}".rstrip(), flush=True)
+        print(
+            f"{'join' if event.round is None else f'round {event.round}':<8} {event.site:<12} {event.outcome:<9} {event.reason}".rstrip(),
+            flush=True,
+        )
 
 
 def main() -> None:

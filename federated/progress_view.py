@@ -45,7 +45,7 @@ def describe(found: dict[str, Any]) -> list[str]:
     elif (waits := found["waits_for"]) is not None:
         late = datetime.now(UTC) > datetime.fromisoformat(waits["until"])
         lines.append(
-            f"round {waits['round']}: {', '.join(waits['sites'])} asked at {waits['since']}; answers are waited for until {waits['until']}"
+            f"{_question(waits)}: {', '.join(waits['sites'])} asked at {waits['since']}; answers are waited for until {waits['until']}"
             + (", which is over: should `run` have ended, the same command goes on" if late else "")
         )
     else:
@@ -76,8 +76,12 @@ def _epsilon(charged: str, delta: float) -> float:
 
 def _answer(event: dict[str, Any] | None) -> str:
     if event is None:
-        return "was asked nothing yet"
-    return f"{event['outcome']} in round {event['round']} at {event['time']} {event['reason']}".rstrip()
+        return "no answer yet"
+    return f"{event['outcome']} in {_question(event)} at {event['time']} {event['reason']}".rstrip()
+
+
+def _question(said: dict[str, Any]) -> str:
+    return "joining" if said["round"] is None else f"round {said['round']}"
 
 
 def _figure(values: dict[str, Any]) -> str:

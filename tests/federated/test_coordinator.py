@@ -116,7 +116,7 @@ def test_a_round_is_counted_before_its_question_leaves(empty: World, tmp_path: P
 
     study(empty, {**sites, "a": looking}, tmp_path / "study").run(initial(empty))
     assert counted == [[], *(ALL[: number + 1] for number in ALL)]
-    assert waited == [(number, ["a", "b", "c"]) for number in (0, *ALL)]
+    assert waited == [(number, ["a", "b", "c"]) for number in (None, *ALL)]
     assert progress_of(tmp_path / "study")["waits_for"] is None
 
 

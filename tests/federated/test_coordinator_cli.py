@@ -249,7 +249,7 @@ def test_candidates_and_release_are_made_in_the_folder_that_ran_the_study(call: 
     words = [("candidates", "run", "--out", "new.zip"), ("release", "study.yaml", "run", "out", *approvals())]
     for name in ("fed", "other"):
         shutil.copytree("keys", Path(name, "coordinator"))
-    shutil.copytree("study", "fed/studies/joint")
+    shutil.copytree("studies/joint", "fed/studies/joint")
     for arguments in words:
         code, _, said = call(*arguments, "--folder", "other")
         assert (code, "other did not run the study joint of run. Name the --folder that `run` was given." in said) == (2, True)
@@ -281,7 +281,7 @@ def test_run_names_what_is_missing_and_says_of_a_finished_study_what_comes_next(
     code, _, said = call(*arguments[:-1], "new")
     assert (code, "Not connected: north, south; 2 of 2 sites are needed" in said) == (1, True), said
     shutil.rmtree("fed/studies")
-    shutil.copytree("study", "fed/studies/joint")
+    shutil.copytree("studies/joint", "fed/studies/joint")
     with held(Path("fed/studies/joint"), busy=""):
         code, _, said = call(*arguments)
     assert (code, "Another `run` of joint is under way" in said) == (2, True)
