@@ -121,7 +121,7 @@ def test_an_id_is_good_for_one_message(world: World) -> None:
     assert len(world.sites["a"].guard.ledger.charges()) == 1
 
 
-def test_studies_that_were_charged_are_counted_and_refused_ones_take_no_place(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_that_were_charged_are_counted_and_refused_ones_take_no_place(world: World) -> None:
     """Else whoever is refused often enough keeps all others out."""
     cheap = world.changed(rounds=0, trainable="none", noise_multiplier=None, moments_noise_multiplier=20.0)
     world.sites["a"].write_policy(studies=2)
@@ -131,8 +131,15 @@ def test_studies_that_were_charged_are_counted_and_refused_ones_take_no_place(wo
     assert world.ask(study="refused-1", plan=refused).code is Code.NOISE
     assert [world.ask(study=f"study-{number}", plan=cheap).code for number in range(3)] == [None, None, Code.STUDIES]
     assert world.ask("moments", 1, study="study-0", plan=cheap).outcome == "ok"
-    monkeypatch.setattr("federated.journal._LARGEST_NUMBER_OF_REFUSED_STUDIES", 3)
-    assert world.ask("join", study="refused-5", plan=refused).code is Code.STUDIES
+
+
+def test_refused_studies_do_not_fill_the_disk(untouched: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("federated.journal._LARGEST_NUMBER_OF_REFUSED_STUDIES", 1)
+    untouched.sites["a"].write_policy(studies=2)
+    untouched.sites["a"].restart()
+    refused = untouched.changed(moments_noise_multiplier=0.1)
+    codes = [untouched.ask("join", study=f"refused-{number}", plan=refused).code for number in range(4)]
+    assert codes == [Code.NOISE] * 3 + [Code.STUDIES]
 
 
 def spoiled(world: World, name: str, value: float) -> dict[str, np.ndarray]:
