@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
+from dpsynth.config import DataConfig
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split, split_patients
 from dpsynth.errors import ConfigError, LedgerError
@@ -36,6 +37,11 @@ _PROOF, _LEDGER = "proof.json", "ledger.json"
 _COINS = "split.json"
 _LARGEST_NUMBER_OF_REFUSED_STUDIES = 1000  # so that nobody can fill the disk with them either
 _LARGEST_NUMBER_OF_ANSWERS = 5000  # of a study; further refusals are given and forgotten, so that nobody can fill the disk with them
+
+
+def preparation(data: DataConfig) -> dict[str, Any]:
+    """Plain values: how images and labels are read and prepared, beside what the ledger's digest of the data covers."""
+    return data.model_dump(mode="json", exclude={"path", "name", "control_fraction", "exclusions", "phantom"})
 
 
 @dataclass(frozen=True)
@@ -107,18 +113,18 @@ class Study:
         """The message of that id, known or not."""
         return Message(self.folder / "messages" / message_id)
 
-    def split(self, images: ImageSet, *, control_fraction: float, settings: Mapping[str, Any]) -> Split:
+    def split(self, images: ImageSet, data: DataConfig) -> Split:
         """Who is trained on: by the key and the control fraction of the first call, whatever the policy says since.
 
-        settings: plain values, how the images are read and prepared. Raises ConfigError when they are not those of the first call: other
-        images would be trained on, or compared with what was trained on these.
+        Raises ConfigError when `data` prepares images otherwise than in the first call: others would be trained on, or compared with what
+        was trained on these.
         """
         path = self.folder / _COINS
         if not path.is_file():
-            first = {"key": fresh_key().hex(), "control_fraction": control_fraction, "settings": dict(settings)}
+            first = {"key": fresh_key().hex(), "control_fraction": data.control_fraction, "settings": preparation(data)}
             write_json(path, first, private=True)
         known = read_json(path)
-        if changed := [name for name, value in settings.items() if known["settings"].get(name) != value]:
+        if changed := [name for name, value in preparation(data).items() if known["settings"].get(name) != value]:
             raise ConfigError(f"data.{changed[0]} is not what it was when the study began. Put it back in the policy.")
         return split_patients(images, control_fraction=float(known["control_fraction"]), key=bytes.fromhex(known["key"]))
 

@@ -180,11 +180,6 @@ def data_config(policy: SitePolicy) -> Config:
     return Config(data=policy.data, privacy=PrivacyConfig(delta=policy.delta), gate=policy.gate, release=formats)
 
 
-def preparation(data: DataConfig) -> dict[str, Any]:
-    """Plain values: how images and labels are read and prepared, beside what the ledger's digest of the data covers."""
-    return data.model_dump(mode="json", exclude={"path", "name", "control_fraction", "exclusions", "phantom"})
-
-
 def open_site_ledger(policy: SitePolicy, *, max_gate_attempts: int, progress: Progress) -> Ledger:
     """Read the site's data once and open their ledger with the policy's budget. Raises what `open_ledger` raises, and LedgerError when the
     guard's state knows that there was one.

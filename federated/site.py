@@ -43,7 +43,7 @@ from federated.messages import (
     encode_refusal,
     encode_reply,
 )
-from federated.policy import SitePolicy, config_of, data_config, is_open, preparation, problem, site_ledger
+from federated.policy import SitePolicy, config_of, data_config, is_open, problem, site_ledger
 from federated.rounds import Model, Proof, model_of, moments_round, require_bound, sgd_of, train_round
 
 _LOG = logging.getLogger("dpsynth.site")
@@ -193,7 +193,7 @@ class Guard:
         (line, images), charges = self._read, self._charges(name)
         if any(charge.line < line for _, charge in charges):
             raise Refused(Code.LOST, "the data changed since the study began; it ends here")
-        split = study.split(images, control_fraction=self.policy.data.control_fraction, settings=preparation(self.policy.data))
+        split = study.split(images, self.policy.data)
         if any(charge.coins_sha256 != split.commitment for _, charge in charges):
             raise Refused(Code.LOST)
         return split

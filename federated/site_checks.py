@@ -37,8 +37,8 @@ from dpsynth.report.html import render
 from dpsynth.report.policy import policy_rows
 from dpsynth.train.second_opinion import prv_epsilon
 from federated.candidates import Carried, unpack
-from federated.journal import Study
-from federated.policy import data_config, preparation
+from federated.journal import Study, preparation
+from federated.policy import data_config
 from federated.proofs import proofs_of
 from federated.site import Guard, charges_of
 
@@ -212,7 +212,7 @@ def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
     data = guard.policy.data
     cohort = read_cohort(data)
     require_data(cohort, data, guard.ledger, progress=progress)
-    split = work.study.split(prepare(cohort, data, progress=progress), control_fraction=data.control_fraction, settings=preparation(data))
+    split = work.study.split(prepare(cohort, data, progress=progress), data)
     if any(charge.coins_sha256 != split.commitment for _, charge in work.charges):
         raise LedgerError("The patients' coins are not those that the ledger noted before training. Restore the study's split.json.")
     return split
