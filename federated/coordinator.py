@@ -68,8 +68,6 @@ class QuorumLost(DpsynthError):
 class QuorumRefused(QuorumLost, RefusedError):
     """As many sites as the quorum can spare gave an answer that stays the same however often they are asked."""
 
-    exit_code = RefusedError.exit_code
-
 
 class Transport(Protocol):
     """Carries frames to sites and back."""

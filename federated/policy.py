@@ -10,7 +10,6 @@ import os
 import stat
 from collections.abc import Sequence
 from datetime import datetime, time
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -119,8 +118,9 @@ class SitePolicy(_Settings):
             raise ValueError("study_epsilon is larger than epsilon")
         if problem := policy_problem(self.gate, self.data):
             raise ValueError(problem)
-        if named := [name for name in ("gate.required", "public_checks") if "white_box" in attrgetter(name)(self)]:
-            raise ValueError(f"{named[0]}: white_box looks at weights, which no site of a federation holds. Leave it out")
+        for name, checks in (("gate.required", self.gate.required), ("public_checks", self.public_checks)):
+            if "white_box" in checks:
+                raise ValueError(f"{name}: white_box looks at weights, which no site of a federation holds. Leave it out")
         return self
 
     def coordinator_keys(self) -> tuple[Ed25519PublicKey, ...]:
@@ -194,16 +194,15 @@ def site_ledger(policy: SitePolicy) -> Ledger:
     """The site's ledger, whose last line is noted, whoever wrote it. Raises LedgerError when it is missing, or is not the one that was seen
     before, LedgerTampered when it does not hold, ConfigError when the policy states another budget.
     """
-    noted = Journal(policy.state).ledger()
+    journal = Journal(policy.state)
     if not policy.ledger.is_file():
-        if noted is not None:
-            raise LedgerError(f"There is no ledger at {policy.ledger}. {LOST}")
-        raise LedgerError(f"There is no ledger at {policy.ledger}. `dpsynth-site init POLICY` reads the data and opens it.")
+        step = "`dpsynth-site init POLICY` reads the data and opens it." if journal.ledger() is None else LOST
+        raise LedgerError(f"There is no ledger at {policy.ledger}. {step}")
     ledger = Ledger.load(policy.ledger)
     for name, stated, booked in (("epsilon", policy.epsilon, ledger.budget_epsilon), ("delta", policy.delta, ledger.delta)):
         if stated != booked:
             raise ConfigError(f"{name}: the policy says {stated:g}, the ledger's first line {booked:g}. Correct the policy.")
-    Journal(policy.state).note_ledger(ledger)
+    journal.note_ledger(ledger)
     return ledger
 
 

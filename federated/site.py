@@ -35,7 +35,6 @@ from federated.messages import (
     UNREADABLE,
     Code,
     Facts,
-    Plan,
     Refused,
     Request,
     Signed,
@@ -223,16 +222,16 @@ class Guard:
             raise Refused(Code.BUDGET, str(error)) from error
 
     def _coming(self, request: Request, model: Model) -> tuple[Mechanism, ...]:
-        """What the plan has from this round on."""
+        """What is booked for this round and for each after it: the plan's numbers, the site's own declared number of patients, clip norms
+        of the public constants.
+        """
         plan, number = request.plan, request.round
-        release = model.release(plan)
-        coming: list[Mechanism] = [release.alone(query) for query in QUERIES[number:]]
-        if rounds := plan.rounds - max(number - FIRST_TRAINING, 0):
-            coming.append(self._sgd(plan, steps=rounds * plan.steps_per_round))
-        return tuple(coming)
-
-    def _sgd(self, plan: Plan, *, steps: int) -> PoissonDpSgd:
-        return sgd_of(plan, steps=steps, declared_patients=self.policy.data.declared_patients)
+        release, left = model.release(plan), plan.rounds - max(number - FIRST_TRAINING, 0)
+        moments = [release.alone(query) for query in QUERIES[number:]]
+        if not left:
+            return tuple(moments)
+        sgd = sgd_of(plan, steps=plan.steps_per_round, declared_patients=self.policy.data.declared_patients)
+        return (*moments, *[sgd] * left)
 
     def _require_policy(self, request: Request) -> None:
         if not is_open(self.policy, self.clock()):
@@ -244,12 +243,10 @@ class Guard:
             raise Refused(code)
 
     def _mechanism(self, request: Request, model: Model) -> Mechanism:
-        """What is to be booked: the plan's numbers, the site's own declared number of patients, clip norms of the public constants."""
-        plan = request.plan
-        if request.kind == "moments":
-            return model.release(plan).alone(QUERIES[request.round])
-        mechanism = self._sgd(plan, steps=plan.steps_per_round)
-        require_bound(self._config_json(request), mechanism)
+        """What is to be booked, its bound proved."""
+        mechanism = self._coming(request, model)[0]
+        if isinstance(mechanism, PoissonDpSgd):
+            require_bound(self._config_json(request), mechanism)
         return mechanism
 
     def _book(self, signed: Signed, message: Message, mechanism: Mechanism, *, coins: str) -> Charge:

@@ -53,10 +53,9 @@ class UnfinishedCheck:
         """The attempt that a killed check of the same subject had booked, or a new one, booked before anything is looked at: its number.
 
         subject: plain values, all that a verdict depends on beside the run's patients and coins. `note` is told which attempt it is, and
-        whether it goes on. Raises BudgetExceeded.
+        whether it goes on. Raises what `record_gate_attempt` raises.
         """
-        ledger.require_same_data(run_id)
-        own = {**subject, "run_id": run_id, "dpsynth": __version__}
+        own = {**subject, "run_id": run_id, "data_line": ledger.data_line, "dpsynth": __version__}
         known = self._record()
         goes_on = known.get("subject") == own and known.get("attempt") == ledger.gate_attempts(run_id)
         attempt = int(known["attempt"]) if goes_on else ledger.record_gate_attempt(run_id)

@@ -49,15 +49,18 @@ def fingerprint(cohort: Cohort, data: DataConfig, *, salt: bytes, progress: Prog
 
 def require_data(cohort: Cohort, data: DataConfig, ledger: Ledger, *, progress: Progress) -> None:
     """Raise LedgerError unless the ledger is for these images, labels and patients."""
-    ledger.require_data(fingerprint(cohort, data, salt=bytes.fromhex(ledger.genesis["digest_salt"]), progress=progress))
+    ledger.require_data(_digest(cohort, data, ledger, progress))
 
 
 def change_data(data: DataConfig, ledger: Ledger, *, who: str, why: str, progress: Progress) -> None:
     """Read the data set as it is now and note in its ledger that it changed. Raises LedgerError when it did not."""
     cohort = read_cohort(data)
     require_usable(cohort)
-    digest = fingerprint(cohort, data, salt=bytes.fromhex(ledger.genesis["digest_salt"]), progress=progress)
-    ledger.change_data(digest, who=who, why=why)
+    ledger.change_data(_digest(cohort, data, ledger, progress), who=who, why=why)
+
+
+def _digest(cohort: Cohort, data: DataConfig, ledger: Ledger, progress: Progress) -> str:
+    return fingerprint(cohort, data, salt=bytes.fromhex(ledger.genesis["digest_salt"]), progress=progress)
 
 
 def open_ledger(config: Config, *, path: Path, epsilon: float, delta: float | None, max_gate_attempts: int, progress: Progress) -> Ledger:

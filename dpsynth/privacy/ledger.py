@@ -204,7 +204,7 @@ class Ledger:
         rows = [
             {
                 "line": charge.line,
-                "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(charge.time)),
+                "time": _stamp(charge.time),
                 "state": "settled" if charge.settled else "reserved",
                 "purpose": charge.purpose,
                 "epsilon": _plain(epsilon_pld(charge.mechanisms, delta)),
@@ -216,13 +216,13 @@ class Ledger:
         decisions = [
             {
                 "line": entry["seq"],
-                "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["time"])),
+                "time": _stamp(entry["time"]),
                 **{name: entry[name] for name in ("run_id", "candidates_sha256", "decision", "words")},
             }
             for entry in self.decisions()
         ]
         changes = [
-            {"line": line.number, "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line.entry["time"])), "words": line.entry["words"]}
+            {"line": line.number, "time": _stamp(line.entry["time"]), "words": line.entry["words"]}
             for line in self._sound()
             if line.entry and line.entry["type"] == "data"
         ]
@@ -239,7 +239,7 @@ class Ledger:
     def require_data(self, digest: str) -> None:
         """Raise LedgerError unless the ledger is for data with this digest."""
         line = _data_line(self._sound())
-        if not secrets.compare_digest(str((line.entry or {})["data_digest"]), digest):
+        if not secrets.compare_digest(_data_digest(line), digest):
             raise LedgerError(
                 f"This ledger is for other data: images, labels or patient ids differ from those of its line {line.number}. Put the data "
                 "back as they were. If they had to change, as when a patient withdraws, `dpsynth ledger data-changed` (at a site of a "
@@ -255,7 +255,7 @@ class Ledger:
         """
         with self._locked():
             lines = self._recovered()
-            if str((_data_line(lines).entry or {})["data_digest"]) == digest:
+            if _data_digest(_data_line(lines)) == digest:
                 raise LedgerError("The data are those that the ledger is for. There is nothing to note.")
             self._append("data", {"data_digest": digest, "words": {who: why}, "salt": secrets.token_hex(16)}, lines=lines)
 
@@ -371,13 +371,11 @@ class Ledger:
         said = self.decided(candidates_sha256, "refused")
         return "; ".join(f"{who}: {why}" for entry in said for who, why in entry["words"].items())
 
-    def require_same_data(self, run_id: str) -> None:
-        """Raise LedgerError when the data changed since the run was booked, so that its images cannot be tested against its patients."""
-        lines = self._sound()
-        _require_same_data(lines, _charge_of(lines, run_id))
-
     def record_gate_attempt(self, run_id: str) -> int:
-        """Book one more look of the gate at a generator's images; returns its number. Raises BudgetExceeded past the cap."""
+        """Book one more look of the gate at a generator's images; returns its number.
+
+        Raises BudgetExceeded past the cap, LedgerError when the data changed since the run was booked.
+        """
         with self._locked():
             lines = self._recovered()
             _require_same_data(lines, _charge_of(lines, run_id))
@@ -517,6 +515,10 @@ def _data_line(lines: tuple[Line, ...]) -> Line:
     return [line for line in lines if line.entry is not None and line.entry["type"] in ("genesis", "data")][-1]
 
 
+def _data_digest(line: Line) -> str:
+    return str((line.entry or {})["data_digest"])
+
+
 def _charge_of(lines: tuple[Line, ...], run_id: str) -> Charge:
     """The first charge of a run."""
     booked = [charge for charge in _charges(lines) if charge.run_id == run_id]
@@ -640,6 +642,10 @@ def _at_most(executed: Sequence[Mechanism], reserved: Sequence[Mechanism]) -> bo
         elif done != asked:
             return False
     return True
+
+
+def _stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
 def _plain(value: float) -> float | str:

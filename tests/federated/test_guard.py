@@ -266,6 +266,12 @@ def another_ledger(site: Site) -> None:
     open_site_ledger(elsewhere, max_gate_attempts=3, progress=silent)
 
 
+def keep_ledger(site: Site) -> None:
+    """The copy that `older_ledger` puts back."""
+    for index, path in enumerate(ledger_files(site)):
+        shutil.copy(path, site.folder / f"copy{index}")
+
+
 def older_ledger(site: Site) -> None:
     """A sound copy from before the last charge."""
     for index, path in enumerate(ledger_files(site)):
@@ -287,8 +293,7 @@ def test_a_ledger_that_forgets_what_was_spent_is_not_served(
 ) -> None:
     site = world.sites["a"]
     assert world.ask().outcome == "ok"
-    for index, path in enumerate(ledger_files(site)):
-        shutil.copy(path, site.folder / f"copy{index}")
+    keep_ledger(site)
     assert world.ask("moments", 1).outcome == "ok"
     replace_ledger(site)
     before = site.policy.ledger.read_bytes()
@@ -319,8 +324,7 @@ def test_a_study_whose_patients_changed_ends_and_the_next_one_adds_to_its_charge
 def test_a_ledger_that_is_replaced_while_a_round_is_booked_lets_no_answer_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     site, real = world.sites["a"], module.Ledger.reserve
     assert world.ask().outcome == "ok"
-    for index, path in enumerate(ledger_files(site)):
-        shutil.copy(path, site.folder / f"copy{index}")
+    keep_ledger(site)
     assert world.ask("moments", 1).outcome == "ok"
     with monkeypatch.context() as patch:
         patch.setattr(module.Ledger, "reserve", lambda *given, **options: older_ledger(site) or real(*given, **options))
@@ -333,8 +337,7 @@ def test_a_ledger_that_is_replaced_while_a_round_is_booked_lets_no_answer_out(wo
 def test_a_round_that_goes_on_after_a_kill_is_noted_before_its_answer_leaves(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     site = world.sites["a"]
     assert world.ask().outcome == "ok"
-    for index, path in enumerate(ledger_files(site)):
-        shutil.copy(path, site.folder / f"copy{index}")
+    keep_ledger(site)
     with monkeypatch.context() as patch:
         patch.setattr(module.Guard, "note_ledger", cut_off)
         assert world.ask("moments", 1).code is Code.FAILED
@@ -347,8 +350,7 @@ def test_a_round_that_goes_on_after_a_kill_is_noted_before_its_answer_leaves(wor
 
 def test_lines_of_local_runs_are_noted_when_the_guard_sees_them(world: World) -> None:
     site = world.sites["a"]
-    for index, path in enumerate(ledger_files(site)):
-        shutil.copy(path, site.folder / f"copy{index}")
+    keep_ledger(site)
     a_local_run_leaves(world)
     site.restart()
     older_ledger(site)

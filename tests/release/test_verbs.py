@@ -39,7 +39,7 @@ from dpsynth.privacy.mechanism import PoissonDpSgd
 from dpsynth.progress import silent
 from dpsynth.release.decision import load_case
 from dpsynth.release.metadata import require_expected_metadata
-from dpsynth.release.run import release, report
+from dpsynth.release.run import refuse, release, report
 from dpsynth.release.verify import ledger_anchor, verify
 from dpsynth.signing import generate_key
 from dpsynth.train.run import train
@@ -258,6 +258,42 @@ def test_a_person_is_shown_what_was_flagged_on_a_page_that_no_release_can_carry(
     shutil.copy(page, out / page.name)
     with pytest.raises(GateRefused, match=r"review\.html: an unexpected file name"):
         require_expected_metadata(out, ())
+
+
+def refused_by_dr_b(clinic: Path) -> None:
+    refuse(clinic / "run", ledger_path=clinic / "ledger", who="Dr B", why="image 3 is my patient")
+
+
+@pytest.mark.parametrize("act", [let_out, refused_by_dr_b])
+def test_what_is_noted_between_question_and_decision_stops_the_decision(
+    clinic: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], object]
+) -> None:
+    """A refusal, or a charge that the claim would not hold."""
+
+    def slow(*given: Any, **options: Any) -> Any:
+        case = load_case(*given, **options)
+        case.ledger.record_verdicts("another run", "0" * 64)
+        return case
+
+    monkeypatch.setattr("dpsynth.release.run.load_case", slow)
+    with pytest.raises(LedgerError, match="noted in the ledger meanwhile"):
+        act(clinic)
+    assert not Ledger.load(clinic / "ledger").decisions()
+    assert not (clinic / "out").exists()
+
+
+def test_two_checks_at_once_are_one_too_many(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one has computed of its images would be taken for the other's."""
+
+    def meanwhile(*_: object, **__: object) -> None:
+        monkeypatch.setattr(checks_run, "run_checks", lambda *_, **__: pytest.fail("two at once"))
+        with pytest.raises(ArtifactError, match="being checked already"):
+            checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks_run, "run_checks", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        checks_run.check(clinic / "run", ledger_path=clinic / "ledger", progress=silent)
 
 
 def test_a_person_who_refuses_is_heard_for_good_and_for_these_images_alone(clinic: Path) -> None:

@@ -54,6 +54,13 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
+def ended(policy: Path) -> list[dict[str, str]]:
+    """What the doctor finds where the guard should not start."""
+    result = CliRunner().invoke(app, ["doctor", str(policy), "--format", "json"])
+    assert result.exit_code == GateRefused.exit_code
+    return list(json.loads(result.stdout))
+
+
 def test_a_hospital_takes_part_refuses_is_killed_and_goes_on(tmp_path: Path) -> None:
     private_path, _ = generate_key(tmp_path / "coordinator")
     path = tmp_path / "policy.yaml"
@@ -105,6 +112,14 @@ def test_a_hospital_takes_part_refuses_is_killed_and_goes_on(tmp_path: Path) -> 
     assert 9 < summary["spent"] <= 10
     assert not Ledger.problems_of(tmp_path / "ledger.jsonl")
 
+    path.write_text(path.read_text().replace("num_patients: 120", "num_patients: 119"))  # one withdraws
+    assert {item["question"]: item["state"] for item in ended(path)}["ledger and data"] == "error"
+    run("data-changed", path, "--because", "Dr B: one withdrew")
+    assert "changed   the data; Dr B: one withdrew" in run("ledger", path)
+    diagnoses = json.loads(run("doctor", path, "--format", "json"))
+    assert {item["question"]: item["state"] for item in diagnoses}["data"] == "ok"
+    assert len(Ledger.load(tmp_path / "ledger.jsonl").charges()) == FIRST_TRAINING + 1
+
 
 def written(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
@@ -133,12 +148,17 @@ def test_hospitals_check_what_they_trained_approve_it_and_it_is_released_and_ver
     assert {path.stat().st_mode & 0o777 for path in (page, review)} == {0o600}
     assert review.read_text().count("<img") == joint.policy("north").gate.content.person_sees
     refusal, approval = joint.folder / "refusal.dsse.json", joint.folder / "approval.dsse.json"
-    run("approve", policy, joint.candidates, "--key", joint.key("north"), "--out", approval)
+    plain = joint.folder / "approval.json"
+    shown = run("approve", policy, joint.candidates, "--out", plain)
+    key = joint.key("north").rename(joint.folder / "officer.key")  # on another machine, which has neither policy nor data
+    signed = run("sign", plain, "--key", key, "--out", approval)
+    assert signed.splitlines()[:-1] == shown.splitlines()[:-1], "the officer reads what the site decided"
+    assert "north, study joint: approved" in signed
     because = ["--because", "Dr B: image 3 is my patient"]
-    said = run("refuse", policy, joint.candidates, "--key", joint.key("north"), "--out", refusal, *because)
+    said = run("refuse", policy, joint.candidates, "--key", key, "--out", refusal, *because)
     assert "Warning: these images were approved before" in said
     assert "; Dr B: image 3 is my patient\n" in run("ledger", policy)
-    again = ["approve", policy, joint.candidates, "--key", joint.key("north"), "--out", joint.folder / "again.dsse.json"]
+    again = ["approve", policy, joint.candidates, "--key", key, "--out", joint.folder / "again.dsse.json"]
     never = CliRunner().invoke(app, [*map(str, again)])
     assert isinstance(never.exception, GateRefused)
     assert "these images were refused by a person" in str(never.exception)
