@@ -19,6 +19,7 @@ from federation_cases import DELTA, EPSILON, Site, World, new_site, told_body
 
 import federated.site as module
 from dpsynth.checks.accounting import ALWAYS, REQUIRED
+from dpsynth.config import DataConfig
 from dpsynth.data.fingerprint import change_data
 from dpsynth.data.split import split_patients
 from dpsynth.errors import ConfigError, LedgerError, SelfCheckFailed
@@ -36,6 +37,7 @@ from dpsynth.train.monitor import MomentMonitor, Monitor
 from dpsynth.train.run import noised_moments, standard_moments
 from dpsynth.train.selfcheck import Finding
 from federated import rounds
+from federated.journal import preparation
 from federated.messages import Code, Plan, decode_reply, decode_request
 from federated.policy import config_of, load_policy, open_site_ledger
 from federated.proofs import proofs_of
@@ -379,6 +381,12 @@ def test_data_that_change_while_they_are_read_are_not_trained_on(world: World, m
     monkeypatch.setattr(module, "private_images", read)
     assert world.ask().code is Code.FAILED
     assert booked(site) == []
+
+
+def test_all_settings_of_the_data_are_those_of_the_study_but_what_its_own_digests_cover(world: World) -> None:
+    """The ledger's digest covers the images wherever they lie, procedural ones and exclusions too; the coins cover their fraction."""
+    free = {"path", "name", "phantom", "exclusions", "control_fraction"}
+    assert set(preparation(world.sites["a"].policy.data)) == set(DataConfig.model_fields) - free
 
 
 def test_a_study_goes_on_with_images_prepared_as_they_were_when_it_began(world: World) -> None:
