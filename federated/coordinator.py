@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -116,6 +117,7 @@ class Coordinator:
     transport: Transport
     folder: Path
     report: Callable[[Event], None] = quiet
+    pause: Callable[[float], object] = time.sleep  # between two questions for the same answer, seconds
     facts: dict[str, Facts] = field(default_factory=dict)  # by site, from its last answer
     asked: dict[str, list[int]] = field(default_factory=dict)  # by site, the rounds that may have been released
     answered: dict[str, list[int]] = field(default_factory=dict)  # by site, the rounds of which a usable answer came
@@ -232,7 +234,9 @@ class Coordinator:
         usable: dict[str, Arrays] = {}
         reasons: dict[str, str] = {}
         waiting = [site for site in self.federation.asked_sites if sites is None or site in sites]
-        for _ in range(self.federation.retries + 1):
+        for attempt in range(self.federation.retries + 1):
+            if attempt:
+                self.pause(self.federation.retry_pause_seconds)
             requests = {site: self._request(site, number, kind, arrays) for site in waiting}
             if kind != "join":
                 self._count(number, waiting)

@@ -130,11 +130,14 @@ def approve_site(
     site: Annotated[str, typer.Argument(metavar="SITE", help="The site's name, as in its policy.")],
     public_key: Annotated[Path, typer.Argument(metavar="KEY", help="node.pub of the site.")],
     flower: FlowerPrograms,
+    instead_of: Annotated[
+        str | None, typer.Option("--instead-of", metavar="OTHER", help="The site that this key was given to by mistake, which loses it.")
+    ] = None,
 ) -> None:
     """Register a site's node, while `up` runs."""
     from federated.launch import Coordination, Flower
 
-    approved = Coordination(folder, Flower(flower)).approve(site, public_key)
+    approved = Coordination(folder, Flower(flower)).approve(site, public_key, instead_of=instead_of)
     print(f"{site}: node {approved.node}. Compare its key with the site by telephone: {approved.key}")
     if approved.replaced:
         print(f"The key that it had before is no longer let in: {approved.replaced}")
@@ -148,11 +151,12 @@ def run(
     flower: FlowerPrograms,
 ) -> None:
     """Train over the sites, while `up` runs. The same command goes on after a crash."""
-    from dpsynth.artifacts import RunFolder, held
+    from dpsynth.artifacts import held
     from dpsynth.signing import load_private
     from federated.coordinator import require_quorum_online
     from federated.federation import load_federation
     from federated.launch import Coordination, Flower
+    from federated.progress_view import next_step
     from federated.relay import Relay
     from federated.simulate import coordinator_of, run_study
 
@@ -177,9 +181,7 @@ def run(
                 )
         finally:
             relay.close()
-    drawn = RunFolder.open(run_path).is_complete("generate")
-    step = f"dpsynth-federation candidates {run_path} --folder {folder} --out FILE" if drawn else f"dpsynth generate {run_path}"
-    print(f"{federation.study} is finished: {run_path}. {guarantee.sentence()}\nNext: {step}")
+    print(f"{federation.study} is finished: {run_path}. {guarantee.sentence()}\nNext: {next_step(run_path, folder)}")
 
 
 @app.command()

@@ -43,6 +43,9 @@ class Federation(BaseModel):
     steps_per_round: Count = Field(STEPS_PER_ROUND, description="DP-SGD steps at each site in each round.")
     deadline_seconds: Positive = Field(900.0, description="How long a round waits for the sites.")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="How often a site that gave no answer is asked again in a round.")
+    retry_pause_seconds: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        30.0, description="How long is waited before it is asked again: longer than a guard needs to start."
+    )
     weights: Literal["uniform"] | dict[Name, Positive] = Field(
         "uniform",
         description="Weight of each site in the mean: equal, or declared public numbers for all sites; never a count of patients.",

@@ -249,24 +249,36 @@ class Coordination:
             raise FlowerFailed(f"`flwr {' '.join(words[:2])}` failed: {said.strip() or f'code {done.returncode}'}")
         return answer
 
-    def approve(self, site: str, public_key: Path) -> Approved:
+    def approve(self, site: str, public_key: Path, *, instead_of: str | None = None) -> Approved:
         """Register a site's node; nothing changes when it is registered. Nodes that are not registered are turned away, and from now on the
-        one of a key that the site had before. Raises ConfigError, SignatureError, FlowerFailed.
+        one of a key that the site had before. instead_of: the site that was given this key by mistake; the SuperLink takes no key twice,
+        so its node becomes this site's. Raises ConfigError, SignatureError, FlowerFailed.
         """
         try:
             TypeAdapter(Name).validate_python(site)
         except ValidationError as error:
             raise ConfigError(f"SITE: expected a name of a-z, 0-9 and -, as in the site's policy, found {site!r}.") from error
         key, approved = node_fingerprint(public_key), self._approved()
-        if other := next((name for name, known in approved.items() if known["key"] == key and name != site), None):
-            raise ConfigError(f"This key is that of {other}, and every site needs one of its own. Ask {site} for its node.pub.")
+        other = next((name for name, known in approved.items() if known["key"] == key and name != site), None)
+        if instead_of is not None and other != instead_of:
+            raise ConfigError(f"--instead-of: {instead_of} does not have this key. Compare: {key}")
+        if other is not None and instead_of is None:
+            raise ConfigError(
+                f"This key is that of {other}, and every site needs one of its own. Ask {site} for its node.pub, or say --instead-of "
+                f"{other} if that was a mistake."
+            )
         before, listed = approved.get(site), {int(node["node-id"]) for node in self._listed()}
         if before is not None and before["node"] in listed:
             if before["key"] == key:
                 return Approved(node=before["node"], key=key, replaced="")
             self.command("supernode", "unregister", str(before["node"]), "fed")
+        node = self._registered(site, public_key) if other is None else approved.pop(other)["node"]
+        write_json(self.folder / _NODES, {**approved, site: {"node": node, "key": key}})
+        return Approved(node=node, key=key, replaced="" if before is None or before["key"] == key else before["key"])
+
+    def _registered(self, site: str, public_key: Path) -> int:
         try:
-            node = int(self.command("supernode", "register", str(public_key.resolve()), "fed")["node-id"])
+            return int(self.command("supernode", "register", str(public_key.resolve()), "fed")["node-id"])
         except FlowerFailed as error:
             if "already in use" not in str(error):
                 raise
@@ -274,8 +286,6 @@ class Coordination:
                 f"The SuperLink knows this key, and {self.folder / _NODES} names no site for it: it was replaced, or that file was. Ask "
                 f"{site} for a new key (dpsynth-federation node-key)."
             ) from error
-        write_json(self.folder / _NODES, {**approved, site: {"node": node, "key": key}})
-        return Approved(node=node, key=key, replaced="" if before is None or before["key"] == key else before["key"])
 
     def nodes(self) -> dict[str, int]:
         """Flower's node id of each approved site."""

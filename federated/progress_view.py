@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dpsynth.artifacts import read_json
+from dpsynth.artifacts import RunFolder, read_json
 from dpsynth.errors import ArtifactError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import from_json
@@ -29,6 +29,7 @@ def progress_of(folder: Path) -> dict[str, Any]:
         "study": study["study"],
         "finished": outcome is not None,
         "run": None if outcome is None else outcome["run"],
+        "next": None if outcome is None else next_step(Path(outcome["run"]), folder.parent.parent),
         "rounds_done": rounds[-1] if rounds else None,
         "last_round": FIRST_TRAINING + study["plan"]["rounds"] - 1,
         "waits_for": _read(folder / QUESTION),
@@ -36,12 +37,18 @@ def progress_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def next_step(run: Path, folder: Path) -> str:
+    """What a coordinator does with the run of a finished study, for the coordinator's folder."""
+    drawn = run.is_dir() and RunFolder.open(run).is_complete("generate")
+    return f"dpsynth-federation candidates {run} --folder {folder} --out FILE" if drawn else f"dpsynth generate {run}"
+
+
 def describe(found: dict[str, Any]) -> list[str]:
     """Lines for people."""
     done = "no round is done" if found["rounds_done"] is None else f"round {found['rounds_done']} is done"
     lines = [f"{found['study']}: {done}; the last is {found['last_round']}"]
     if found["finished"]:
-        lines.append(f"finished: {found['run']}. Next: dpsynth generate {found['run']}")
+        lines.append(f"finished: {found['run']}. Next: {found['next']}")
     elif (waits := found["waits_for"]) is not None:
         late = datetime.now(UTC) > datetime.fromisoformat(waits["until"])
         lines.append(

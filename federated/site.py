@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -19,6 +19,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from dpsynth.config import DataConfig
 from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split
@@ -187,12 +188,14 @@ class Guard:
 
     def _split(self, name: str, study: Study) -> Split:
         """The study's split. Raises Refused(LOST) when its coins are not those that the ledger noted with the study's first round, or when
-        the data changed since. A guard that holds the images of before can book nothing.
+        data or attributes changed since. A guard that holds the images of before can book nothing.
         """
         (line, images), charges = self._read, self._charges(name)
         if any(charge.line < line for _, charge in charges):
             raise Refused(Code.LOST, "the data changed since the study began; it ends here")
         split = study.split(images, self.policy.data)
+        if not booked_alike(study, charges, images, self.policy.data, self.ledger):
+            raise Refused(Code.LOST, "the attributes changed since the study began; put the table back, or it ends here")
         if any(charge.coins_sha256 != split.commitment for _, charge in charges):
             raise Refused(Code.LOST)
         return split
@@ -294,15 +297,25 @@ class Guard:
 
     def _booked_digest(self, request_sha256: str) -> str:
         """Digest of the request and of what each image is trained as, so that a round can only go on with what it began with."""
-        salt = bytes.fromhex(self.ledger.genesis["digest_salt"])
-        conditions = conditions_digest(self.images, self.policy.data, salt=salt)
-        return hashlib.sha256((request_sha256 + conditions).encode()).hexdigest()
+        return booked_digest(request_sha256, self.images, self.policy.data, self.ledger)
 
     def _model(self, request: Request) -> Model:
         return model_of(self._config_json(request))
 
     def _config_json(self, request: Request) -> str:
         return config_of(self.policy, request.plan).model_dump_json()
+
+
+def booked_digest(request_sha256: str, images: ImageSet, data: DataConfig, ledger: Ledger) -> str:
+    """What a round is booked under: SHA-256 over the digests of its request and of each image's cell."""
+    conditions = conditions_digest(images, data, salt=bytes.fromhex(ledger.genesis["digest_salt"]))
+    return hashlib.sha256((request_sha256 + conditions).encode()).hexdigest()
+
+
+def booked_alike(study: Study, charges: Sequence[tuple[int, Charge]], images: ImageSet, data: DataConfig, ledger: Ledger) -> bool:
+    """Whether all rounds of a study were booked for these cells. A round whose question is gone from the journal tells nothing."""
+    asked = [(study.message(charge.run_id.split("/")[2]).digest(), charge.config_sha256) for _, charge in charges]
+    return all(booked == booked_digest(digest, images, data, ledger) for digest, booked in asked if digest is not None)
 
 
 def charges_of(ledger: Ledger, study: str) -> list[tuple[int, Charge]]:

@@ -20,6 +20,7 @@ from dpsynth.checks.run import SEED
 from dpsynth.checks.screening import screen_candidates
 from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import CONTENT, REVIEW, VERDICTS, Verdict
+from dpsynth.data.attributes import by_cell
 from dpsynth.data.candidates import to_unit_range
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
@@ -40,7 +41,7 @@ from federated.candidates import Carried, unpack
 from federated.journal import Study, preparation
 from federated.policy import data_config
 from federated.proofs import proofs_of
-from federated.site import Guard, charges_of
+from federated.site import Guard, booked_alike, charges_of
 
 _FOLDER, _PAGE, _UNFINISHED = "check", "report.html", "unfinished"
 _ANSWERING = Answering(
@@ -212,7 +213,11 @@ def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
     data = guard.policy.data
     cohort = read_cohort(data)
     require_data(cohort, data, guard.ledger, progress=progress)
-    split = work.study.split(prepare(cohort, data, progress=progress), data)
+    guard.ledger.require_unchanged(work.run_id)
+    images = prepare(cohort, data, progress=progress)
+    split = work.study.split(images, data)
+    if not booked_alike(work.study, work.charges, by_cell(images, data), data, guard.ledger):
+        raise LedgerError("The attributes of the patients are not those that the ledger noted before training. Restore the table.")
     if any(charge.coins_sha256 != split.commitment for _, charge in work.charges):
         raise LedgerError("The patients' coins are not those that the ledger noted before training. Restore the study's split.json.")
     return split

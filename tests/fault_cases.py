@@ -55,6 +55,7 @@ rounds: {ROUNDS}
 steps_per_round: {STEPS}
 deadline_seconds: 25
 retries: 20
+retry_pause_seconds: 1
 config:
   data: {{{DATA}, declared_patients: 200}}
   privacy: {{epsilon: 2, delta: 1.0e-5}}

@@ -213,7 +213,7 @@ class Hospital:
 def study(world: World, handlers: Mapping[str, Handler], folder: Path, **changes: object) -> Coordinator:
     return Coordinator(
         federation=world.federation.model_copy(update=changes), plan=world.plan, model=world.model, private=world.private,
-        transport=InProcess(handlers), folder=folder,
+        transport=InProcess(handlers), folder=folder, pause=lambda _: None,
     )  # fmt: skip
 
 

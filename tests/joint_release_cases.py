@@ -32,6 +32,7 @@ from federated.site_approval import approve
 
 SITES = ("north", "south")
 GATE = "gate: {required: [accounting, mechanism, membership, copying, content], largest_membership_auc: 0.9}"
+ATTRIBUTES = "attributes: {sex: {values: [F, M]}}"
 STUDY = "study: joint\nsites: [north, south]\nquorum: 2\nrounds: 2\nsteps_per_round: 2\nsite_keys: {north: north/keys/signing.pub, south: south/keys/signing.pub}\n"  # noqa: E501
 
 
@@ -87,10 +88,12 @@ def build(folder: Path) -> Joint:
         generate_key(folder / site / "keys")
         text = POLICY.replace("NAME", site).replace("SEED", str(seed)).replace("coordinator/signing.pub", "../keys/signing.pub")
         path = folder / site / "policy.yaml"
-        path.write_text(text.replace("num_patients: 120", "num_patients: 240").replace("name:", "control_fraction: 0.3, name:") + GATE)
+        text = text.replace("num_patients: 120", "num_patients: 240").replace("name:", f"control_fraction: 0.3, {ATTRIBUTES}, name:")
+        path.write_text(text + GATE)
         path.chmod(0o600)
         open_site_ledger(joint.policy(site), max_gate_attempts=2, progress=silent)
-    indented = "".join(f"  {line}\n" for line in f"{CONFIG}generate: {{count: 60}}\n{GATE}".splitlines())
+    config = CONFIG.replace("data: {", f"data: {{{ATTRIBUTES}, ")
+    indented = "".join(f"  {line}\n" for line in f"{config}generate: {{count: 60}}\n{GATE}".splitlines())
     (folder / "study.yaml").write_text(f"{STUDY}config:\n{indented}")
     federation = load_federation(folder / "study.yaml")
     transport = InProcess({site: joint.guard(site).handle for site in SITES})

@@ -130,6 +130,7 @@ def _split(run: RunFolder, config: Config, trained: Trained, progress: Progress)
     """The patients as they were trained on: the same images, by the ledger's fingerprint, the same attributes, and the same sides."""
     cohort, ledger = read_cohort(config.data), trained.ledger
     require_data(cohort, config.data, ledger, progress=progress)
+    ledger.require_unchanged(trained.charge.run_id)
     images = prepare(cohort, config.data, progress=progress)
     salt = bytes.fromhex(ledger.genesis["digest_salt"])
     if conditions_digest(by_cell(images, config.data), config.data, salt=salt) != trained.conditions:

@@ -246,6 +246,11 @@ class Ledger:
                 "federation `dpsynth-site data-changed`) notes it; a new ledger would forget what these patients spent."
             )
 
+    def require_unchanged(self, run_id: str) -> None:
+        """Raise LedgerError when the data changed since the run was booked, or when it was not booked."""
+        lines = self._sound()
+        _require_same_data(lines, _charge_of(lines, run_id))
+
     # -- what changes it ---------------------------------------------------------------------------------------------
 
     def change_data(self, digest: str, *, who: str, why: str) -> None:

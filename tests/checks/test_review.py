@@ -96,6 +96,8 @@ def test_each_listed_image_stands_beside_the_image_that_it_was_made_of(shape: tu
         to_unit_range(synthetic),
     )
     page = page_of(replace(evidence, screening=grounds(6)), copying(((4, "t2"), (1, "c1"))))
+    assert "This page shows patients and names them." in page
+    assert "shows patients" not in page_of(replace(evidence, screening=grounds(6)), copying((), Outcome.PASS))
     part = only(page, "Images that come very near")
     shown = Shown(part).pictures
     expected = [

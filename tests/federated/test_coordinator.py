@@ -122,17 +122,19 @@ def test_a_round_is_counted_before_its_question_leaves(empty: World, tmp_path: P
 
 def test_a_silent_site_is_asked_again_and_the_round_goes_on_with_the_quorum(empty: World, tmp_path: Path) -> None:
     sites = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
-    asked = []
+    asked: list[bytes | float] = []
 
     def silent(raw: bytes) -> bytes:
         asked.append(raw)
         return encode_refusal(Code.UNREACHABLE)
 
-    coordinator = study(empty, {**sites, "c": silent}, tmp_path / "study", quorum=3, retries=2)
+    coordinator = study(empty, {**sites, "c": silent}, tmp_path / "study", quorum=3, retries=2, retry_pause_seconds=7.0)
+    coordinator.pause = lambda seconds: asked.append(seconds)
     with pytest.raises(QuorumLost, match="c: unreachable: the guard of the site does not answer"):
         coordinator.run(initial(empty))
-    assert len(asked) == 3
-    assert len(set(asked)) == 1
+    frame = asked[0]
+    assert asked == [frame, 7.0, frame, 7.0, frame]
+    asked.clear()
     coordinator = study(empty, {**sites, "c": silent}, tmp_path / "study", quorum=2)
     coordinator.run(initial(empty))
     assert coordinator.asked["c"] == [0, 4, 5], "it may have answered, for all that anyone knows; without counts its sums are of no use"

@@ -199,6 +199,7 @@ def test_a_site_is_approved_once_and_its_new_key_takes_the_place_of_the_old(call
     assert call("approve-site", "fed", "north", "node/node.pub") == first, "the same again is no error"
     code, _, said = call("approve-site", "fed", "south", "node/node.pub")
     assert (code, "This key is that of north" in said) == (2, True)
+    assert "--instead-of north" in said
     assert call("approve-site", "fed", "south", "second/node.pub")[0] == 0
     code, out, _ = call("approve-site", "fed", "north", "third/node.pub")
     assert code == 0
@@ -212,6 +213,24 @@ def test_a_site_is_approved_once_and_its_new_key_takes_the_place_of_the_old(call
     write_flwr(programs / "flwr", absent=True)
     code, _, said = call("approve-site", "fed", "west", "node/node.pub")
     assert (code, said) == (1, "dpsynth-federation: No SuperLink answers. Run: dpsynth-federation up fed\n")
+
+
+def test_a_key_that_was_given_to_the_wrong_site_is_taken_from_it(call: Call, fed: Path, programs: Path) -> None:
+    """The SuperLink takes no key twice, so the node that is there becomes the right site's."""
+    make_node_key(Path("second"))
+    assert call("approve-site", "fed", "nroth", "node/node.pub")[0] == 0
+    code, _, said = call("approve-site", "fed", "north", "node/node.pub", "--instead-of", "south")
+    assert (code, "south does not have this key" in said) == (2, True)
+    code, out, _ = call("approve-site", "fed", "north", "node/node.pub", "--instead-of", "nroth")
+    assert (code, f"north: node 1. Compare its key with the site by telephone: {fingerprint(Path('node/node.pub'))}" in out) == (0, True)
+    coordination = Coordination(fed, Flower(programs))
+    assert coordination.nodes() == {"north": 1}
+    assert coordination.online() == ["north"]
+    assert call("approve-site", "fed", "south", "second/node.pub")[0] == 0
+    code, out, _ = call("approve-site", "fed", "north", "second/node.pub", "--instead-of", "south")
+    assert (code, f"no longer let in: {fingerprint(Path('node/node.pub'))}" in out) == (0, True)
+    assert coordination.nodes() == {"north": 2}
+    assert coordination.online() == ["north"]
 
 
 def test_a_second_server_side_in_one_folder_is_refused_and_starts_nothing(call: Call, fed: Path, programs: Path) -> None:
@@ -291,6 +310,7 @@ def test_run_names_what_is_missing_and_says_of_a_finished_study_what_comes_next(
     assert "Next: dpsynth-federation candidates run --folder fed --out FILE" in out
     code, out, _ = call("status", "fed", "joint")
     assert (code, "finished" in out) == (0, True)
+    assert f"Next: dpsynth-federation candidates {Path('run').resolve()} --folder fed --out FILE" in out
     code, _, said = call("status", "fed", "jiont")
     assert (code, "found joint in fed/studies" in said) == (2, True)
 

@@ -503,6 +503,16 @@ def test_a_round_does_not_go_on_when_the_labels_of_the_data_changed_meanwhile(wo
     assert booked(site) == [("study/0/moments-0", True)]
 
 
+def test_a_study_does_not_go_on_with_attributes_other_than_those_it_began_with(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check could compare its images with the patients as they were trained on, so no further round is paid."""
+    site = world.sites["a"]
+    assert world.ask().outcome == "ok"
+    monkeypatch.setattr(module, "conditions_digest", lambda *_, **__: "of another table")
+    site.restart()
+    assert world.ask("train", 4).code is Code.LOST
+    assert booked(site) == [("study/0/moments-0", True)]
+
+
 BAD = Finding(ok=False, detail="planted", statistic=0.0, threshold=1.0)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ import federated.site_checks as site_checks
 from dpsynth.artifacts import RunFolder, write_bytes
 from dpsynth.checks.kept import Keep
 from dpsynth.checks.verdict import Outcome, Verdict
+from dpsynth.config import DataConfig
 from dpsynth.data.candidates import Candidates, load_candidates, save_candidates
+from dpsynth.data.cohort import Cohort
 from dpsynth.data.fingerprint import change_data
 from dpsynth.data.images_digest import images_digest
+from dpsynth.data.source import read_cohort
 from dpsynth.errors import ArtifactError, BudgetExceeded, ConfigError, DpsynthError, GateRefused, LedgerError, SignatureError, UsageError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
@@ -280,6 +284,22 @@ def test_other_patients_are_not_checked_though_nobody_noted_that_they_changed(jo
     attempts = ledger(joint).summary()["gate_attempts"]
     with_policy(joint, data={**changed_data(joint), "phantom": {**changed_data(joint)["phantom"], "num_patients": 200}})
     with pytest.raises(LedgerError, match="for other data"):
+        checked(joint)
+    assert ledger(joint).summary()["gate_attempts"] == attempts
+
+
+def test_attributes_that_were_edited_after_training_are_not_checked(joint: Joint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger's digest of the data covers labels and no attributes; what each round was booked for covers both."""
+    attempts = ledger(joint).summary()["gate_attempts"]
+
+    def edited(data: DataConfig) -> Cohort:
+        cohort = read_cohort(data)
+        first = cohort.records[0]
+        other = {**first.attributes, "sex": "M" if first.attributes["sex"] == "F" else "F"}
+        return replace(cohort, records=(replace(first, attributes=other), *cohort.records[1:]))
+
+    monkeypatch.setattr("federated.site_checks.read_cohort", edited)
+    with pytest.raises(LedgerError, match="attributes of the patients are not those"):
         checked(joint)
     assert ledger(joint).summary()["gate_attempts"] == attempts
 
