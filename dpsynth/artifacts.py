@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -93,6 +94,14 @@ def require_new(path: Path, *, kind: str = "folder") -> None:
     """Raise ArtifactError when something is there already: nothing that was written is ever written over."""
     if path.exists():
         raise ArtifactError(f"Expected {path} not to exist. Name another {kind}.")
+
+
+def require_writable(path: Path) -> None:
+    """Raise StorageError when no file can be made where `path` is to be: asked before what cannot be taken back."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 @contextmanager

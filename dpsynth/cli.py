@@ -450,7 +450,7 @@ def run_app(command: typer.Typer, *, name: str) -> None:
     except DpsynthError as error:
         fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        fail(f"{error.format_message()} `{name} --help` lists verbs and options.", 2)
+        fail(f"{error.format_message()} `{_verb_of(error, name)} --help` lists verbs and options.", 2)
     except (typer.Abort, KeyboardInterrupt):
         fail(_STOPPED, INTERRUPTED)
     except OSError as error:
@@ -470,6 +470,15 @@ def run_app(command: typer.Typer, *, name: str) -> None:
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code
         fail(_STOPPED, INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _verb_of(error: typer.TyperException, name: str) -> str:
+    """The command with the verbs that an error of its options is about."""
+    context, verbs = getattr(error, "ctx", None), list[str]()
+    while context is not None and context.parent is not None:
+        verbs.insert(0, str(context.info_name))
+        context = context.parent
+    return " ".join([name, *verbs])
 
 
 def _fail(name: str, message: str, code: int) -> None:

@@ -21,12 +21,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dpsynth.artifacts import RunFolder, read_json, require_new, write_bytes
+from dpsynth.artifacts import RunFolder, json_bytes, read_json, require_new, write_bytes
 from dpsynth.cells import Cells
 from dpsynth.config import DataConfig, parse_config
 from dpsynth.data.candidates import FILE, Candidates, load_candidates, withheld
 from dpsynth.data.images_digest import images_digest
-from dpsynth.errors import ArtifactError, SignatureError, UsageError
+from dpsynth.errors import ArtifactError, ConfigError, SignatureError, UsageError
 from dpsynth.model.generator import Generator
 from dpsynth.model.moments import Moments, frequencies
 from dpsynth.release.federated import load_federated_run, required_checks
@@ -60,12 +60,21 @@ class Header(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """Candidates with what the coordinator signed about them. key: id of the key that signed."""
+    """Candidates with what the coordinator signed about them. key: id of the key that signed; statement_sha256: of all that it signed."""
 
     header: Header
     candidates: Candidates
     moments: Moments
     key: str
+    statement_sha256: str
+
+
+def coordinators_key(folder: Path) -> Ed25519PrivateKey:
+    """The key that signs for a coordinator. Raises ConfigError when the folder is none of a coordinator, or SignatureError."""
+    path = folder / "coordinator" / "signing.key"
+    if not path.is_file():
+        raise ConfigError(f"Expected the folder of `dpsynth-federation init-ca` at {folder}, found no {path}. Name that one.")
+    return load_private(path)
 
 
 def study_key(folder: Path, run_path: Path) -> Ed25519PrivateKey:
@@ -73,7 +82,7 @@ def study_key(folder: Path, run_path: Path) -> Ed25519PrivateKey:
 
     Raises ArtifactError or SignatureError when the folder is not the one that ran the study.
     """
-    private, counted = load_private(folder / "coordinator" / "signing.key"), load_federated_run(RunFolder.open(run_path))
+    private, counted = coordinators_key(folder), load_federated_run(RunFolder.open(run_path))
     path = folder / "studies" / counted.study / STUDY_FILE
     began = read_json(path) if path.is_file() else None
     if began is None or plan_digest(began["plan"]) != counted.plan_sha256:
@@ -137,7 +146,8 @@ def unpack(path: Path, *, coordinators: Sequence[Ed25519PublicKey], data: DataCo
         raise SignatureError(f"The images in {path.name} are not those that its header names. Ask the coordinator.")
     if problem := _layout_problem(candidates, found, data.cells):
         raise UsageError(f"The candidates do not have the layout of this site's data: {problem}.")
-    return Carried(header=header, candidates=candidates, moments=found, key=key)
+    signed = hashlib.sha256(json_bytes(statement)).hexdigest()
+    return Carried(header=header, candidates=candidates, moments=found, key=key, statement_sha256=signed)
 
 
 def _members(path: Path, largest_bytes: int) -> dict[str, bytes]:

@@ -120,6 +120,8 @@ def data_changed(policy: PolicyFile, because: Annotated[str, typer.Option("--bec
         guard = Guard.open(settings)
         change_data(settings.data, guard.ledger, who=who, why=why, progress=progress)
     print(f"Noted: {settings.ledger}. Next: dpsynth-site doctor {policy}, then start the guard again.")
+    if pages := sorted(str(path.parent) for path in settings.state.glob("studies/*/check/*.html")):
+        print(f"Pages of checks from before show patients; delete them if one withdrew: {', '.join(dict.fromkeys(pages))}")
 
 
 @app.command()

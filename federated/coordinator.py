@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save
 from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
 from dpsynth.errors import ArtifactError, DpsynthError, RefusedError
 from dpsynth.model.moment_release import QUERIES, count_stddev, counts_of, raw_counts, told_by
+from dpsynth.privacy.mechanism import MomentRelease, PoissonDpSgd, from_json
 from dpsynth.signing import key_id
 from federated.combine import (
     averaged,
@@ -285,7 +286,19 @@ class Coordinator:
             return "unusable", found, None
         if reply.facts is not None:
             self.facts[site] = reply.facts
+            self._recount(site)
         return "ok", "", arrays
+
+    def _recount(self, site: str) -> None:
+        """Count all rounds that the site ever refused when it states more charges than were counted: answers of sites are not signed, and
+        whoever carries them can refuse in a site's name what it has booked.
+        """
+        stated = [from_json(value) for value in self.facts[site].charged]
+        moments = sum(len(mechanism.queries) for mechanism in stated if isinstance(mechanism, MomentRelease))
+        steps = sum(mechanism.steps for mechanism in stated if isinstance(mechanism, PoissonDpSgd))
+        if moments + steps // self.plan.steps_per_round > len(self.asked.get(site, [])):
+            refused = [int(number) for name, _, number in (key.rpartition("/") for key in self.attempts) if name == site]
+            self.asked[site] = sorted({*self.asked.get(site, []), *refused})
 
     def _count(self, number: int, sites: list[str]) -> None:
         """Note before asking that these sites may have released the round."""

@@ -131,7 +131,8 @@ def approve_site(
     public_key: Annotated[Path, typer.Argument(metavar="KEY", help="node.pub of the site.")],
     flower: FlowerPrograms,
     instead_of: Annotated[
-        str | None, typer.Option("--instead-of", metavar="OTHER", help="The site that this key was given to by mistake, which loses it.")
+        str | None,
+        typer.Option("--instead-of", metavar="OTHER", help="The site that was given this key by mistake: both exchange what they have."),
     ] = None,
 ) -> None:
     """Register a site's node, while `up` runs."""
@@ -139,6 +140,8 @@ def approve_site(
 
     approved = Coordination(folder, Flower(flower)).approve(site, public_key, instead_of=instead_of)
     print(f"{site}: node {approved.node}. Compare its key with the site by telephone: {approved.key}")
+    if instead_of is not None:
+        print(f"{instead_of} now has the key that {site} had, if any. Approve its own with `approve-site` too.")
     if approved.replaced:
         print(f"The key that it had before is no longer let in: {approved.replaced}")
 
@@ -152,7 +155,7 @@ def run(
 ) -> None:
     """Train over the sites, while `up` runs. The same command goes on after a crash."""
     from dpsynth.artifacts import held
-    from dpsynth.signing import load_private
+    from federated.candidates import coordinators_key
     from federated.coordinator import require_quorum_online
     from federated.federation import load_federation
     from federated.launch import Coordination, Flower
@@ -161,7 +164,7 @@ def run(
     from federated.simulate import coordinator_of, run_study
 
     federation, coordination = load_federation(study), Coordination(folder, Flower(flower))
-    private, nodes = load_private(folder / "coordinator" / "signing.key"), coordination.nodes()
+    private, nodes = coordinators_key(folder), coordination.nodes()
     if missing := [site for site in federation.asked_sites if site not in nodes]:
         raise ConfigError(f"sites: {missing[0]} is not approved. Run: dpsynth-federation approve-site {folder} {missing[0]} KEY")
     work = folder / "studies" / federation.study

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def examine(policy_path: Path, *, progress: Progress) -> list[Diagnosis]:
         found += [Diagnosis(question="patients", state="warning", answer=text) for text in _too_few(policy)]
         guard.images  # noqa: B018 (reads the data set and compares it with the ledger)
         found.append(Diagnosis(question="data", state="ok", answer="the data set of the ledger, and delta is small enough for it"))
-    except DpsynthError as error:
+    except (DpsynthError, OSError) as error:
         found.append(Diagnosis(question="ledger and data", state="error", answer=str(error)))
     return found
 
@@ -55,9 +56,11 @@ def _too_few(policy: SitePolicy) -> list[str]:
     fewest, control = fewest_control(policy.gate), policy.data.declared_patients * policy.data.control_fraction
     if control >= fewest:
         return []
+    share = math.ceil(100 * fewest / policy.data.declared_patients) / 100
+    mend = f"Raise data.control_fraction to {share:g}" if share <= 0.5 else f"Bring {2 * fewest} patients with data.control_fraction 0.5"
     return [
-        f"about {control:.0f} control patients; below {fewest} the checks cannot tell, so that no candidates could be approved here. "
-        "Bring more patients, raise data.control_fraction up to 0.5, or take part in no study"
+        f"about {control:.0f} control patients; below {fewest} the checks cannot tell, so that no candidates could be approved here and a "
+        f"study would be paid for nothing. {mend}, or take part in no study"
     ]
 
 

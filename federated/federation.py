@@ -114,7 +114,7 @@ def load_federation(path: Path) -> Federation:
         keys = {site: (base / key.expanduser()).resolve() for site, key in federation.site_keys.items()}
         return federation.model_copy(update={"site_keys": keys})
     except ValidationError as error:
-        raise ConfigError(f"Wrong federation: {wrong_settings(error)}. docs/coordinator.md lists every setting.") from error
+        raise ConfigError(f"{path.name}: {wrong_settings(error)}. docs/coordinator.md lists every setting.") from error
 
 
 def default_rounds(config: Config, steps_per_round: object) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from dpsynth.artifacts import read_json, storage_errors, write_bytes, write_json
 from dpsynth.config import DataConfig
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split, split_patients
-from dpsynth.errors import ConfigError, LedgerError
+from dpsynth.errors import ConfigError, DataError, LedgerError
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.noise import NoiseStream, fresh_key
 from federated.messages import Code, Refused
@@ -35,7 +36,7 @@ LOST = (
 )
 _PROOF, _LEDGER = "proof.json", "ledger.json"
 _COINS = "split.json"
-_LARGEST_NUMBER_OF_REFUSED_STUDIES = 1000  # so that nobody can fill the disk with them either
+_LARGEST_NUMBER_OF_REFUSED_STUDIES = 1000  # the oldest are forgotten
 _LARGEST_NUMBER_OF_ANSWERS = 5000  # of a study; further refusals are given and forgotten, so that nobody can fill the disk with them
 
 
@@ -113,19 +114,25 @@ class Study:
         """The message of that id, known or not."""
         return Message(self.folder / "messages" / message_id)
 
-    def split(self, images: ImageSet, data: DataConfig) -> Split:
-        """Who is trained on: by the key and the control fraction of the first call, whatever the policy says since.
+    def split(self, images: ImageSet, data: DataConfig, *, cells: str, booked: bool) -> Split:
+        """Who is trained on: by the key and the control fraction of before the first charge, whatever the policy says since.
 
-        Raises ConfigError when `data` prepares images otherwise than in the first call: others would be trained on, or compared with what
-        was trained on these.
+        cells: digest of each image's cell. booked: whether a round was charged; until then all is drawn and noted anew. Raises ConfigError
+        when `data` prepares images otherwise than then, and DataError when attributes differ: others would be trained on, or compared with
+        what was trained on these.
         """
         path = self.folder / _COINS
-        if not path.is_file():
-            first = {"key": fresh_key().hex(), "control_fraction": data.control_fraction, "settings": preparation(data)}
+        if not (booked and path.is_file()):
+            first = {"key": fresh_key().hex(), "control_fraction": data.control_fraction, "settings": preparation(data), "cells": cells}
             write_json(path, first, private=True)
         known = read_json(path)
         if changed := [name for name, value in preparation(data).items() if known["settings"].get(name) != value]:
             raise ConfigError(f"data.{changed[0]} is not what it was when the study began. Put it back in the policy.")
+        if known["cells"] != cells:
+            raise DataError(
+                f"The attributes of the patients ({', '.join(data.attributes)}) are not those with which {self.folder.name} began: "
+                "the guard trains with the table that it read at its start. Put that table back."
+            )
         return split_patients(images, control_fraction=float(known["control_fraction"]), key=bytes.fromhex(known["key"]))
 
     def is_full(self) -> bool:
@@ -189,7 +196,17 @@ class Journal:
 
     def _begun(self) -> int:
         """How many studies came as far as a charge. Others, which were refused, take none of the places that the policy has."""
-        return sum(1 for name in self.studies() if (self.folder / "studies" / name / _COINS).is_file())
+        return len(self.studies()) - len(self._refused())
+
+    def _refused(self) -> list[Path]:
+        """Folders of studies that never came as far as a charge, of the oldest first."""
+        folders = [self.folder / "studies" / name for name in self.studies()]
+        return sorted((path for path in folders if not (path / _COINS).is_file()), key=lambda path: path.stat().st_mtime)
+
+    def _make_room(self) -> None:
+        """Forget the oldest refused studies, which cost nobody anything, so that they neither fill the disk nor keep others out."""
+        for folder in self._refused()[: -_LARGEST_NUMBER_OF_REFUSED_STUDIES + 1 or None]:
+            shutil.rmtree(folder)
 
     def known(self, name: str) -> tuple[Study, str, str] | None:
         """The study of that name with the plan's digest and the coordinator's key id; None when none began here."""
@@ -206,11 +223,12 @@ class Journal:
         """
         folder = self.folder / "studies" / name
         path, own = folder / "study.json", {"plan_sha256": plan_sha256, "coordinator": key}
+        if not booked and not (folder / _COINS).is_file() and self._begun() >= limit:
+            raise Refused(Code.STUDIES)
         if not path.is_file():
             if booked:
                 raise Refused(Code.LOST)
-            if self._begun() >= limit or len(self.studies()) >= limit + _LARGEST_NUMBER_OF_REFUSED_STUDIES:
-                raise Refused(Code.STUDIES)
+            self._make_room()
             write_json(path, own, private=True)
         known = read_json(path)
         if known["coordinator"] != key:

@@ -252,7 +252,7 @@ class Coordination:
     def approve(self, site: str, public_key: Path, *, instead_of: str | None = None) -> Approved:
         """Register a site's node; nothing changes when it is registered. Nodes that are not registered are turned away, and from now on the
         one of a key that the site had before. instead_of: the site that was given this key by mistake; the SuperLink takes no key twice,
-        so its node becomes this site's. Raises ConfigError, SignatureError, FlowerFailed.
+        so both exchange what they have. Raises ConfigError, SignatureError, FlowerFailed.
         """
         try:
             TypeAdapter(Name).validate_python(site)
@@ -268,11 +268,17 @@ class Coordination:
                 f"{other} if that was a mistake."
             )
         before, listed = approved.get(site), {int(node["node-id"]) for node in self._listed()}
+        if other is not None:
+            own = approved.pop(other)
+            if own["node"] not in listed:
+                raise FlowerFailed(f"The SuperLink lets this key in no more. Ask {site} for a new one (dpsynth-federation node-key).")
+            write_json(self.folder / _NODES, {**approved, site: own, **({} if before is None else {other: before})})
+            return Approved(node=own["node"], key=key, replaced="")
         if before is not None and before["node"] in listed:
             if before["key"] == key:
                 return Approved(node=before["node"], key=key, replaced="")
             self.command("supernode", "unregister", str(before["node"]), "fed")
-        node = self._registered(site, public_key) if other is None else approved.pop(other)["node"]
+        node = self._registered(site, public_key)
         write_json(self.folder / _NODES, {**approved, site: {"node": node, "key": key}})
         return Approved(node=node, key=key, replaced="" if before is None or before["key"] == key else before["key"])
 

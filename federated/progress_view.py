@@ -56,7 +56,7 @@ def describe(found: dict[str, Any]) -> list[str]:
             + (", which is over: should `run` have ended, the same command goes on" if late else "")
         )
     else:
-        lines.append("nobody is asked at present: should `run` have ended, the same command goes on")
+        lines.append("nobody is asked at present: `run` pauses before it asks again, or has ended; then the same command goes on")
     for site, values in found["sites"].items():
         lines.append(f"{site:<12} {_answer(values['last'])}; epsilon {_figure(values)}")
         if values["last_refusal"] not in (None, values["last"]):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from dpsynth.artifacts import write_json
+from dpsynth.artifacts import read_json, write_json
+from dpsynth.errors import ArtifactError
 from dpsynth.model.moments import public_reference
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress, silent
@@ -70,6 +71,7 @@ def run_study(
     ready: called before anybody is asked, to raise what stands in the way. Raises QuorumLost, ClaimRefused and others.
     """
     coordinator.require_same()
+    _require_its_run(coordinator.folder / OUTCOME, run_path)
     guarantee = claim_of(coordinator, run_path)
     if guarantee is None:
         if not coordinator.asks_no_more:
@@ -78,3 +80,10 @@ def run_study(
         guarantee = write_outcome(coordinator, state, run_path=run_path)
     write_json(coordinator.folder / OUTCOME, {"run": str(run_path.resolve())})
     return guarantee
+
+
+def _require_its_run(outcome: Path, run_path: Path) -> None:
+    """Raise ArtifactError when the study is finished in another folder, of which candidates may be out already."""
+    known = Path(read_json(outcome)["run"]) if outcome.is_file() else run_path.resolve()
+    if known != run_path.resolve() and (known / "run.json").is_file():
+        raise ArtifactError(f"This study is finished in {known}. Name that as --run.")

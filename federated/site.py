@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -19,7 +19,6 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from dpsynth.config import DataConfig
 from dpsynth.data.attributes import conditions_digest
 from dpsynth.data.cohort import ImageSet
 from dpsynth.data.split import Split
@@ -136,12 +135,13 @@ class Guard:
             arrays = self._round(signed, study, message)
             reply = encode_reply(request_sha256=signed.digest, facts=self._facts(request), arrays=arrays)
         except (Refused, BudgetExceeded, SelfCheckFailed) as error:
-            code = error.code if isinstance(error, Refused) else Code.BUDGET if isinstance(error, BudgetExceeded) else Code.FAILED
+            charge = self._charge(request)
+            failed = Code.FAILED if charge is None else Code.LOST  # the same message can succeed, or no more
+            code = error.code if isinstance(error, Refused) else Code.BUDGET if isinstance(error, BudgetExceeded) else failed
             _LOG.warning("%s round %d: %s", request.study, request.round, error)
             reply = encode_refusal(code, request_sha256=signed.digest)
-            charge = self._charge(request)
             # Kept in place of a closed charge's answer, which is gone, a refusal would say that none ever left.
-            if charge.settled if charge is not None else study.is_full():
+            if charge.settled if charge is not None else code is Code.FAILED or study.is_full():
                 message.forget()
                 return reply
         message.answer(signed.digest, reply)
@@ -188,14 +188,12 @@ class Guard:
 
     def _split(self, name: str, study: Study) -> Split:
         """The study's split. Raises Refused(LOST) when its coins are not those that the ledger noted with the study's first round, or when
-        data or attributes changed since. A guard that holds the images of before can book nothing.
+        the data changed since. A guard that holds the images of before can book nothing.
         """
         (line, images), charges = self._read, self._charges(name)
         if any(charge.line < line for _, charge in charges):
             raise Refused(Code.LOST, "the data changed since the study began; it ends here")
-        split = study.split(images, self.policy.data)
-        if not booked_alike(study, charges, images, self.policy.data, self.ledger):
-            raise Refused(Code.LOST, "the attributes changed since the study began; put the table back, or it ends here")
+        split = study.split(images, self.policy.data, cells=self._cells(), booked=bool(charges))
         if any(charge.coins_sha256 != split.commitment for _, charge in charges):
             raise Refused(Code.LOST)
         return split
@@ -297,25 +295,16 @@ class Guard:
 
     def _booked_digest(self, request_sha256: str) -> str:
         """Digest of the request and of what each image is trained as, so that a round can only go on with what it began with."""
-        return booked_digest(request_sha256, self.images, self.policy.data, self.ledger)
+        return hashlib.sha256((request_sha256 + self._cells()).encode()).hexdigest()
+
+    def _cells(self) -> str:
+        return conditions_digest(self.images, self.policy.data, salt=bytes.fromhex(self.ledger.genesis["digest_salt"]))
 
     def _model(self, request: Request) -> Model:
         return model_of(self._config_json(request))
 
     def _config_json(self, request: Request) -> str:
         return config_of(self.policy, request.plan).model_dump_json()
-
-
-def booked_digest(request_sha256: str, images: ImageSet, data: DataConfig, ledger: Ledger) -> str:
-    """What a round is booked under: SHA-256 over the digests of its request and of each image's cell."""
-    conditions = conditions_digest(images, data, salt=bytes.fromhex(ledger.genesis["digest_salt"]))
-    return hashlib.sha256((request_sha256 + conditions).encode()).hexdigest()
-
-
-def booked_alike(study: Study, charges: Sequence[tuple[int, Charge]], images: ImageSet, data: DataConfig, ledger: Ledger) -> bool:
-    """Whether all rounds of a study were booked for these cells. A round whose question is gone from the journal tells nothing."""
-    asked = [(study.message(charge.run_id.split("/")[2]).digest(), charge.config_sha256) for _, charge in charges]
-    return all(booked == booked_digest(digest, images, data, ledger) for digest, booked in asked if digest is not None)
 
 
 def charges_of(ledger: Ledger, study: str) -> list[tuple[int, Charge]]:

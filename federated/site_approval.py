@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from dpsynth.artifacts import require_new, write_json
+from dpsynth.artifacts import require_new, require_writable, write_json
 from dpsynth.checks.verdict import Outcome
 from dpsynth.errors import GateRefused, UsageError
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Decision
 from dpsynth.privacy.mechanism import to_json
-from dpsynth.release.gate import Question, Refused, decide
+from dpsynth.release.gate import Refused, decide
 from dpsynth.release.statement import SiteStatement, plain, sign_site_statement, site_statement
 from dpsynth.signing import key_id, load_private
 from federated.site import Guard
-from federated.site_checks import Joined, joined, question_of
+from federated.site_checks import Joined, joined, question_of, required
 
 
 def approve(guard: Guard, path: Path, *, key_path: Path | None, out: Path, reviews: Mapping[str, str]) -> SiteStatement:
@@ -36,23 +36,23 @@ def approve(guard: Guard, path: Path, *, key_path: Path | None, out: Path, revie
     answer = decide(question)
     if isinstance(answer, Refused):
         raise GateRefused("Nothing was signed: " + "; ".join(answer.reasons) + ". `dpsynth-site refuse` signs a refusal.")
-    return _signed(guard, work, question, head=head, decision="approved", words=reviews, key_path=key_path, out=out)
+    public: dict[str, str] = {v.check: v.outcome.value for v in question.verdicts if v.check in guard.policy.public_checks}
+    return _signed(guard, work, head=head, decision="approved", outcomes=public, words=reviews, key_path=key_path, out=out)
 
 
 def refuse(guard: Guard, path: Path, *, key_path: Path | None, out: Path, who: str, why: str) -> SiteStatement:
-    """Sign a refusal of candidates that were checked, whatever the checks found: for good, and with the reason in the ledger alone."""
+    """Sign a refusal, whatever the checks found or whether they ran: for good, and with the reason in the ledger alone."""
     head, work = guard.ledger.head(), joined(guard, path)
-    question = question_of(guard, work, reviews={})
-    return _signed(guard, work, question, head=head, decision="refused", words={who: why}, key_path=key_path, out=out)
+    return _signed(guard, work, head=head, decision="refused", outcomes={}, words={who: why}, key_path=key_path, out=out)
 
 
 def _signed(
     guard: Guard,
     work: Joined,
-    question: Question,
     *,
     head: tuple[int, str],
     decision: Literal["approved", "refused"],
+    outcomes: Mapping[str, str],
     words: Mapping[str, str],
     key_path: Path | None,
     out: Path,
@@ -61,7 +61,8 @@ def _signed(
     if private is not None and key_id(private.public_key()) in map(key_id, guard.coordinators):
         raise UsageError(f"{key_path} is the key of a coordinator, not of this site. Name the officer's own.")
     require_new(out, kind="file")
-    policy, header, delta = guard.policy, work.carried.header, question.guarantee.delta
+    require_writable(out)
+    policy, ledger, header = guard.policy, guard.ledger, work.carried.header
     statement = site_statement(
         {
             "site": policy.site,
@@ -74,21 +75,21 @@ def _signed(
             "max_images_per_patient": policy.data.max_images_per_patient,
             "rounds": list(work.rounds),
             "mechanisms": [to_json(mechanism) for mechanism in work.mechanisms],
-            "delta": delta,
-            "epsilon": plain(epsilon_pld(work.mechanisms, delta)),
-            "ledger_epsilon": plain(question.guarantee.ledger_epsilon),
-            "budget_epsilon": plain(guard.ledger.budget_epsilon),
-            "budget_delta": guard.ledger.delta,
-            "attempt": question.attempt,
-            "max_attempts": question.max_attempts,
-            "required": list(question.required),
-            "outcomes": {v.check: v.outcome.value for v in question.verdicts if v.check in policy.public_checks},
+            "delta": header.delta,
+            "epsilon": plain(epsilon_pld(work.mechanisms, header.delta)),
+            "ledger_epsilon": plain(epsilon_pld(ledger.charged_mechanisms(), header.delta)),
+            "budget_epsilon": plain(ledger.budget_epsilon),
+            "budget_delta": ledger.delta,
+            "attempt": ledger.gate_attempts(work.run_id),
+            "max_attempts": int(ledger.genesis["max_gate_attempts"]),
+            "required": list(required(guard, work)),
+            "outcomes": dict(outcomes),
             "ledger_lines": head[0],  # before this decision, so that its words cannot be tried against the digest
             "ledger_sha256": head[1],
         }
     )
     noted: Decision = "released" if decision == "approved" else "refused"
-    guard.ledger.record_decision(work.run_id, candidates_sha256=header.images_sha256, decision=noted, words=words, after=head)
+    ledger.record_decision(work.run_id, candidates_sha256=header.images_sha256, decision=noted, words=words, after=head)
     guard.note_ledger()
     write_json(out, statement.model_dump(mode="json") if private is None else sign_site_statement(statement, private))
     return statement

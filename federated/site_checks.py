@@ -20,7 +20,7 @@ from dpsynth.checks.run import SEED
 from dpsynth.checks.screening import screen_candidates
 from dpsynth.checks.suite import run_checks
 from dpsynth.checks.verdict import CONTENT, REVIEW, VERDICTS, Verdict
-from dpsynth.data.attributes import by_cell
+from dpsynth.data.attributes import by_cell, conditions_digest
 from dpsynth.data.candidates import to_unit_range
 from dpsynth.data.fingerprint import require_data
 from dpsynth.data.preprocess import prepare
@@ -41,7 +41,7 @@ from federated.candidates import Carried, unpack
 from federated.journal import Study, preparation
 from federated.policy import data_config
 from federated.proofs import proofs_of
-from federated.site import Guard, booked_alike, charges_of
+from federated.site import Guard, charges_of
 
 _FOLDER, _PAGE, _UNFINISHED = "check", "report.html", "unfinished"
 _ANSWERING = Answering(
@@ -146,15 +146,16 @@ def check_candidates(guard: Guard, path: Path, *, progress: Progress, note: Call
             private=True,
         )
         write_json(work.folder / CONTENT, screening.log(carried.candidates.seeds), private=True)
-        review = work.folder / REVIEW
-        write_bytes(review, review_page(evidence, verdicts, required=required(guard, work), answering=_ANSWERING).encode(), private=True)
+        review, images = work.folder / REVIEW, carried.header.images_sha256
+        page = review_page(evidence, verdicts, required=required(guard, work), answering=_ANSWERING, images_sha256=images)
+        write_bytes(review, page.encode(), private=True)
         ledger.record_verdicts(work.run_id, sha256_file(record))
         question = question_of(guard, work, reviews={})
         answer = decide(question)
-        page = work.folder / _PAGE
-        write_bytes(page, _report(guard, work, question, answer).encode(), private=True)
+        report = work.folder / _PAGE
+        write_bytes(report, _report(guard, work, question, answer).encode(), private=True)
         unfinished.forget()
-        return Checked(verdicts=verdicts, answer=answer, page=page, review=review)
+        return Checked(verdicts=verdicts, answer=answer, page=report, review=review)
 
 
 def question_of(guard: Guard, work: Joined, *, reviews: Mapping[str, str]) -> Question:
@@ -194,6 +195,8 @@ def _record(guard: Guard, work: Joined) -> dict[str, Any]:
     now = _looked_at(guard, work)
     if found["rounds"] != now["rounds"]:
         raise ArtifactError("The study went on after the check, so other rounds are booked now. Run `dpsynth-site check` again.")
+    if found["images_sha256"] == now["images_sha256"] and found["statement_sha256"] != now["statement_sha256"]:
+        raise ArtifactError("The coordinator signed these images again, with other numbers beside them. Run `dpsynth-site check` again.")
     for name in ("gate", "data"):
         if found[name] != now[name]:
             raise ArtifactError(
@@ -205,7 +208,8 @@ def _record(guard: Guard, work: Joined) -> dict[str, Any]:
 def _looked_at(guard: Guard, work: Joined) -> dict[str, Any]:
     """What the verdicts are about, beside the patients and their coins."""
     gate, data = guard.policy.gate.model_dump(mode="json"), preparation(guard.policy.data)
-    return {"images_sha256": work.carried.header.images_sha256, "rounds": list(work.rounds), "gate": gate, "data": data}
+    signed = {"images_sha256": work.carried.header.images_sha256, "statement_sha256": work.carried.statement_sha256}
+    return {**signed, "rounds": list(work.rounds), "gate": gate, "data": data}
 
 
 def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
@@ -215,9 +219,8 @@ def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
     require_data(cohort, data, guard.ledger, progress=progress)
     guard.ledger.require_unchanged(work.run_id)
     images = prepare(cohort, data, progress=progress)
-    split = work.study.split(images, data)
-    if not booked_alike(work.study, work.charges, by_cell(images, data), data, guard.ledger):
-        raise LedgerError("The attributes of the patients are not those that the ledger noted before training. Restore the table.")
+    cells = conditions_digest(by_cell(images, data), data, salt=bytes.fromhex(guard.ledger.genesis["digest_salt"]))
+    split = work.study.split(images, data, cells=cells, booked=True)
     if any(charge.coins_sha256 != split.commitment for _, charge in work.charges):
         raise LedgerError("The patients' coins are not those that the ledger noted before training. Restore the study's split.json.")
     return split
@@ -234,7 +237,9 @@ def _guarantee(guard: Guard, work: Joined) -> Guarantee:
         accounting=account(work.mechanisms, delta, second_opinion=prv_epsilon),
         ledger_epsilon=epsilon_pld(ledger.charged_mechanisms(), delta),
         max_images_per_patient=data.max_images_per_patient,
-        unprotected=("what the site's signed statement holds",),
+        unprotected=(
+            "what the site's signed statement holds: approved or refused, rounds, attempts, declared numbers, lines of its ledger",
+        ),
     )
 
 

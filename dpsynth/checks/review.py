@@ -71,8 +71,13 @@ class Answering:
     refusing: str
 
 
-def review_page(evidence: Evidence, verdicts: Sequence[Verdict], *, required: Collection[str], answering: Answering) -> str:
-    """The page for verdicts on this evidence; `required`: the checks that must pass. Images are numbered as the candidates are, from 0."""
+def review_page(
+    evidence: Evidence, verdicts: Sequence[Verdict], *, required: Collection[str], answering: Answering, images_sha256: str
+) -> str:
+    """The page for verdicts on this evidence; `required`: the checks that must pass; images_sha256: of the candidates.
+
+    Images are numbered as the candidates are, from 0.
+    """
     by_name = {verdict.check: verdict for verdict in verdicts}
     flagged = [_question(verdict) for verdict in verdicts if verdict.outcome is Outcome.FLAG]
     screening = evidence.screening
@@ -81,6 +86,7 @@ def review_page(evidence: Evidence, verdicts: Sequence[Verdict], *, required: Co
         .get_template("review.html.j2")
         .render(
             count=len(evidence.synthetic),
+            images_sha256=images_sha256,
             flagged=flagged,
             stopped=[v for v in verdicts if v.check in required and v.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)],
             command=" \\\n    ".join([answering.command, *(f"--accept {question['option']}" for question in flagged)]),

@@ -89,7 +89,8 @@ def check(
         facts = {"attempt": attempt, "candidates_sha256": candidates.sha256}
         record = run.folder("check") / VERDICTS
         write_json(run.folder("check") / CONTENT, screening.log(candidates.seeds), private=True)
-        page = review_page(evidence, verdicts, required=needed(config.gate.required), answering=_answering(run_path, ledger_path))
+        required, answering = needed(config.gate.required), _answering(run_path, ledger_path)
+        page = review_page(evidence, verdicts, required=required, answering=answering, images_sha256=candidates.sha256)
         write_bytes(run.folder("check") / REVIEW, page.encode(), private=True)
         noted = {**facts, "files": looked_at(run), "verdicts": [verdict.to_json() for verdict in verdicts]}
         write_json(record, noted, private=True)

@@ -112,4 +112,4 @@ def look_at(verdicts: Sequence[Verdict], page: Path) -> str:
     """What a person at the site does after a check."""
     flagged = ", ".join(verdict.check for verdict in verdicts if verdict.outcome is Outcome.FLAG)
     asked = f"A person must look, since {flagged} is flagged" if flagged else "A sample to look at"
-    return f"{asked}: {page}. It shows patients and must not leave."
+    return f"{asked}: {page}. It is for the site alone and must not leave."

@@ -434,12 +434,12 @@ class Ledger:
     def _head_problems(self, raw: bytes | None, lines: tuple[Line, ...]) -> list[str]:
         name = self._head_path().name
         if raw is None:
-            return [f"the head file {name} is missing, so line 2 and later ones may be too"]
+            return [f"the head file {name} is missing, so nobody can tell whether lines after line {len(lines)} are missing too"]
         try:
             head = json.loads(raw)
             count, digest, coming = int(head["lines"]), str(head["sha256"]), head.get("next")
         except (ValueError, TypeError, KeyError, AttributeError):
-            return [f"the head file {name} cannot be read, so line 2 and later ones may be missing"]
+            return [f"the head file {name} cannot be read, so nobody can tell whether lines after line {len(lines)} are missing"]
         if count < 0 or count > len(lines):
             return [f"line {len(lines) + 1}: the end of the ledger was cut off; the head file knows {count} lines"]
         if digest != (lines[count - 1].digest if count else _NOTHING):

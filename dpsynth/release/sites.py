@@ -196,6 +196,8 @@ def site_problems(folder: Path, predicate: Mapping[str, Any], expected: Mapping[
         if sites.key_ids() != predicate.get(SITES):
             return [f"{SITES}: their keys are not those that were signed"]
         given = sites.key_ids()
+        if absent := [name for name in expected if name not in given]:
+            return [f"{SITES}: this release has no site {name}; it has {', '.join(sorted(given))}" for name in absent]
         if strange := [name for name, public in expected.items() if given.get(name) != key_id(public)]:
             return [f"{SITES}: {name}: its statement is not signed by the key that you have of it" for name in strange]
         question = SitesQuestion(

@@ -54,7 +54,7 @@ class SiteStatement(BaseModel):
     ledger_epsilon: Epsilon
     budget_epsilon: Epsilon
     budget_delta: Annotated[float, Field(gt=0, lt=1)]
-    attempt: Count
+    attempt: Annotated[int, Field(ge=0, le=1_000_000)]  # 0: refused without a check
     max_attempts: Count
     required: tuple[Check, ...] = Field(max_length=32)
     outcomes: dict[Check, Word] = Field(max_length=32)  # of the checks whose word the site's policy makes public

@@ -55,9 +55,9 @@ def untouched(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
         ({"channels": 3}, Code.LAYOUT),
     ],
 )
-@pytest.mark.parametrize("kind", ["join", "moments"])
-def test_a_plan_beyond_the_policy_is_refused(untouched: World, kind: str, changes: dict[str, Any], code: Code) -> None:
-    assert untouched.ask(kind, plan=untouched.changed(**changes)).code is code
+@pytest.mark.parametrize(("kind", "number"), [("join", 0), ("moments", 0), ("train", 4)])
+def test_a_plan_beyond_the_policy_is_refused(untouched: World, kind: str, number: int, changes: dict[str, Any], code: Code) -> None:
+    assert untouched.ask(kind, number, plan=untouched.changed(**changes)).code is code
 
 
 def test_a_study_that_trains_nothing_has_the_same_floor_for_the_noise_of_its_moments(untouched: World) -> None:
@@ -139,7 +139,26 @@ def test_refused_studies_do_not_fill_the_disk(untouched: World, monkeypatch: pyt
     untouched.sites["a"].restart()
     refused = untouched.changed(moments_noise_multiplier=0.1)
     codes = [untouched.ask("join", study=f"refused-{number}", plan=refused).code for number in range(4)]
-    assert codes == [Code.NOISE] * 3 + [Code.STUDIES]
+    assert codes == [Code.NOISE] * 4
+    assert untouched.sites["a"].guard.journal.studies() == ["refused-3"]
+    assert untouched.ask("join", study="honest").outcome == "ok", "nobody is kept out by what others were refused"
+
+
+def test_studies_that_joined_while_there_was_room_are_counted_when_they_are_to_be_charged(world: World) -> None:
+    cheap = world.changed(rounds=0, trainable="none", noise_multiplier=None, moments_noise_multiplier=40.0)
+    world.sites["a"].write_policy(studies=2)
+    world.sites["a"].restart()
+    assert [world.ask("join", study=f"study-{number}", plan=cheap).code for number in range(4)] == [None] * 4
+    assert [world.ask(study=f"study-{number}", plan=cheap).code for number in range(4)] == [None, None, Code.STUDIES, Code.STUDIES]
+    assert {charge.run_id.split("/")[0] for charge in world.sites["a"].guard.ledger.charges()} == {"study-0", "study-1"}
+
+
+def test_a_name_that_another_coordinator_has_taken_is_taken_before_anything_is_charged(world: World, tmp_path: Path) -> None:
+    private, public = generate_key(tmp_path / "second")
+    world.sites["a"].write_policy(coordinators=["coordinator/signing.pub", str(public)])
+    world.sites["a"].restart()
+    assert world.ask("join").outcome == "ok"
+    assert world.ask("join", private=load_private(private)).code is Code.STUDY_TAKEN
 
 
 def spoiled(world: World, name: str, value: float) -> dict[str, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from federated.outcome import charged, spending
 from federated.progress_view import describe, progress_of
 from federated.rounds import NET
 from federated.simulate import public_weights, run_study
+from federated.site import charges_of
 
 ALL = list(range(6))  # four queries of the moments, two rounds of training
 
@@ -159,6 +162,26 @@ def test_a_site_that_leaves_is_not_counted_for_the_rounds_that_it_refused(empty:
     assert last["last_refusal"]["reason"].startswith("hours: ")
     assert coordinator.asked == {"a": ALL, "b": ALL, "c": [0, 1, 2, 3, 5]}
     assert spending(coordinator).by_site["c"] < spending(coordinator).by_site["a"]
+
+
+def test_a_round_that_somebody_refused_in_a_sites_name_is_counted_as_soon_as_the_site_states_it(
+    new_world: Callable[..., World], tmp_path: Path
+) -> None:
+    """Answers are not signed: whoever carries them hands on the question and gives another answer."""
+    world = new_world("a", "b", "c")
+    guards: dict[str, Handler] = {name: site.guard.handle for name, site in world.sites.items()}
+    honest = guards["c"]
+
+    def carrier(raw: bytes) -> bytes:
+        request = decode_request(raw, coordinators=(world.private.public_key(),), largest_bytes=len(raw)).request
+        answer = honest(raw)
+        return encode_refusal(Code.HOURS) if request.kind == "train" and request.round == 4 else answer
+
+    coordinator = study(world, {**guards, "c": carrier}, tmp_path / "study")
+    coordinator.run(initial(world))
+    assert [number for number, _ in charges_of(world.sites["c"].guard.ledger, "study")] == ALL
+    assert coordinator.asked["c"] == ALL
+    assert coordinator.answered["c"] == [0, 1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("code", [Code.LOST, Code.ORDER, Code.MESSAGE_REUSED])
@@ -296,16 +319,20 @@ def test_a_finished_study_is_read_again_and_asks_nobody(empty: World, tmp_path: 
     sites = {name: Hospital(empty, seed) for seed, name in enumerate("abc")}
     first = run_study(study(empty, {**sites}, tmp_path / "study"), run_path=tmp_path / "run")
     asked = len(sites["a"].frames)
+    with pytest.raises(ArtifactError, match=f"finished in {tmp_path / 'run'}. Name that"):
+        run_study(study(empty, {**sites}, tmp_path / "study"), run_path=tmp_path / "another")
+    assert describe(progress_of(tmp_path / "study"))[1].endswith(f"Next: dpsynth generate {tmp_path / 'run'}")
     for run in ("run", "another"):
         again = run_study(
             study(empty, {**sites}, tmp_path / "study"), run_path=tmp_path / run, ready=lambda: pytest.fail("nobody is asked")
         )
         assert again == first
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
     assert [len(pretrainings), len(sites["a"].frames)] == [1, asked]
     assert describe(progress_of(tmp_path / "study"))[1].endswith(f"Next: dpsynth generate {tmp_path / 'another'}")
     other = study(empty, {**sites}, tmp_path / "second", study="second")
     with pytest.raises(ArtifactError, match="holds another run"):
-        run_study(other, run_path=tmp_path / "run")
+        run_study(other, run_path=tmp_path / "another")
 
 
 def test_what_was_pretrained_is_kept_until_its_settings_change(empty: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,12 @@ from pathlib import Path
 import pytest
 from joint_release_cases import SITES, Joint
 
-from dpsynth.artifacts import held
+from dpsynth.artifacts import held, write_json
 from dpsynth.signing import generate_key
 from federated import coordinator_cli
 from federated.certs import SERVER_CERTIFICATE, SERVER_KEY, fingerprint, make_ca, make_node_key, make_server_certificate
 from federated.launch import Coordination, Flower
+from federated.study_folder import OUTCOME
 
 PROGRAMS = ("flwr", "flower-superlink", "flower-superexec", "flower-supernode")
 # Plays `flwr supernode`: keys are registered once, and unregistered for good, as the SuperLink has it.
@@ -215,8 +216,8 @@ def test_a_site_is_approved_once_and_its_new_key_takes_the_place_of_the_old(call
     assert (code, said) == (1, "dpsynth-federation: No SuperLink answers. Run: dpsynth-federation up fed\n")
 
 
-def test_a_key_that_was_given_to_the_wrong_site_is_taken_from_it(call: Call, fed: Path, programs: Path) -> None:
-    """The SuperLink takes no key twice, so the node that is there becomes the right site's."""
+def test_a_key_that_was_given_to_the_wrong_site_is_taken_from_it_and_none_is_burnt(call: Call, fed: Path, programs: Path) -> None:
+    """The SuperLink takes no key twice, so two sites exchange what they have."""
     make_node_key(Path("second"))
     assert call("approve-site", "fed", "nroth", "node/node.pub")[0] == 0
     code, _, said = call("approve-site", "fed", "north", "node/node.pub", "--instead-of", "south")
@@ -225,12 +226,17 @@ def test_a_key_that_was_given_to_the_wrong_site_is_taken_from_it(call: Call, fed
     assert (code, f"north: node 1. Compare its key with the site by telephone: {fingerprint(Path('node/node.pub'))}" in out) == (0, True)
     coordination = Coordination(fed, Flower(programs))
     assert coordination.nodes() == {"north": 1}
-    assert coordination.online() == ["north"]
     assert call("approve-site", "fed", "south", "second/node.pub")[0] == 0
+    known = (programs / "state.json").read_text()
+    coordination.command("supernode", "unregister", "2", "fed")
+    code, _, said = call("approve-site", "fed", "north", "second/node.pub", "--instead-of", "south")
+    assert (code, "lets this key in no more. Ask north for a new one" in said) == (1, True)
+    assert coordination.nodes() == {"north": 1, "south": 2}
+    (programs / "state.json").write_text(known)
     code, out, _ = call("approve-site", "fed", "north", "second/node.pub", "--instead-of", "south")
-    assert (code, f"no longer let in: {fingerprint(Path('node/node.pub'))}" in out) == (0, True)
-    assert coordination.nodes() == {"north": 2}
-    assert coordination.online() == ["north"]
+    assert (code, "south now has the key that north had, if any" in out) == (0, True)
+    assert coordination.nodes() == {"north": 2, "south": 1}
+    assert sorted(coordination.online()) == ["north", "south"], "no key was taken from the SuperLink"
 
 
 def test_a_second_server_side_in_one_folder_is_refused_and_starts_nothing(call: Call, fed: Path, programs: Path) -> None:
@@ -292,6 +298,8 @@ def test_run_names_what_is_missing_and_says_of_a_finished_study_what_comes_next(
     os.chdir(joint.folder)
     arguments = ("run", "study.yaml", "--folder", "fed", "--run", "run")
     shutil.copytree("keys", "fed/coordinator")
+    code, _, said = call(*(word if word != "fed" else "nofed" for word in arguments))
+    assert (code, "Expected the folder of `dpsynth-federation init-ca` at nofed" in said) == (2, True)
     code, _, said = call(*arguments)
     assert (code, "north is not approved. Run: dpsynth-federation approve-site fed north KEY" in said) == (2, True)
     Path("fed/nodes.json").write_text('{"north": {"node": 1, "key": "a"}, "south": {"node": 2, "key": "b"}}')
@@ -301,6 +309,7 @@ def test_run_names_what_is_missing_and_says_of_a_finished_study_what_comes_next(
     assert (code, "Not connected: north, south; 2 of 2 sites are needed" in said) == (1, True), said
     shutil.rmtree("fed/studies")
     shutil.copytree("studies/joint", "fed/studies/joint")
+    write_json(Path("fed/studies/joint") / OUTCOME, {"run": str(Path("run").resolve())})
     with held(Path("fed/studies/joint"), busy=""):
         code, _, said = call(*arguments)
     assert (code, "Another `run` of joint is under way" in said) == (2, True)

@@ -22,7 +22,7 @@ from dpsynth.checks.accounting import ALWAYS, REQUIRED
 from dpsynth.config import DataConfig
 from dpsynth.data.fingerprint import change_data
 from dpsynth.data.split import split_patients
-from dpsynth.errors import ConfigError, LedgerError, SelfCheckFailed
+from dpsynth.errors import BudgetExceeded, ConfigError, LedgerError, SelfCheckFailed
 from dpsynth.model import moment_release
 from dpsynth.model.moment_release import QUERIES, Told, raw_counts, told_by
 from dpsynth.privacy.accountant import epsilon_pld
@@ -160,7 +160,7 @@ def test_an_answer_that_was_kept_before_the_settlement_is_given_again(world: Wor
     assert booked(site) == [("study/0/moments-0", True)]
 
 
-@pytest.mark.parametrize("lost", ["key", "reply", "studies"])
+@pytest.mark.parametrize("lost", ["key", "reply", "study.json", "studies"])
 def test_what_cannot_go_on_stays_charged_and_is_refused(world: World, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     site, message = world.sites["a"], world.request("train", 4)
     if lost == "key":
@@ -223,6 +223,7 @@ def test_a_policy_that_became_stricter_binds_a_study_that_began(world: World, ch
     site.write_policy(**changes)
     site.restart(clock=lambda: datetime(2026, 11, 24, 12, 0))
     assert world.ask("moments", 1).code is code
+    assert world.ask("train", 4).code is code
     assert booked(site) == [("study/0/moments-0", True)]
 
 
@@ -258,6 +259,16 @@ def test_a_study_that_could_not_end_is_charged_nothing(world: World, caplog: pyt
     assert [world.ask(kind).code for kind in ("join", "moments")] == [code] * 2
     assert site.guard.ledger.charges() == before
     assert {Code.BUDGET: "is spent and this run would bring it to", Code.STUDY_BUDGET: "study_epsilon is"}[code] in caplog.text
+
+
+def test_all_rounds_of_training_that_are_left_are_asked_for_whatever_was_left_out_before(world: World) -> None:
+    """Each costs the same, so the bound lies between one of them and both."""
+    site, sgd = world.sites["a"], sgd_of(world.plan, steps=world.plan.steps_per_round, declared_patients=100)
+    one, both = (epsilon_pld([sgd] * count, DELTA) for count in (1, 2))
+    site.write_policy(study_epsilon=(one + both) / 2)
+    site.restart()
+    assert world.ask("train", 4).code is Code.STUDY_BUDGET
+    assert world.ask("train", 5).outcome == "ok"
 
 
 def another_ledger(site: Site) -> None:
@@ -497,20 +508,36 @@ def test_a_round_does_not_go_on_when_the_labels_of_the_data_changed_meanwhile(wo
     with monkeypatch.context() as patch:
         patch.setattr(module, "moments_round", lambda *_, **__: (_ for _ in ()).throw(OSError()))
         assert world.tell(message).code is Code.FAILED
-    monkeypatch.setattr(module, "conditions_digest", lambda *_, **__: "of other labels")
-    site.restart()
-    assert world.tell(message).code is Code.LOST
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "conditions_digest", lambda *_, **__: "of other labels")
+        site.restart()
+        assert world.tell(message).code is Code.FAILED
+        (path,) = site.policy.state.rglob("split.json")
+        before = path.read_bytes()
+        path.write_text(before.decode().replace('"cells": ""', '"cells": "of other labels"'))
+        assert world.tell(message).code is Code.LOST, "the charge itself says for what it was booked"
     assert booked(site) == [("study/0/moments-0", True)]
 
 
 def test_a_study_does_not_go_on_with_attributes_other_than_those_it_began_with(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No check could compare its images with the patients as they were trained on, so no further round is paid."""
+    """No check could compare its images with the patients as they were trained on, so no further round is paid until the table is back."""
     site = world.sites["a"]
-    assert world.ask().outcome == "ok"
-    monkeypatch.setattr(module, "conditions_digest", lambda *_, **__: "of another table")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "conditions_digest", lambda *_, **__: "of a table that is corrected before anybody pays")
+        patch.setattr(module.Ledger, "reserve", lambda *_, **__: (_ for _ in ()).throw(BudgetExceeded("spent meanwhile")))
+        assert world.ask().code is Code.BUDGET
     site.restart()
-    assert world.ask("train", 4).code is Code.LOST
-    assert booked(site) == [("study/0/moments-0", True)]
+    assert world.ask(message_id="again").outcome == "ok"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "conditions_digest", lambda *_, **__: "of another table")
+        for lost in ("nothing", "messages"):
+            for path in site.policy.state.rglob(lost):
+                shutil.rmtree(path)
+            site.restart()
+            assert world.ask("train", 4).code is Code.FAILED
+        assert booked(site) == [("study/0/again", True)]
+    site.restart()
+    assert world.ask("train", 4).outcome == "ok"
 
 
 BAD = Finding(ok=False, detail="planted", statistic=0.0, threshold=1.0)
@@ -523,7 +550,7 @@ def test_what_the_monitor_saw_of_a_round_stops_its_answer_and_not_its_charge(
     monkeypatch.setattr(monitor, "findings", lambda *_: {"noise": BAD})
     raw = world.sites["a"].guard.handle(world.request(kind, number))
     reply, arrays = decode_reply(raw, largest_bytes=1 << 30)
-    assert reply.code is Code.FAILED
+    assert reply.code is Code.LOST, "asking again can change nothing"
     assert not arrays
     assert booked(world.sites["a"]) == [(f"study/{number}/{kind}-{number}", True)]
 
@@ -532,10 +559,12 @@ def test_a_net_on_which_the_bound_is_not_proved_is_refused_before_the_charge(wor
     def unproved(*_: object) -> None:
         raise SelfCheckFailed("planted")
 
-    monkeypatch.setattr("federated.rounds.prove_bound", unproved)
-    rounds.require_bound.cache_clear()
-    assert world.ask("train", 4).code is Code.FAILED
+    with monkeypatch.context() as patch:
+        patch.setattr("federated.rounds.prove_bound", unproved)
+        rounds.require_bound.cache_clear()
+        assert [world.ask("train", 4).code for _ in range(2)] == [Code.FAILED] * 2
     assert booked(world.sites["a"]) == []
+    assert world.ask("train", 4).outcome == "ok", "nothing was charged, so the same question is good once the cause is mended"
 
 
 def test_the_coins_are_in_the_ledger_with_the_first_charge_and_cannot_be_drawn_again(world: World) -> None:

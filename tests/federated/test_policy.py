@@ -14,7 +14,7 @@ from dpsynth.progress import silent
 from dpsynth.signing import key_id
 from federated import cli
 from federated.doctor import examine
-from federated.policy import OpeningHours, load_policy
+from federated.policy import OpeningHours, load_policy, problem
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,8 @@ def test_a_policy_that_others_can_write_is_refused(world: World, mode: int) -> N
 @pytest.mark.parametrize(
     ("now", "open_"),
     [
-        ("2026-11-27 19:59", False),  # Friday
+        ("2026-11-27 05:00", False),  # Friday, and Thursday's night, which is none of its own
+        ("2026-11-27 19:59", False),
         ("2026-11-27 20:00", True),
         ("2026-11-28 05:59", True),  # Friday's night
         ("2026-11-28 06:00", False),
@@ -110,6 +111,29 @@ def test_a_policy_that_others_can_write_is_refused(world: World, mode: int) -> N
 def test_hours_past_midnight_belong_to_the_day_they_began_on(now: str, open_: bool) -> None:
     span = OpeningHours(days=("fri",), start="20:00", end="06:00")
     assert span.holds(datetime.fromisoformat(now)) is open_
+
+
+EXACT = {
+    "largest_draws": lambda plan: (plan.draws, plan.draws - 1),
+    "largest_learning_rate": lambda plan: (plan.learning_rate, plan.learning_rate * (1 - 1e-9)),
+    "largest_low_frequencies": lambda plan: (plan.low_frequencies, plan.low_frequencies - 1),
+    "largest_num_phantoms": lambda plan: (plan.num_phantoms, plan.num_phantoms - 1),
+    "smallest_noise_multiplier": lambda plan: (plan.noise_multiplier, plan.noise_multiplier * (1 + 1e-9)),
+    "smallest_moments_noise_multiplier": lambda plan: (plan.moments_noise_multiplier, plan.moments_noise_multiplier * (1 + 1e-9)),
+    "largest_clip_norm": lambda plan: (plan.clip_norm, plan.clip_norm * (1 - 1e-9)),
+    "largest_steps_per_round": lambda plan: (plan.steps_per_round, plan.steps_per_round - 1),
+    "largest_rounds": lambda plan: (plan.rounds, plan.rounds - 1),
+    "largest_steps": lambda plan: (plan.rounds * plan.steps_per_round, plan.rounds * plan.steps_per_round - 1),
+    "sampling_probability": lambda plan: ((plan.sampling_probability,) * 2, (0.0, plan.sampling_probability * (1 - 1e-9))),
+}
+
+
+@pytest.mark.parametrize("limit", EXACT)
+def test_a_limit_of_the_policy_holds_at_its_exact_value_with_no_help_from_another(world: World, limit: str) -> None:
+    exact = {name: values(world.plan)[0] for name, values in EXACT.items()}
+    policy = world.sites["a"].policy.model_copy(update=exact)
+    assert problem(policy, world.plan) is None
+    assert problem(policy.model_copy(update={limit: EXACT[limit](world.plan)[1]}), world.plan) is not None
 
 
 def test_a_whole_day_ends_at_midnight() -> None:

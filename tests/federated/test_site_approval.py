@@ -20,7 +20,7 @@ from joint_release_cases import Joint, played
 import federated.site_approval as site_approval
 import federated.site_checks as site_checks
 from dpsynth.artifacts import RunFolder, write_bytes
-from dpsynth.checks.kept import Keep
+from dpsynth.checks.kept import Keep, UnfinishedCheck
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import DataConfig
 from dpsynth.data.candidates import Candidates, load_candidates, save_candidates
@@ -28,15 +28,28 @@ from dpsynth.data.cohort import Cohort
 from dpsynth.data.fingerprint import change_data
 from dpsynth.data.images_digest import images_digest
 from dpsynth.data.source import read_cohort
-from dpsynth.errors import ArtifactError, BudgetExceeded, ConfigError, DpsynthError, GateRefused, LedgerError, SignatureError, UsageError
+from dpsynth.errors import (
+    ArtifactError,
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    DpsynthError,
+    GateRefused,
+    LedgerError,
+    SignatureError,
+    StorageError,
+    UsageError,
+)
 from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import GaussianQuery, MomentRelease
+from dpsynth.privacy.unit import PrivacyUnit
 from dpsynth.progress import silent
 from dpsynth.release.statement import SiteStatement, open_site_statement
 from dpsynth.signing import generate_key, load_private, load_public, sign_statement, verify_envelope
 from federated.candidates import pack
 from federated.officer import describe, sign
+from federated.site import charges_of
 from federated.site_approval import approve, refuse
 from federated.site_checks import check_candidates
 
@@ -57,9 +70,8 @@ def checked(joint: Joint) -> None:
     check_candidates(joint.guard("north"), joint.candidates, progress=silent)
 
 
-def refused(joint: Joint) -> None:
-    out = joint.folder / "refusal.dsse.json"
-    refuse(joint.guard("north"), joint.candidates, key_path=joint.key("north"), out=out, who=WHO, why=WHY)
+def refused(joint: Joint, out: str = "refusal.dsse.json") -> None:
+    refuse(joint.guard("north"), joint.candidates, key_path=joint.key("north"), out=joint.folder / out, who=WHO, why=WHY)
 
 
 def packed(joint: Joint, change: Callable[[Candidates], object]) -> None:
@@ -116,7 +128,13 @@ def nothing(_: Joint) -> None:
     """Happens in between."""
 
 
-@pytest.mark.parametrize("then", [nothing, checked, lambda joint: packed(joint, other_seeds)], ids=["at once", "checked again", "new file"])
+def new_file(joint: Joint) -> None:
+    """The same images with other seeds."""
+    packed(joint, other_seeds)
+    checked(joint)
+
+
+@pytest.mark.parametrize("then", [nothing, checked, new_file])
 def test_images_that_the_site_refused_are_never_approved_again(joint: Joint, then: Callable[[Joint], None]) -> None:
     """An approval of them is there already; what was handed over stands, and no other follows."""
     refused(joint)
@@ -244,7 +262,31 @@ def test_a_check_that_died_goes_on_under_its_own_attempt_with_what_it_had(joint:
         checked(joint)
 
 
-@pytest.mark.parametrize("change", [lambda joint: packed(joint, one_pixel), lambda joint: with_policy(joint, gate={"family_error": 0.01})])
+def test_a_new_attempt_computes_all_of_it_anew(tmp_path: Path) -> None:
+    """Else images could be approved by what others were found to be."""
+    ledger = Ledger.open_new(
+        tmp_path / "ledger.jsonl", data_name="x", unit=PrivacyUnit.PATIENT, epsilon=10.0, delta=1e-5, max_gate_attempts=2,
+        data_digest="x", digest_salt="00",
+    )  # fmt: skip
+    ledger.reserve(
+        [MomentRelease(noise_multiplier=20.0, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))], purpose="x", run_id="x"
+    )
+    check = UnfinishedCheck(tmp_path / "check")
+    for attempt, images in enumerate((3, 4), start=1):
+        assert check.booked(ledger, "x", {"images": images}) == attempt
+        for _ in range(2):
+            assert check("features", lambda images=images: {"rows": np.array([images])})["rows"] == [images]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda joint: packed(joint, one_pixel),
+        lambda joint: with_policy(joint, gate={"family_error": 0.01}),
+        lambda joint: headed(joint, withheld=500),
+        lambda joint: headed(joint, delta=1e-7),
+    ],
+)
 def test_a_check_of_anything_else_is_another_attempt(joint: Joint, change: Callable[[Joint], None]) -> None:
     died(joint)
     change(joint)
@@ -299,9 +341,16 @@ def test_attributes_that_were_edited_after_training_are_not_checked(joint: Joint
         return replace(cohort, records=(replace(first, attributes=other), *cohort.records[1:]))
 
     monkeypatch.setattr("federated.site_checks.read_cohort", edited)
-    with pytest.raises(LedgerError, match="attributes of the patients are not those"):
+    with pytest.raises(DataError, match=r"attributes of the patients \(sex\) are not those with which joint began"):
         checked(joint)
     assert ledger(joint).summary()["gate_attempts"] == attempts
+
+
+@pytest.mark.parametrize("changes", [{"withheld": 500}, {"delta": 1e-7}, {"required": ["utility"]}])
+def test_other_numbers_beside_images_that_were_checked_are_not_approved(joint: Joint, changes: dict[str, Any]) -> None:
+    headed(joint, **changes)
+    with pytest.raises(ArtifactError, match="signed these images again, with other numbers"):
+        joint.approve("north", "again.dsse.json")
 
 
 def test_a_check_that_died_does_not_go_on_when_the_patients_changed(joint: Joint) -> None:
@@ -325,22 +374,57 @@ def test_two_checks_at_once_are_one_too_many(joint: Joint, monkeypatch: pytest.M
     checked(joint)
 
 
-@pytest.mark.parametrize("act", [lambda joint: joint.approve("north", "again.dsse.json"), refused], ids=["approve", "refuse"])
+@pytest.mark.parametrize(
+    ("act", "after"),
+    [
+        (lambda joint: joint.approve("north", "again.dsse.json"), "question_of"),
+        (lambda joint: joint.approve("north", "again.dsse.json"), "load_private"),
+        (refused, "load_private"),
+    ],
+)
 def test_what_is_noted_between_question_and_decision_stops_the_decision(
-    joint: Joint, monkeypatch: pytest.MonkeyPatch, act: Callable[[Joint], None]
+    joint: Joint, monkeypatch: pytest.MonkeyPatch, act: Callable[[Joint], None], after: str
 ) -> None:
     """A refusal, or a charge that the statement's epsilon would not hold."""
     local = MomentRelease(noise_multiplier=20.0, queries=(GaussianQuery(name="x", share=1.0, clip_norm=1.0),))
+    real = getattr(site_approval, after)
 
-    def slow(path: Path) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
+        found = real(*arguments, **options)
         ledger(joint).reserve([local], purpose="a local run", run_id="local")
-        return load_private(path)
+        return found
 
-    monkeypatch.setattr(site_approval, "load_private", slow)
+    monkeypatch.setattr(site_approval, after, slow)
     before = ledger(joint).decisions()
     with pytest.raises(LedgerError, match="noted in the ledger meanwhile"):
         act(joint)
     assert ledger(joint).decisions() == before
+
+
+@pytest.mark.parametrize(
+    "act", [lambda joint, out: joint.approve("north", out), lambda joint, out: refused(joint, out)], ids=["approve", "refuse"]
+)
+def test_a_decision_whose_statement_cannot_be_written_is_not_noted(joint: Joint, act: Callable[[Joint, str], object]) -> None:
+    """Else it would stand in the ledger for good, and once more with each try."""
+    (joint.folder / "file").write_text("no folder")
+    before = ledger(joint).decisions()
+    with pytest.raises(StorageError):
+        act(joint, "file/north.json")
+    assert ledger(joint).decisions() == before
+
+
+def test_images_can_be_refused_that_nobody_checked(joint: Joint) -> None:
+    """A no for reasons of law costs no attempt, and can be said when nothing can be checked any more."""
+    shutil.rmtree(joint.policy("north").state / "studies" / "joint" / "check")
+    attempts = ledger(joint).gate_attempts(charges_of(ledger(joint), "joint")[0][1].run_id)
+    packed(joint, one_pixel)
+    refused(joint)
+    said = open_site_statement(
+        json.loads((joint.folder / "refusal.dsse.json").read_text()), load_public(joint.key("north").with_name("signing.pub"))
+    )
+    assert (said.decision, said.attempt, said.outcomes) == ("refused", attempts, {})
+    with pytest.raises(ArtifactError, match="have not been checked"):
+        joint.approve("north", "again.dsse.json")
 
 
 def test_the_coordinators_key_signs_no_approval(joint: Joint) -> None:

@@ -35,7 +35,7 @@ def test_sites_together_tell_what_one_site_with_all_patients_and_more_noise_tell
     for site in world.sites.values():
         known = site.guard.journal.known("study")
         assert known is not None
-        parts.append(known[0].split(site.guard.images, site.policy.data).training)
+        parts.append(known[0].split(site.guard.images, site.policy.data, cells="", booked=True).training)
     offsets = np.cumsum([0, *(part.num_patients for part in parts)])
     release = world.model.release(world.plan)
     pooled = release_moments(

@@ -223,7 +223,7 @@ def test_a_person_is_shown_what_was_flagged_on_a_page_that_no_release_can_carry(
     monkeypatch.setattr(checks_run, "require_drawn", lambda *_, **__: None)
     copies, page = with_copies(clinic), clinic / "run" / "check" / "review.html"
     said = CliRunner().invoke(app, ["check", str(clinic / "run"), "--ledger", str(clinic / "ledger")])
-    assert f"A person must look, since copying is flagged: {page}. It shows patients and must not leave." in said.stdout
+    assert f"A person must look, since copying is flagged: {page}. It is for the site alone and must not leave." in said.stdout
     assert page.stat().st_mode & 0o777 == 0o600
     text = page.read_text()
     pairs = text.partition("<h2>Images that come very near")[2].partition("</table>")[0]

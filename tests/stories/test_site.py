@@ -144,7 +144,7 @@ def test_hospitals_check_what_they_trained_approve_it_and_it_is_released_and_ver
     page = joint.policy("north").state / "studies" / "joint" / "check" / "report.html"
     assert f"Report, which must not leave: {page}" in said
     review = page.with_name("review.html")
-    assert f"A sample to look at: {review}. It shows patients and must not leave." in said
+    assert f"A sample to look at: {review}. It is for the site alone and must not leave." in said
     assert {path.stat().st_mode & 0o777 for path in (page, review)} == {0o600}
     assert review.read_text().count("<img") == joint.policy("north").gate.content.person_sees
     refusal, approval = joint.folder / "refusal.dsse.json", joint.folder / "approval.dsse.json"
