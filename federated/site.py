@@ -298,7 +298,7 @@ class Guard:
         return hashlib.sha256((request_sha256 + self._cells()).encode()).hexdigest()
 
     def _cells(self) -> str:
-        return conditions_digest(self.images, self.policy.data, salt=bytes.fromhex(self.ledger.genesis["digest_salt"]))
+        return conditions_digest(self.images, self.policy.data, salt=self.ledger.digest_salt)
 
     def _model(self, request: Request) -> Model:
         return model_of(self._config_json(request))

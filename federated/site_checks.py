@@ -219,7 +219,7 @@ def _split(guard: Guard, work: Joined, progress: Progress) -> Split:
     require_data(cohort, data, guard.ledger, progress=progress)
     guard.ledger.require_unchanged(work.run_id)
     images = prepare(cohort, data, progress=progress)
-    cells = conditions_digest(by_cell(images, data), data, salt=bytes.fromhex(guard.ledger.genesis["digest_salt"]))
+    cells = conditions_digest(by_cell(images, data), data, salt=guard.ledger.digest_salt)
     split = work.study.split(images, data, cells=cells, booked=True)
     if any(charge.coins_sha256 != split.commitment for _, charge in work.charges):
         raise LedgerError("The patients' coins are not those that the ledger noted before training. Restore the study's split.json.")

@@ -133,8 +133,7 @@ def _split(run: RunFolder, config: Config, trained: Trained, progress: Progress)
     require_data(cohort, config.data, ledger, progress=progress)
     ledger.require_unchanged(trained.charge.run_id)
     images = prepare(cohort, config.data, progress=progress)
-    salt = bytes.fromhex(ledger.genesis["digest_salt"])
-    if conditions_digest(by_cell(images, config.data), config.data, salt=salt) != trained.conditions:
+    if conditions_digest(by_cell(images, config.data), config.data, salt=ledger.digest_salt) != trained.conditions:
         raise LedgerError("The attributes of the patients are not those that the ledger noted before training. Restore the table.")
     split = restore_split(images, read_json(run.folder("train") / "site" / "split.json"))
     if split.commitment != trained.charge.coins_sha256:

@@ -60,7 +60,7 @@ def change_data(data: DataConfig, ledger: Ledger, *, who: str, why: str, progres
 
 
 def _digest(cohort: Cohort, data: DataConfig, ledger: Ledger, progress: Progress) -> str:
-    return fingerprint(cohort, data, salt=bytes.fromhex(ledger.genesis["digest_salt"]), progress=progress)
+    return fingerprint(cohort, data, salt=ledger.digest_salt, progress=progress)
 
 
 def open_ledger(config: Config, *, path: Path, epsilon: float, delta: float | None, max_gate_attempts: int, progress: Progress) -> Ledger:

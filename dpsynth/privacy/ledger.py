@@ -236,6 +236,11 @@ class Ledger:
         """Number of the line that says which data the ledger is for: the first, or that of the last change."""
         return _data_line(self._sound()).number
 
+    @property
+    def digest_salt(self) -> bytes:
+        """Salt of all digests of the data that stay beside the ledger."""
+        return bytes.fromhex(self.genesis["digest_salt"])
+
     def require_data(self, digest: str) -> None:
         """Raise LedgerError unless the ledger is for data with this digest."""
         line = _data_line(self._sound())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from dpsynth.artifacts import require_new, write_bytes, write_json
+from dpsynth.artifacts import require_new, require_writable, write_bytes, write_json
 from dpsynth.checks.family import needed
 from dpsynth.checks.verdict import Outcome
 from dpsynth.errors import GateRefused, UsageError
@@ -47,6 +47,7 @@ def release(run_path: Path, *, out: Path, key_path: Path, ledger_path: Path | No
             "The gate refuses the release: " + "; ".join(answer.reasons) + f". `dpsynth report {run_path}` shows the details."
         )
     require_new(out)
+    require_writable(out)
     candidates = case.question.candidates_sha256
     case.ledger.record_decision(case.run_id, candidates_sha256=candidates, decision="released", words=reviews, after=case.head)
     head = case.ledger.head()

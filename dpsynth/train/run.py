@@ -231,7 +231,7 @@ def _reserve(
         stream = NoiseStream(key=(site / _KEY).read_bytes())
         return stream, split_patients(images, control_fraction=config.data.control_fraction, key=_split_key(stream))
 
-    conditions = conditions_digest(images, config.data, salt=bytes.fromhex(ledger.genesis["digest_salt"]))
+    conditions = conditions_digest(images, config.data, salt=ledger.digest_salt)
     site, digest = run.folder("train/site"), booked_digest(run, conditions)
     if is_booked(run):
         booking(run, ledger)  # raises when it is booked elsewhere

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shutil
 import zipfile
@@ -55,6 +57,7 @@ from federated.site_checks import check_candidates
 
 WHO, WHY = "Dr B", "image 3 is my patient"
 HEADER = "header.dsse.json"
+MOMENTS = "moments.npz"
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +96,15 @@ def other_seeds(candidates: Candidates) -> None:
     candidates.seeds[:] += 1
 
 
-def headed(joint: Joint, *, key: Path | None = None, **changes: Any) -> None:
-    """The same candidates under a header with other values, signed by the coordinator or with another key."""
+def headed(joint: Joint, *, key: Path | None = None, moments: bytes | None = None, **changes: Any) -> None:
+    """The same candidates under a header with other values, or beside other moments, signed by the coordinator or with another key."""
     with zipfile.ZipFile(joint.candidates) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     statement = verify_envelope(json.loads(members[HEADER]), load_public(joint.coordinator_key.with_name("signing.pub")))
     statement["predicate"].update(changes)
+    if moments is not None:
+        members[MOMENTS] = moments
+        statement["subject"][1]["digest"]["sha256"] = hashlib.sha256(moments).hexdigest()
     members[HEADER] = json.dumps(sign_statement(statement, load_private(key or joint.coordinator_key))).encode()
     with zipfile.ZipFile(joint.candidates, "w") as archive:
         for name, content in members.items():
@@ -344,6 +350,17 @@ def test_attributes_that_were_edited_after_training_are_not_checked(joint: Joint
     with pytest.raises(DataError, match=r"attributes of the patients \(sex\) are not those with which joint began"):
         checked(joint)
     assert ledger(joint).summary()["gate_attempts"] == attempts
+
+
+def test_other_moments_beside_images_that_were_checked_are_not_approved(joint: Joint) -> None:
+    """Single images are screened against them."""
+    with zipfile.ZipFile(joint.candidates) as archive, np.load(io.BytesIO(archive.read(MOMENTS))) as found:
+        arrays = {**found, "variance": 4 * found["variance"]}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    headed(joint, moments=buffer.getvalue())
+    with pytest.raises(ArtifactError, match="signed these images again, with other numbers"):
+        joint.approve("north", "again.dsse.json")
 
 
 @pytest.mark.parametrize("changes", [{"withheld": 500}, {"delta": 1e-7}, {"required": ["utility"]}])

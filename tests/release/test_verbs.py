@@ -32,7 +32,7 @@ from dpsynth.data.phantom import phantom_cohort
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import split_patients
-from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, UsageError
+from dpsynth.errors import ArtifactError, BudgetExceeded, DpsynthError, GateRefused, LedgerError, StorageError, UsageError
 from dpsynth.generate import generate
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanism import PoissonDpSgd
@@ -280,6 +280,21 @@ def test_what_is_noted_between_question_and_decision_stops_the_decision(
         act(clinic)
     assert not Ledger.load(clinic / "ledger").decisions()
     assert not (clinic / "out").exists()
+
+
+def test_a_release_that_cannot_be_written_is_not_noted(clinic: Path) -> None:
+    """Else its decision would stand in the ledger for good, and once more with each try."""
+    (clinic / "file").write_text("no folder")
+    with pytest.raises(StorageError):
+        release(
+            clinic / "run",
+            out=clinic / "file" / "out",
+            key_path=clinic / "keys" / "signing.key",
+            ledger_path=clinic / "ledger",
+            reviews={},
+            progress=silent,
+        )
+    assert not Ledger.load(clinic / "ledger").decisions()
 
 
 def test_two_checks_at_once_are_one_too_many(clinic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
