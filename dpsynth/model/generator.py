@@ -91,7 +91,7 @@ class Generator:
             own = chosen >= 0
             start[own] = torch.from_numpy(self.parents.images[chosen[own]]) + LARGEST_SIGMA * noise[own]
         levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=LARGEST_SIGMA)
-        images = sample(self.denoiser, start, labels, levels=levels, progress=progress)
+        images = sample(self.denoiser, start, labels, levels=levels, seeds=seeds, progress=progress)
         return images if self.gains is None else with_gains(images, self.gains[self.cells.labels(cells)], self._layout)
 
     def with_released_detail(self, settings: GenerateConfig, *, progress: Progress) -> Generator:

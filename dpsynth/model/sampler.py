@@ -1,7 +1,8 @@
-"""Drawing images: the deterministic second-order sampler of Karras et al. 2022 (Algorithm 1)."""
+"""Drawing images: the stochastic second-order multistep solver SDE-DPM-Solver++(2M) of Lu et al. 2022, one call of the net a step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,12 +14,14 @@ from dpsynth.progress import Progress
 
 _RHO = 5.0
 _BATCH = 250
+_STEP_NOISE = 1  # beside an image's seed: the stream of its noise after the first
 
 DenoiseFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+NoiseFunction = Callable[[int], Tensor]
 
 
 def schedule(steps: int, *, sigma_min: float, sigma_max: float) -> Tensor:
-    """Noise levels from sigma_max to sigma_min and then 0, (steps + 1,) (equation 5)."""
+    """Noise levels from sigma_max to sigma_min and then 0, (steps + 1,) (Karras et al. 2022, equation 5)."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     levels = (sigma_max ** (1 / _RHO) + ramp * (sigma_min ** (1 / _RHO) - sigma_max ** (1 / _RHO))) ** _RHO
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
@@ -26,20 +29,33 @@ def schedule(steps: int, *, sigma_min: float, sigma_max: float) -> Tensor:
 
 def starting_noise(seeds: NDArray[np.uint64], shape: tuple[int, ...]) -> Tensor:
     """Standard normal (n, *shape), row i from seed i alone, so an image does not depend on its batch."""
-    rows = [np.random.default_rng(int(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
+    return _normal([np.random.default_rng(int(seed)) for seed in seeds], shape)
 
 
-def heun(denoise: DenoiseFunction, x: Tensor, labels: Tensor, levels: Tensor) -> Tensor:
-    """Integrate the probability flow from levels[0] to 0. x: (n, channel, *space) with noise of levels[0]."""
+def _normal(streams: list[np.random.Generator], shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
 
-    def slope(at: Tensor, sigma: float) -> Tensor:
-        return (at - denoise(at, torch.full((len(at),), sigma), labels)) / sigma
 
-    for now, then in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
-        first = slope(x, now)
-        euler = x + (then - now) * first
-        x = euler if then == 0 else x + (then - now) * (first + slope(euler, then)) / 2
+def solve(denoise: DenoiseFunction, x: Tensor, labels: Tensor, levels: Tensor, *, noise: NoiseFunction | None = None) -> Tensor:
+    """Integrate from levels[0] to 0. x: (n, channel, *space) with noise of levels[0]; labels: (n,).
+
+    noise: standard normal numbers of the shape of x for a step, with which the reverse diffusion is integrated (Lu et al. 2022, the
+    multistep solver of order two for the equation with noise, data prediction); none: the probability flow. Noise that is added on the
+    way lets later steps mend what a net drew wrongly in earlier ones.
+    """
+    before: Tensor | None = None
+    width = 0.0  # of the step before, in the logarithm of the level
+    for step, (now, then) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
+        clean = denoise(x, torch.full((len(x),), now), labels)
+        if then == 0:
+            return clean
+        h = math.log(now / then)
+        ahead = clean if before is None else clean + (clean - before) * h / (2 * width)
+        if noise is None:
+            x = then / now * x - math.expm1(-h) * ahead
+        else:
+            x = then / now * math.exp(-h) * x - math.expm1(-2 * h) * ahead + then * math.sqrt(-math.expm1(-2 * h)) * noise(step)
+        before, width = clean, h
     return x
 
 
@@ -50,12 +66,18 @@ def sample(
     labels: Tensor,
     *,
     levels: Tensor,
+    seeds: NDArray[np.uint64],
     progress: Progress,
 ) -> NDArray[np.float32]:
-    """Images (n, *shape) in [-1, 1] from `start` (n, *shape), images with noise of levels[0]; labels: (n,). Each is drawn by itself."""
+    """Images (n, *shape) in [-1, 1] from `start` (n, *shape), images with noise of levels[0]; labels, seeds: (n,). Each is drawn by itself."""
     images = np.empty(tuple(start.shape), dtype=np.float32)
     for first in range(0, len(labels), _BATCH):
         part = slice(first, first + _BATCH)
-        images[part] = heun(denoise, start[part], labels[part], levels).clamp(-1, 1).numpy()
+        streams = [np.random.default_rng([int(seed), _STEP_NOISE]) for seed in seeds[part]]
+
+        def noise(_: int, streams: list[np.random.Generator] = streams) -> Tensor:
+            return _normal(streams, tuple(start.shape[1:]))
+
+        images[part] = solve(denoise, start[part], labels[part], levels, noise=noise).clamp(-1, 1).numpy()
         progress("draw images", min(first + _BATCH, len(labels)), len(labels))
     return images

@@ -32,7 +32,7 @@ from private import COUNT, Made, Task, spent
 from tutorial_loop import tutorial_loop
 
 from dpsynth.artifacts import RunFolder, read_json, write_json
-from dpsynth.config import Config, PretrainConfig, parse_config
+from dpsynth.config import Config, GateConfig, PretrainConfig, parse_config
 from dpsynth.data.candidates import load_candidates, to_8_bit, to_unit_range
 from dpsynth.data.cohort import Float32, ImageSet, Int64
 from dpsynth.data.preprocess import prepare
@@ -152,6 +152,7 @@ def settings(row: str, method: str, epsilon: float, work: Path, *, data_path: Pa
         "privacy": {"epsilon": epsilon, "delta": DELTA},
         "pretrain": {**public, "steps": max(1, round(public.get("steps", PretrainConfig().steps) * scale))},
         "generate": {"count": ROWS[row].declared_patients if method in DRAWN_AS_MANY else COUNT},
+        "gate": {"required": [name for name in GateConfig().required if name != "utility" or len(data["classes"]) > 1]},
         "release": {"formats": []},
     }
     return json.dumps(text, indent=1)  # JSON is YAML

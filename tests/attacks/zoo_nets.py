@@ -12,12 +12,12 @@ from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.generator import Generator
 from dpsynth.model.moment_release import release_moments
 from dpsynth.model.moments import public_reference
-from dpsynth.model.sampler import heun, schedule, starting_noise
+from dpsynth.model.sampler import schedule, solve, starting_noise
 from dpsynth.privacy.noise import NoiseStream
 from dpsynth.progress import silent
 from dpsynth.train.non_private import fit_non_private
 
-_LARGEST, _SMALLEST, _DRAW_STEPS = 5.0, 0.02, 16
+_LARGEST, _SMALLEST, _DRAW_STEPS = 5.0, 0.02, 32
 _CHANNELS = (8, 16)
 
 
@@ -59,7 +59,7 @@ def drawn_by(net: SmallDenoiser, labels: np.ndarray, shape: tuple[int, ...], *, 
     """Images (n, *shape) of the labels (n,)."""
     noise = _LARGEST * starting_noise(np.arange(len(labels)).astype(np.uint64) + np.uint64(1000 * seed), shape)
     levels = schedule(_DRAW_STEPS, sigma_min=_SMALLEST, sigma_max=_LARGEST)
-    return heun(net, noise, torch.from_numpy(labels), levels).clamp(-1, 1).float().numpy()
+    return solve(net, noise, torch.from_numpy(labels), levels).clamp(-1, 1).float().numpy()
 
 
 def without_privacy(training: ImageSet, public: ImageSet, *, steps: int = 150) -> Generator:
