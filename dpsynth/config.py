@@ -214,13 +214,13 @@ class DiffusionConfig(_Settings):
     channels: tuple[Count, ...] = Field((32, 64), min_length=1, description="Channels of the U-Net, level by level.")
     steps: int = Field(PART.steps, ge=0, description="DP-SGD steps.")
     sampling_probability: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Probability of each patient in each step.")
-    draws: Count = Field(2, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
+    draws: Count = Field(PART.draws, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
     clip_norm: ClipNorm = Field(0.05, description="Largest L2 norm of one patient's gradient.")
     learning_rate: Positive = Field(PART.learning_rate, description="Of Adam.")
     trainable: Literal["auto", "all", "small", "none"] = Field(
         "auto",
         description="all weights; small: biases, norms, class embedding and output convolution; none: no DP-SGD. auto: one of them by the "
-        "number of patients and epsilon, with steps, learning_rate and moments.share that go with it where they are not given.",
+        "number of patients and epsilon, with steps, draws, learning_rate and moments.share that go with it where they are not given.",
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of the average of the weights, in steps.")
     patients_per_chunk: Count = Field(32, description="Patients per forward pass; changes memory, not the result.")
@@ -489,7 +489,7 @@ def resolved(config: Config, *, sites: int = 1) -> Config:
         dimensions=len(data.spatial_shape),
         votes_share=config.votes.share,
     )
-    proposed = {"trainable": chosen.trainable, "steps": chosen.steps, "learning_rate": chosen.learning_rate}
+    proposed = {name: getattr(chosen, name) for name in ("trainable", "steps", "draws", "learning_rate")}
     given = diffusion.model_fields_set - {"trainable"}
     update: dict[str, Any] = {
         "diffusion": diffusion.model_copy(update={name: value for name, value in proposed.items() if name not in given})

@@ -22,16 +22,18 @@ _WEIGHTS_PER_CHANNEL_PAIR = 137  # of the U-Net: weights by the sum of its squar
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """trainable: what DP-SGD trains; moments_share: part of mu^2 for the moments; what moments and votes leave is for DP-SGD."""
+    """trainable: what DP-SGD trains; draws: of noise for each patient and step; moments_share: part of mu^2 for the moments; what moments
+    and votes leave is for DP-SGD."""
 
     trainable: Trainable
     steps: int
+    draws: int
     learning_rate: float
     moments_share: float
 
 
-FULL = Recipe(trainable="all", steps=80, learning_rate=6e-4, moments_share=0.4)
-PART = Recipe(trainable="small", steps=40, learning_rate=3e-4, moments_share=0.8)
+FULL = Recipe(trainable="all", steps=80, draws=4, learning_rate=6e-4, moments_share=0.4)
+PART = Recipe(trainable="small", steps=40, draws=2, learning_rate=3e-4, moments_share=0.8)
 MOMENTS_AND_VOTES = replace(PART, trainable="none", steps=0)
 
 

@@ -103,5 +103,14 @@ def noise_levels(normal: Tensor, *, smallest: float) -> Tensor:
     return levels.to(normal.dtype).clamp(smallest, LARGEST_SIGMA)  # what rounding or an infinite quantile leaves
 
 
+def stratified_normal(patients: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers (patients * draws,): those of a patient, next to each other in random order, come one each from as many
+    equally likely ranges. So a patient's few noise levels are spread over all there are, and each by itself is distributed as ever.
+    """
+    ranges = torch.rand((patients, draws), generator=generator).argsort(1)
+    quantiles = (ranges + torch.rand((patients, draws), generator=generator, dtype=torch.float64)) / draws
+    return torch.special.ndtri(quantiles).flatten().float()
+
+
 def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1 for _ in like.shape[1:]))

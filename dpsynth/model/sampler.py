@@ -69,7 +69,7 @@ def sample(
     seeds: NDArray[np.uint64],
     progress: Progress,
 ) -> NDArray[np.float32]:
-    """Images (n, *shape) in [-1, 1] from `start` (n, *shape), images with noise of levels[0]; labels, seeds: (n,). Each is drawn by itself."""
+    """Images (n, *shape) in [-1, 1] from `start` (n, *shape), which has noise of levels[0]; labels, seeds: (n,). Each by itself."""
     images = np.empty(tuple(start.shape), dtype=np.float32)
     for first in range(0, len(labels), _BATCH):
         part = slice(first, first + _BATCH)

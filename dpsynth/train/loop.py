@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpsynth.config import DiffusionConfig
 from dpsynth.data.cohort import ImageSet, Int64
-from dpsynth.model.denoiser import Denoiser, noise_levels
+from dpsynth.model.denoiser import Denoiser, noise_levels, stratified_normal
 from dpsynth.model.ema import Ema
 from dpsynth.privacy.audit import outcome
 from dpsynth.privacy.mechanism import PoissonDpSgd
@@ -110,13 +110,13 @@ def _clipped_total(
 
 
 def draw_rows(training: ImageSet, rows_of: list[Int64], chosen: Int64, *, draws: int, stream: NoiseStream, step: int) -> Rows:
-    """`draws` rows for each chosen patient: their images in turn from a random first one, each with its own noise level."""
+    """`draws` rows for each chosen patient: their images in turn from a random first one, with noise levels that are spread."""
     seed = int(stream.integers("rows", step, 1)[0])
     rng = np.random.default_rng(seed)
     index = images_in_turn(rows_of, chosen, [int(rng.integers(len(rows_of[int(patient)]))) for patient in chosen], draws)
     clean = torch.from_numpy(training.images[index])
     generator = torch.Generator().manual_seed(seed % 2**63)
-    sigma = noise_levels(torch.randn(len(clean), generator=generator), smallest=SMALLEST_SIGMA)
+    sigma = noise_levels(stratified_normal(len(chosen), draws, generator), smallest=SMALLEST_SIGMA)
     noise = torch.randn(clean.shape, generator=generator)
     return Rows(clean=clean, labels=torch.from_numpy(training.labels[index]), sigma=sigma, noise=noise)
 

@@ -15,7 +15,7 @@ from dpsynth.cells import Cells
 from dpsynth.config import LARGEST_SIGMA, GenerateConfig, packing
 from dpsynth.errors import ArtifactError
 from dpsynth.generate import draw, image_seeds, mixed_cells
-from dpsynth.model.denoiser import Denoiser, noise_levels
+from dpsynth.model.denoiser import Denoiser, noise_levels, stratified_normal
 from dpsynth.model.generator import SETTINGS, WEIGHTS, Generator
 from dpsynth.model.moments import Moments, frequencies, from_frequencies, to_frequencies
 from dpsynth.model.packing import depth_to_space, space_to_depth
@@ -205,6 +205,15 @@ def test_transplanting_changes_the_moments_and_keeps_the_weights() -> None:
     assert torch.equal(denoiser(noisy, sigma, labels), WienerFilter(other)(noisy, sigma, labels)[0])
 
 
+def test_the_draws_of_a_patient_are_spread_and_each_is_normal() -> None:
+    """One of four in each quarter, in any order; and the draw at any one place is standard normal (Kolmogorov and Smirnov)."""
+    found = stratified_normal(4000, 4, torch.Generator().manual_seed(3)).view(4000, 4)
+    quarters = (torch.special.ndtr(found.double()) * 4).long()
+    assert torch.equal(quarters.sort(dim=1).values, torch.arange(4).expand(4000, 4))
+    assert all(kstest(found[:, place].numpy(), "norm").pvalue > 1e-4 for place in range(4))
+    assert bool(torch.isfinite(stratified_normal(1, 1, torch.Generator().manual_seed(0))).all())
+
+
 def test_the_small_trainable_set_is_small_and_holds_what_it_says() -> None:
     denoiser = Denoiser(moments((1, 8, 8)), channels=(16, 32))
     denoiser.set_trainable("small")
@@ -238,8 +247,8 @@ def test_the_sampler_solves_the_flow_of_a_gaussian() -> None:
 
 
 def test_with_noise_on_the_way_the_images_have_the_distribution_of_the_gaussian() -> None:
-    """From a start that is in place by its distribution alone: mean and variance of 40,000 pixels within five standard errors and the bias of
-    finite steps; without the noise that belongs to a step, or with twice as much, the variance is far from it."""
+    """From a start that is in place by its distribution alone: the mean of 40,000 pixels within five standard errors, their variance within
+    the bias of finite steps; without the noise that belongs to a step, or with twice as much, the variance is far from it."""
     generator = torch.Generator().manual_seed(4)
     start = MEAN + torch.randn(2500, 1, 4, 4, generator=generator) * np.sqrt(STDDEV**2 + 2.0**2)
     labels, levels = torch.zeros(2500, dtype=torch.int64), schedule(80, sigma_min=0.01, sigma_max=2.0)
