@@ -109,7 +109,8 @@ def stratified_normal(patients: int, draws: int, generator: torch.Generator) -> 
     """
     ranges = torch.rand((patients, draws), generator=generator).argsort(1)
     quantiles = (ranges + torch.rand((patients, draws), generator=generator, dtype=torch.float64)) / draws
-    return torch.special.ndtri(quantiles).flatten().float()
+    normal: Tensor = torch.special.ndtri(quantiles).flatten().float()
+    return normal
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
