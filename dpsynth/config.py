@@ -38,6 +38,21 @@ def packing(spatial_shape: tuple[int, ...]) -> int:
     return factor
 
 
+_FINEST_LEARNT = 56  # smallest side from which images are halved before a net learns from patients
+
+
+def halvings(spatial_shape: tuple[int, ...]) -> int:
+    """How often the sides are halved before a net learns from patients: until the smallest is below 56, as long as all stay multiples of 4.
+
+    What a net can learn from the patients of a hospital is the coarse image; public images teach how it is enlarged.
+    """
+    count = 0
+    while min(spatial_shape) >= _FINEST_LEARNT and not any(side % 8 for side in spatial_shape):
+        spatial_shape = tuple(side // 2 for side in spatial_shape)
+        count += 1
+    return count
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -421,7 +436,7 @@ class Config(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.moments.low_frequencies > min(self.data.spatial_shape):
+        if self.moments.low_frequencies > min(self.learnt_shape):
             raise ValueError("moments.low_frequencies is larger than the smallest side of data.spatial_shape")
         if self.pretrain.source != "phantom" and (self.pretrain.path is None or not self.pretrain.classes):
             raise ValueError(f"pretrain.source {self.pretrain.source} needs pretrain.path and pretrain.classes")
@@ -436,6 +451,16 @@ class Config(_Settings):
         if problem := policy_problem(self.gate, self.data):
             raise ValueError(problem)
         return self
+
+    @property
+    def halvings(self) -> int:
+        """How often images are halved before anything is learned from them: never where Gaussian images are all there is."""
+        return 0 if self.method == "moments" else halvings(self.data.spatial_shape)
+
+    @property
+    def learnt_shape(self) -> tuple[int, ...]:
+        """Sides of the images that moments and net learn from and draw."""
+        return tuple(side // 2**self.halvings for side in self.data.spatial_shape)
 
 
 class _OneValueLoader(yaml.SafeLoader):

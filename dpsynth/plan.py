@@ -19,6 +19,7 @@ from dpsynth.privacy.mechanism import GaussianQuery, Mechanism, MomentRelease, N
 _SECONDS_PER_ROW = 0.004
 _SECONDS_PER_PUBLIC_ROW = 0.003
 _REFERENCE_POSITIONS = 14 * 14
+_CROP_POSITIONS = {2: 16**2, 3: 8**3}  # of the pieces that an enlarger learns from, by dimensions
 _REFERENCE_CHANNELS = 32 * 32 + 64 * 64
 _REFERENCE_BYTES_PER_PATIENT = 12e6  # activations of all rows and one gradient
 FEWEST_CONTROL = 60  # below about this many the checks of membership, copying and fidelity are inconclusive
@@ -218,7 +219,7 @@ def _describe_mechanism(mechanism: Mechanism) -> tuple[str, str]:
 
 
 def _scale(config: Config) -> float:
-    shape = config.data.spatial_shape
+    shape = config.learnt_shape
     positions = math.prod(side / packing(shape) for side in shape) / _REFERENCE_POSITIONS
     channels = sum(c * c for c in config.diffusion.channels) / _REFERENCE_CHANNELS
     kernel = 3.0 if len(shape) == 3 else 1.0
@@ -231,7 +232,8 @@ def _seconds(config: Config, sgd: PoissonDpSgd | None) -> float:
         return overhead
     public = config.pretrain.steps * config.pretrain.batch_size * _SECONDS_PER_PUBLIC_ROW
     private = sgd.steps * sgd.expected_batch_size * config.diffusion.draws * _SECONDS_PER_ROW if sgd else 0.0
-    return overhead + (public + private) * _scale(config)
+    enlargers = config.halvings * public * _CROP_POSITIONS[len(config.data.spatial_shape)] / _REFERENCE_POSITIONS
+    return overhead + (public + private) * _scale(config) + enlargers
 
 
 def _memory(config: Config) -> float:

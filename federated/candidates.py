@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpsynth.artifacts import RunFolder, json_bytes, read_json, require_new, write_bytes
-from dpsynth.cells import Cells
-from dpsynth.config import DataConfig, parse_config
+from dpsynth.config import DataConfig, halvings, parse_config
 from dpsynth.data.candidates import FILE, Candidates, load_candidates, withheld
 from dpsynth.data.images_digest import images_digest
 from dpsynth.errors import ArtifactError, ConfigError, SignatureError, UsageError
@@ -136,7 +135,7 @@ def unpack(path: Path, *, coordinators: Sequence[Ed25519PublicKey], data: DataCo
         header = Header.model_validate_json(json.dumps(statement["predicate"]))
         images, moments = _arrays(members[FILE], largest_bytes), _arrays(members[_MOMENTS], largest_bytes)
         candidates = _candidates(images, data)
-        shape = (data.channels, *data.spatial_shape)
+        shape = (data.channels, *(side // 2 ** halvings(data.spatial_shape) for side in data.spatial_shape))
         found = Moments.from_arrays(moments, shape=shape, low_frequencies=header.low_frequencies)
     except (KeyError, ValidationError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ArtifactError(
@@ -144,7 +143,7 @@ def unpack(path: Path, *, coordinators: Sequence[Ed25519PublicKey], data: DataCo
         ) from error
     if images_digest(candidates) != header.images_sha256:
         raise SignatureError(f"The images in {path.name} are not those that its header names. Ask the coordinator.")
-    if problem := _layout_problem(candidates, found, data.cells):
+    if problem := _layout_problem(candidates, found, data):
         raise UsageError(f"The candidates do not have the layout of this site's data: {problem}.")
     signed = hashlib.sha256(json_bytes(statement)).hexdigest()
     return Carried(header=header, candidates=candidates, moments=found, key=key, statement_sha256=signed)
@@ -193,11 +192,12 @@ def _candidates(arrays: dict[str, NDArray[Any]], data: DataConfig) -> Candidates
     return Candidates(images=arrays["images"], labels=arrays["labels"], seeds=arrays["seeds"], attributes=attributes)
 
 
-def _layout_problem(candidates: Candidates, moments: Moments, cells: Cells) -> str:
-    """Why the arrays cannot be candidates of these cells; empty when they can."""
-    images, labels = candidates.images, candidates.labels
-    if images.dtype != np.uint8 or images.shape[1:] != moments.shape or not len(images):
-        return f"expected 8-bit images of shape {moments.shape}, found {images.dtype} of {images.shape[1:]}"
+def _layout_problem(candidates: Candidates, moments: Moments, data: DataConfig) -> str:
+    """Why the arrays cannot be candidates of these data; empty when they can."""
+    images, labels, cells = candidates.images, candidates.labels, data.cells
+    expected = (data.channels, *data.spatial_shape)
+    if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
+        return f"expected 8-bit images of shape {expected}, found {images.dtype} of {images.shape[1:]}"
     if labels.shape != (len(images),) or labels.dtype.kind != "i" or labels.min() < 0 or labels.max() >= len(cells.classes):
         return "expected one label of the site's classes for each image"
     if candidates.seeds.shape != labels.shape or candidates.seeds.dtype.kind not in "ui":

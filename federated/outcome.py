@@ -23,6 +23,7 @@ from dpsynth.train.second_opinion import prv_epsilon
 from dpsynth.trained import CLAIM, FEDERATION, read_claim
 from federated.coordinator import EMA, Coordinator, State
 from federated.messages import FIRST_TRAINING
+from federated.public_stage import PRETRAINED, public_enlargers
 from federated.rounds import load_weights, sgd_of
 
 
@@ -136,7 +137,9 @@ def _generator(coordinator: Coordinator, state: State) -> Generator:
     answered = sum(0 in rounds for rounds in coordinator.answered.values())
     stddev = count_stddev(release, model.reference) * answered**0.5
     generator = Generator.of(coordinator.federation.config, moments=moments, denoiser=denoiser, count_stddev=stddev)
-    return generator.with_released_detail(coordinator.federation.config.generate, progress=silent)
+    generator = generator.with_released_detail(coordinator.federation.config.generate, progress=silent)
+    enlargers = public_enlargers(coordinator.federation.config, kept=coordinator.folder / PRETRAINED)
+    return replace(generator, enlargers=enlargers)
 
 
 def _claim(coordinator: Coordinator, mechanisms: tuple[Mechanism, ...], spent: Spending) -> Guarantee:

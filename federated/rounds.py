@@ -45,7 +45,7 @@ class Model:
     @classmethod
     def of(cls, config: Config) -> Model:
         """Draw the procedural images and compute the public constants."""
-        shape, low = (config.data.channels, *config.data.spatial_shape), config.moments.low_frequencies
+        shape, low = (config.data.channels, *config.learnt_shape), config.moments.low_frequencies
         return cls(config=config, reference=_procedural_reference(config.pretrain, shape, low))
 
     def denoiser(self) -> Denoiser:

@@ -10,16 +10,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dpsynth.artifacts import read_json, write_json
 from dpsynth.errors import ArtifactError
-from dpsynth.model.moments import public_reference
 from dpsynth.privacy.guarantee import Guarantee
 from dpsynth.progress import Progress, silent
-from dpsynth.train.pretrain import pretrained_weights
-from dpsynth.train.public import public_images
 from federated.coordinator import Coordinator, Event, Transport, quiet
 from federated.federation import Federation, plan_of
-from federated.messages import Arrays
 from federated.outcome import claim_of, write_outcome
-from federated.rounds import NET, Model
+from federated.public_stage import PRETRAINED, public_weights
+from federated.rounds import Model
 from federated.study_folder import OUTCOME
 
 
@@ -50,19 +47,6 @@ def coordinator_of(
     return Coordinator(federation=federation, plan=plan, model=model, private=private, transport=transport, folder=folder, report=report)
 
 
-def public_weights(federation: Federation, *, kept: Path | None = None, progress: Progress = silent) -> Arrays:
-    """The net's weights after pre-training on public images, with which the first round begins. kept: a folder from which they are taken
-    when equal settings were trained before.
-    """
-    config = federation.config
-    if config.pretrain.cache is None:
-        config = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"cache": kept})})
-    images = public_images(config, progress=progress)
-    reference = public_reference(images, low_frequencies=config.moments.low_frequencies)
-    weights = pretrained_weights(config, images, reference, progress=progress)
-    return {NET + name: tensor.numpy() for name, tensor in weights.items()}
-
-
 def run_study(
     coordinator: Coordinator, *, run_path: Path, progress: Progress = silent, ready: Callable[[], None] = lambda: None
 ) -> Guarantee:
@@ -76,7 +60,9 @@ def run_study(
     if guarantee is None:
         if not coordinator.asks_no_more:
             ready()
-        state = coordinator.run(lambda: public_weights(coordinator.federation, kept=coordinator.folder / "pretrained", progress=progress))
+        state = coordinator.run(
+            lambda: public_weights(coordinator.federation.config, kept=coordinator.folder / PRETRAINED, progress=progress)
+        )
         guarantee = write_outcome(coordinator, state, run_path=run_path)
     write_json(coordinator.folder / OUTCOME, {"run": str(run_path.resolve())})
     return guarantee

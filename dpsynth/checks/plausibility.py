@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsynth.data.cohort import Float32, Int64
+from dpsynth.data.halve import halved
 from dpsynth.model.moments import Moments, frequencies, to_frequencies
 
 Array = NDArray[np.float64]
@@ -49,18 +50,19 @@ def _whitening(covariance: Array) -> Array:
 
 
 def deviations(images: Float32, cells: Int64, reference: Reference) -> tuple[Array, Array]:
-    """(structure, detail), (n,) each, of images (n, channel, *space) in [-1, 1] drawn from `cells`: 1 is usual.
+    """(structure, detail), (n,) each, of images (n, channel, *space) in [-1, 1] drawn from `cells`: 1 is usual. Images that were enlarged
+    after they were drawn are brought back to the size of the moments.
 
     structure: squared Mahalanobis distance from the cell's mean in the low block, weak directions damped, as part of its mean.
     detail: energy above the low block as part of what the cell has, or of the smallest that could be seen.
     """
     layout = frequencies(reference.shape, reference.low_frequencies)
-    pixels = layout.band.size
+    pixels, enlargements = layout.band.size, (images.shape[2] // reference.shape[1]).bit_length() - 1
     above = np.setdiff1d(np.arange(pixels), layout.low)
     structure, detail = np.empty(len(images)), np.empty(len(images))
     for start in range(0, len(images), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        coefficients, cell = to_frequencies(images[rows]), cells[rows]
+        coefficients, cell = to_frequencies(halved(images[rows], enlargements)), cells[rows]
         away = coefficients[:, layout.low] - reference.mean[cell]
         for number in np.unique(cell):
             inside = cell == number

@@ -22,6 +22,7 @@ from dpsynth.checks.statistics import only_above
 from dpsynth.checks.verdict import Outcome, Verdict
 from dpsynth.config import LARGEST_SIGMA, GateConfig
 from dpsynth.data.cohort import Float32, Int64
+from dpsynth.data.halve import halved
 from dpsynth.model.generator import Generator
 from dpsynth.model.wiener import WienerFilter
 from dpsynth.progress import Progress
@@ -108,8 +109,8 @@ def _log_error(generator: Generator, clean: torch.Tensor, labels: torch.Tensor, 
 
 
 def _pool(evidence: Evidence, generator: Generator, patients: Int64) -> tuple[Float32, Int64]:
-    """First images of the patients (numbers as in `Evidence.pool`) and their cells."""
+    """First images of the patients (numbers as in `Evidence.pool`), at the size that was learnt from, and their cells."""
     images = np.concatenate([first_images(evidence.training), first_images(evidence.control)])
     sides = (evidence.training, evidence.control)
     cells = [generator.cells.index(side.labels, side.attributes)[[int(rows[0]) for rows in side.rows_of()]] for side in sides]
-    return images[patients], np.concatenate(cells)[patients]
+    return halved(images[patients], len(generator.enlargers)), np.concatenate(cells)[patients]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dpsynth.cells import Cells
 from dpsynth.config import LARGEST_SIGMA, Config, GenerateConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.enlarger import Enlarger
 from dpsynth.model.moments import Frequencies, Moments, frequencies, ring_energies, sample_moment_images
 from dpsynth.model.sampler import sample, schedule, starting_noise
 from dpsynth.model.spectrum import ring_gains, with_gains
@@ -33,8 +35,8 @@ class Generator:
     """Draws images. `denoiser` is None for the method of moments; `net_channels` are its U-Net's channels.
 
     With `attributes` the moments' classes are cells; `count_stddev` is that of the noise on their counts, in patients.
-    With `parents` images are drawn around these; `gains` (labels, bands) bring
-    detail nearer to the released strength (`spectrum`).
+    With `parents` images are drawn around these; `gains` (labels, bands) bring detail nearer to the released strength (`spectrum`); each
+    of `enlargers` doubles the sides of what the others draw.
     """
 
     classes: tuple[str, ...]
@@ -46,6 +48,7 @@ class Generator:
     count_stddev: float = 0.0
     parents: Parents | None = None
     gains: NDArray[np.float64] | None = None
+    enlargers: tuple[Enlarger, ...] = ()
 
     @classmethod
     def of(cls, config: Config, *, moments: Moments, denoiser: Denoiser | None, count_stddev: float) -> Generator:
@@ -59,6 +62,12 @@ class Generator:
             attributes=config.data.cells.attributes,
             count_stddev=count_stddev,
         )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the images that it draws, (channel, *space)."""
+        channels, *sides = self.moments.shape
+        return (channels, *(side * 2 ** len(self.enlargers) for side in sides))
 
     @property
     def cells(self) -> Cells:
@@ -79,6 +88,15 @@ class Generator:
         self, cells: NDArray[np.int64], seeds: NDArray[np.uint64], settings: GenerateConfig, *, progress: Progress
     ) -> NDArray[np.float32]:
         """Images (n, channel, *space) in [-1, 1], image i from cell i (without attributes: label i) and seed i."""
+        images = self._learnt(cells, seeds, settings, progress=progress)
+        for number, enlarger in enumerate(self.enlargers):
+            images = enlarger.enlarged(images, seeds, number=number, progress=progress)
+        return images
+
+    def _learnt(
+        self, cells: NDArray[np.int64], seeds: NDArray[np.uint64], settings: GenerateConfig, *, progress: Progress
+    ) -> NDArray[np.float32]:
+        """The same at the size at which patients' images were learnt from."""
         if self.denoiser is None:
             images = sample_moment_images(self.moments, cells, seeds, texture=self.texture)
             progress("draw images", len(cells), len(cells))
@@ -108,7 +126,7 @@ class Generator:
             own, rows = np.flatnonzero(of_cells == label), labels == label
             shares = self.cell_probabilities[own]
             cells[rows] = rng.choice(own, size=int(rows.sum()), p=shares / shares.sum())
-        plain = replace(self, gains=None)
+        plain = replace(self, gains=None, enlargers=())
         images = plain.sample(cells, np.arange(len(cells), dtype=np.uint64), settings, progress=progress)
         wanted = ring_energies(self.moments.variance, self._layout)[cells]
         return replace(self, gains=ring_gains(images, labels, wanted, self._layout))
@@ -124,6 +142,8 @@ class Generator:
             tensors |= {f"net.{name}": tensor.contiguous() for name, tensor in self.denoiser.net.state_dict().items()}
         if self.parents is not None:
             tensors |= {f"parents.{name}": torch.from_numpy(array) for name, array in self.parents.__dict__.items()}
+        for number, enlarger in enumerate(self.enlargers):
+            tensors |= {f"enlarger{number}.{name}": tensor.contiguous() for name, tensor in enlarger.state_dict().items()}
         if self.gains is not None:
             tensors["gains"] = torch.from_numpy(self.gains.copy())
         write_bytes(folder / WEIGHTS, save(tensors))
@@ -134,6 +154,7 @@ class Generator:
             "low_frequencies": self.moments.low_frequencies,
             "net_channels": list(self.net_channels) if self.denoiser is not None else None,
             "texture": self.texture,
+            "enlargers": len(self.enlargers),
         }
         if self.attributes:
             settings |= {"attributes": [[name, list(values)] for name, values in self.attributes], "count_stddev": self.count_stddev}
@@ -154,6 +175,7 @@ class Generator:
             if channels is not None:
                 denoiser = Denoiser(moments, channels=tuple(channels))
                 denoiser.net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
+            enlargers = tuple(_enlarger(tensors, number, moments.shape) for number in range(settings.get("enlargers", 0)))
             parents = {name.removeprefix("parents."): t.numpy() for name, t in tensors.items() if name.startswith("parents.")}
             return cls(
                 classes=tuple(settings["classes"]),
@@ -165,6 +187,14 @@ class Generator:
                 count_stddev=float(settings.get("count_stddev", 0.0)),
                 parents=Parents(**parents) if parents else None,
                 gains=tensors["gains"].numpy() if "gains" in tensors else None,
+                enlargers=enlargers,
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise ArtifactError(f"The generator in {folder.name} cannot be read ({type(error).__name__}). Train again.") from error
+
+
+def _enlarger(tensors: Mapping[str, torch.Tensor], number: int, shape: tuple[int, ...]) -> Enlarger:
+    """The stored one that doubles sides for the so-manieth time, of images (channel, *space)."""
+    enlarger, prefix = Enlarger(channels=shape[0], dimensions=len(shape) - 1), f"enlarger{number}."
+    enlarger.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+    return enlarger.eval()

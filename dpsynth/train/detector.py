@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dpsynth.config import Config, GenerateConfig
 from dpsynth.data.candidates import to_8_bit
 from dpsynth.data.cohort import Float32
+from dpsynth.data.halve import halved
 from dpsynth.detector.evaluation import OWN, own_quality, trained_detector
 from dpsynth.detector.model import Detector
 from dpsynth.detector.traces import traces
@@ -44,7 +45,7 @@ def train_detector(config: Config, generator: Generator, released: NDArray[np.ui
     public = public[np.linspace(0, len(public) - 1, min(MOST, len(public))).astype(int)]
     real = traces(to_8_bit(public))
     drawn = {name: traces(to_8_bit(images)) for name, images in _drawn(config, generator, public, progress=progress).items()}
-    made = trained_detector(real, drawn, shape=generator.moments.shape)
+    made = trained_detector(real, drawn, shape=generator.shape)
     rows = traces(released)
     own = own_quality(made.of_traces(rows), made.knows(rows))
     evaluation = {**made.evaluation, OWN: own, "public images": len(real), "limits": LIMITS}
@@ -77,7 +78,7 @@ def _drawn(config: Config, generator: Generator, public: Float32, *, progress: P
 
 def _public_moments(config: Config, generator: Generator, public: Float32) -> Moments:
     """Exact moments of the public images, in as many classes as the net knows, dealt out in turn."""
-    classes = generator.moments.num_classes
+    classes, public = generator.moments.num_classes, halved(public, len(generator.enlargers))
     return release_moments(
         public,
         np.arange(len(public), dtype=np.int64) % classes,

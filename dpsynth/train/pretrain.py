@@ -27,7 +27,7 @@ from dpsynth.progress import Progress
 
 _REFRESH = 50  # steps between new pseudo-classes
 _WARM_UP = 20
-_EMA_DECAY = 0.98
+EMA_DECAY = 0.98
 
 
 def pretrained_weights(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def _train(config: Config, images: Float32, reference: PublicReference, *, progr
     with torch.random.fork_rng():  # the layers' initial weights are public; the global generator is left as it was
         torch.manual_seed(settings.seed)
         denoiser = Denoiser(world.moments, channels=config.diffusion.channels)
-    ema = Ema(denoiser.net, decay=_EMA_DECAY)
+    ema = Ema(denoiser.net, decay=EMA_DECAY)
     optimizer = torch.optim.Adam(denoiser.net.parameters(), settings.learning_rate)
     for step in range(settings.steps):
         if step % _REFRESH == 0:
@@ -66,7 +66,7 @@ def _train(config: Config, images: Float32, reference: PublicReference, *, progr
         clean, labels = world.batch(settings.batch_size, rng)
         sigma = noise_levels(torch.randn(len(clean), generator=noise), smallest=0.02)
         losses = denoiser.row_losses(clean, labels, sigma=sigma, noise=torch.randn(clean.shape, generator=noise))
-        optimizer.param_groups[0]["lr"] = _learning_rate(settings.learning_rate, step, settings.steps)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(settings.learning_rate, step, settings.steps)
         optimizer.zero_grad()
         losses.mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -77,7 +77,8 @@ def _train(config: Config, images: Float32, reference: PublicReference, *, progr
     return {name: tensor.detach().clone().contiguous() for name, tensor in denoiser.net.state_dict().items()}
 
 
-def _learning_rate(peak: float, step: int, steps: int) -> float:
+def learning_rate_at(peak: float, step: int, steps: int) -> float:
+    """Warm-up, then a cosine to a twentieth."""
     return peak * min(1.0, (step + 1) / _WARM_UP) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
 
 

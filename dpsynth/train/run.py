@@ -22,6 +22,7 @@ from dpsynth.config import Config, dump_config, resolved
 from dpsynth.data.attributes import by_cell, conditions_digest
 from dpsynth.data.cohort import Float32, ImageSet
 from dpsynth.data.fingerprint import require_data
+from dpsynth.data.halve import halved, halved_set
 from dpsynth.data.preprocess import prepare
 from dpsynth.data.source import read_cohort
 from dpsynth.data.split import Split, split_patients
@@ -46,6 +47,7 @@ from dpsynth.train.loop import fit
 from dpsynth.train.monitor import MomentMonitor
 from dpsynth.train.non_private import fit_non_private
 from dpsynth.train.pretrain import pretrained_weights
+from dpsynth.train.pretrain_enlarger import pretrained_enlargers
 from dpsynth.train.public import public_images, require_disjoint, require_public
 from dpsynth.train.second_opinion import prv_epsilon
 from dpsynth.trained import CLAIM, booked_digest, booking, is_booked, read_claim, write_booking
@@ -73,6 +75,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     if run is None:
         ledger.require_affordable(mechanisms)  # before minutes of pre-training; the reservation asks again
     denoiser = _pretrained(config, public_set, reference, progress)
+    enlargers = pretrained_enlargers(config, public_set, progress=progress)
     findings = prove_bound(config, denoiser, reference, mechanisms)
     audits = _start_up_audit(mechanisms)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
@@ -94,7 +97,7 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
         write_json(site / CANARIES, {name: audit.to_json() for name, audit in audits.items()}, private=True)
         write_json(site / "selfcheck.json", selfcheck.to_json(findings), private=True)
         _require_live(findings, site)
-        generator = generator.with_released_detail(config.generate, progress=progress)
+        generator = replace(generator.with_released_detail(config.generate, progress=progress), enlargers=enlargers)
         generator.save(run.folder("train"))
         write_json(run.folder("train") / CLAIM, _claim(config, mechanisms, ledger, delta).to_json())
         return _finish(run, ledger)
@@ -125,14 +128,17 @@ def _existing(path: Path, config: Config) -> RunFolder | None:
 
 
 def private_images(config: Config, ledger: Ledger, progress: Progress) -> ImageSet:
-    """The data set of the ledger, labels in cells. Raises LedgerError for another unit or other data, DataError for what cannot be read."""
+    """The data set of the ledger, labels in cells, images at the size that is learnt from.
+
+    Raises LedgerError for another unit or other data, DataError for what cannot be read.
+    """
     if ledger.genesis["unit"] != config.data.unit.value:
         raise LedgerError(
             f"The ledger protects the {ledger.genesis['unit']}, data.unit is {config.data.unit.value}. Use the unit of the data owner."
         )
     cohort = read_cohort(config.data)
     require_data(cohort, config.data, ledger, progress=progress)
-    return by_cell(prepare(cohort, config.data, progress=progress), config.data)
+    return halved_set(by_cell(prepare(cohort, config.data, progress=progress), config.data), config.halvings)
 
 
 def usable_delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
@@ -153,15 +159,16 @@ def usable_delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
 def _public_constants(config: Config, private: ImageSet, progress: Progress) -> tuple[Float32, PublicReference]:
     """The public images and what is computed from them; the private ones serve only to refuse those that are among them."""
     images = public_images(config, progress=progress)
-    require_disjoint(images, private.images)
-    return images, public_reference(images, low_frequencies=config.moments.low_frequencies)
+    coarse = halved(images, config.halvings)
+    require_disjoint(coarse, private.images)
+    return images, public_reference(coarse, low_frequencies=config.moments.low_frequencies)
 
 
 def _pretrained(config: Config, images: Float32, reference: PublicReference, progress: Progress) -> Denoiser | None:
     """The denoiser after pre-training on public images alone; none when the method has none."""
     if config.method == "moments":
         return None
-    weights = pretrained_weights(config, images, reference, progress=progress)
+    weights = pretrained_weights(config, halved(images, config.halvings), reference, progress=progress)
     denoiser = Denoiser(standard_moments(config, reference), channels=config.diffusion.channels)
     denoiser.net.load_state_dict(weights)
     return denoiser

@@ -42,9 +42,10 @@ from federated.flower_engine import flower_engine
 from federated.launch import Coordination, Flower, Processes
 from federated.messages import FIRST_TRAINING
 from federated.policy import config_of
+from federated.public_stage import public_weights
 from federated.relay import Relay
 from federated.rounds import sgd_of
-from federated.simulate import InProcess, coordinator_of, public_weights, run_study
+from federated.simulate import InProcess, coordinator_of, run_study
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -173,7 +174,7 @@ def deployed(programs: Path, patients: int, side: int, rounds: int) -> dict[str,
             turns = TakingTurns(relay=relay, local=None)
             coordinator = coordinator_of(federation, private=private, transport=turns, folder=study.folder / "work")
             turns.local = local_training(study, coordinator, study.folder)
-            coordinator.run(lambda: public_weights(federation))
+            coordinator.run(lambda: public_weights(federation.config))
             turns.finished()
     ratios = [own / local for own, local in zip(turns.rounds, turns.trained, strict=True)]
     return {

@@ -28,8 +28,9 @@ from federated.federation import load_federation
 from federated.messages import Code, Refused, decode_request, encode_refusal
 from federated.outcome import charged, spending
 from federated.progress_view import describe, progress_of
+from federated.public_stage import public_weights
 from federated.rounds import NET
-from federated.simulate import public_weights, run_study
+from federated.simulate import run_study
 from federated.site import charges_of
 
 ALL = list(range(6))  # four queries of the moments, two rounds of training
@@ -279,7 +280,7 @@ def test_a_study_whose_count_is_lost_does_not_go_on(empty: World, tmp_path: Path
 def pretrainings(empty: World, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows by one with each pre-training. The second accountant, which takes seconds, is the first one."""
     done: list[object] = []
-    monkeypatch.setattr("federated.simulate.public_weights", lambda federation, **_: done.append(federation) or initial(empty)())
+    monkeypatch.setattr("federated.simulate.public_weights", lambda config, **_: done.append(config) or initial(empty)())
     monkeypatch.setattr("federated.outcome.prv_epsilon", epsilon_pld)
     return done
 
@@ -340,10 +341,7 @@ def test_what_was_pretrained_is_kept_until_its_settings_change(empty: World, tmp
     monkeypatch.setattr(pretrain, "_train", lambda *given, **named: trained.append(1) or train(*given, **named))
     config = empty.federation.config
     longer = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"steps": 3})})
-    made = [
-        public_weights(empty.federation.model_copy(update={"config": settings}), kept=tmp_path / "kept")
-        for settings in (config, config, longer)
-    ]
+    made = [public_weights(settings, kept=tmp_path / "kept") for settings in (config, config, longer)]
     assert len(trained) == 2
     for name, array in made[0].items():
         np.testing.assert_array_equal(array, made[1][name])

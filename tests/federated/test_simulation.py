@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
 
+import federation_cases
 import numpy as np
 import pytest
-from federation_cases import CONFIG, World
+from federation_cases import CONFIG, World, new_site
 from pydantic import ValidationError
 
 from dpsynth.checks.accounting import ALWAYS
 from dpsynth.checks.run import check
-from dpsynth.errors import ArtifactError
+from dpsynth.errors import ArtifactError, UsageError
 from dpsynth.generate import generate
 from dpsynth.model.generator import Generator
 from dpsynth.model.moment_release import count_stddev
@@ -22,6 +23,8 @@ from dpsynth.privacy.accountant import epsilon_pld
 from dpsynth.privacy.mechanism import MomentRelease
 from dpsynth.progress import silent
 from dpsynth.release.run import refuse, report
+from dpsynth.signing import generate_key, load_private
+from federated.candidates import pack, unpack
 from federated.federation import Federation, load_federation
 from federated.messages import FIRST_TRAINING, Plan
 from federated.price import describe, price_of
@@ -90,6 +93,30 @@ def test_a_study_that_can_afford_no_training_spends_everything_on_the_moments(ne
         assert (set(proofs.selfcheck), proofs.canaries, proofs.uses_sgd) == ({*ALWAYS}, {}, False)
     assert generate(tmp_path / "run", progress=silent).count == 500
     assert describe(price_of(coordinator.federation))[2].endswith("1.41 times as much.")
+
+
+def test_sites_teach_the_coarse_image_and_the_coordinator_enlarges_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation_cases, "POLICY", federation_cases.POLICY.replace("[12, 12]", "[56, 64]"))
+    private_path, public_path = generate_key(tmp_path / "keys")
+    private, key = load_private(private_path), public_path.read_bytes()
+    sites = {name: new_site(tmp_path / name, name=name, seed=seed, public_key=key) for seed, name in enumerate(("a", "b"))}
+    text = CONFIG.replace("epsilon: 10", "epsilon: 1").replace("trainable: all, ", "").replace("[12, 12]", "[56, 64]")
+    path = tmp_path / "study.yaml"
+    path.write_text(f"study: large\nsites: [a, b]\nquorum: 2\nsteps_per_round: 2\nconfig:\n{indent(text, '  ')}  generate: {{count: 6}}\n")
+    transport = InProcess({name: site.guard.handle for name, site in sites.items()})
+    coordinator = coordinator_of(load_federation(path), private=private, transport=transport, folder=tmp_path / "study")
+    assert coordinator.model.reference.shape == (1, 28, 32)
+    assert {site.guard.images.images.shape[1:] for site in sites.values()} == {(1, 28, 32)}
+    run_study(coordinator, run_path=tmp_path / "run")
+    assert len(list((tmp_path / "study" / "pretrained").glob("enlarger-*"))) == 1, "a study that goes on finds it again"
+    assert generate(tmp_path / "run", progress=silent).count == 6
+    pack(tmp_path / "run", out=tmp_path / "candidates.zip", private=private)
+    policy = sites["a"].policy
+    carried = unpack(tmp_path / "candidates.zip", coordinators=[private.public_key()], data=policy.data, largest_bytes=1 << 30)
+    assert (carried.candidates.images.shape, carried.moments.shape) == ((6, 1, 56, 64), (1, 28, 32))
+    other = policy.data.model_copy(update={"spatial_shape": (28, 32)})  # whose moments would fit and whose images are smaller
+    with pytest.raises(UsageError, match=r"expected 8-bit images of shape \(1, 28, 32\)"):
+        unpack(tmp_path / "candidates.zip", coordinators=[private.public_key()], data=other, largest_bytes=1 << 30)
 
 
 def test_rounds_and_what_they_train_are_there_together_or_not_at_all(world: World) -> None:
