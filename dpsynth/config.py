@@ -53,6 +53,16 @@ def halvings(spatial_shape: tuple[int, ...]) -> int:
     return count
 
 
+def learnt_shape(spatial_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sides of the images that a net learns from patients, where the whole images have these."""
+    return tuple(side // 2 ** halvings(spatial_shape) for side in spatial_shape)
+
+
+def finer_than_learnt(spatial_shape: tuple[int, ...]) -> str:
+    """What of images with these sides no patient taught, in words; empty where patients taught all of it."""
+    return f"detail finer than {list(learnt_shape(spatial_shape))}" if halvings(spatial_shape) else ""
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -131,7 +141,8 @@ class DataConfig(_Settings):
         (28, 28),
         min_length=2,
         max_length=3,
-        description="Size in pixels or voxels that images are resampled to; 2 or 3 numbers.",
+        description="Size in pixels or voxels that images are resampled to; 2 or 3 numbers, multiples of 4. From 56 on, if multiples of 8, "
+        "patients teach images of half of it (or less, to below 56), and public images alone the finer detail (method diffusion).",
     )
     channels: Literal[1, 3] = Field(1, description="1 for grey images, 3 for colour.")
     mixed_sizes: bool = Field(
@@ -460,7 +471,7 @@ class Config(_Settings):
     @property
     def learnt_shape(self) -> tuple[int, ...]:
         """Sides of the images that moments and net learn from and draw."""
-        return tuple(side // 2**self.halvings for side in self.data.spatial_shape)
+        return self.data.spatial_shape if self.method == "moments" else learnt_shape(self.data.spatial_shape)
 
 
 class _OneValueLoader(yaml.SafeLoader):

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpsynth import policy_needs
 from dpsynth.cells import FEWEST_PATIENTS
-from dpsynth.config import Config, GateConfig, packing, resolved
+from dpsynth.config import Config, GateConfig, finer_than_learnt, packing, resolved
 from dpsynth.expectations import Expectation, Expectations, load_expectations
 from dpsynth.privacy.accountant import COARSE, epsilon_pld, epsilon_rdp, tpr_at_fpr
 from dpsynth.privacy.calibrate import plan_mechanisms, resolve_delta
@@ -41,6 +41,7 @@ class Plan:
     attack_rates: tuple[tuple[float, float], ...]  # (false positive rate, greatest true positive rate)
     steps: int
     trainable: str  # what DP-SGD trains
+    finer: str  # what of the images no patient teaches; empty when patients teach all
     expected_batch: float
     expected_control: float
     fewest_control: int
@@ -88,6 +89,7 @@ def plan(config: Config) -> Plan:
         attack_rates=tuple((fpr, float(tpr)) for fpr, tpr in zip(fprs, rates, strict=True)),
         steps=sgd.steps if sgd else 0,
         trainable=config.diffusion.trainable if sgd else "none",
+        finer="" if config.method == "moments" else finer_than_learnt(config.data.spatial_shape),
         expected_batch=sgd.expected_batch_size if sgd else 0.0,
         expected_control=control,
         fewest_control=fewest,
@@ -183,6 +185,8 @@ def describe(plan_: Plan) -> list[tuple[str, str]]:
                 f"a test that wrongly accuses {fpr:.1%} of non-participants finds at most {tpr:.1%} of participants",
             )
         )
+    if plan_.finer:
+        rows.append(("from public images alone", plan_.finer))
     if plan_.attributes:
         names = ", ".join(("label", *plan_.attributes))
         rows.append(("cells", f"{plan_.cells} of {names}; on average {plan_.patients_per_cell:.0f} training patients each"))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpsynth.artifacts import RunFolder, json_bytes, read_json, require_new, write_bytes
-from dpsynth.config import DataConfig, halvings, parse_config
+from dpsynth.config import DataConfig, learnt_shape, parse_config
 from dpsynth.data.candidates import FILE, Candidates, load_candidates, withheld
 from dpsynth.data.images_digest import images_digest
 from dpsynth.errors import ArtifactError, ConfigError, SignatureError, UsageError
@@ -135,7 +135,7 @@ def unpack(path: Path, *, coordinators: Sequence[Ed25519PublicKey], data: DataCo
         header = Header.model_validate_json(json.dumps(statement["predicate"]))
         images, moments = _arrays(members[FILE], largest_bytes), _arrays(members[_MOMENTS], largest_bytes)
         candidates = _candidates(images, data)
-        shape = (data.channels, *(side // 2 ** halvings(data.spatial_shape) for side in data.spatial_shape))
+        shape = (data.channels, *learnt_shape(data.spatial_shape))
         found = Moments.from_arrays(moments, shape=shape, low_frequencies=header.low_frequencies)
     except (KeyError, ValidationError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ArtifactError(

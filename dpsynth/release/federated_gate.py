@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpsynth.artifacts import json_bytes
 from dpsynth.checks.family import needed
+from dpsynth.config import finer_than_learnt
 from dpsynth.errors import ArtifactError, LedgerError
 from dpsynth.model.moment_release import QUERIES
 from dpsynth.privacy.accountant import epsilon_pld
@@ -125,6 +126,7 @@ def unprotected(
         f"which sites took part in which round, {json.dumps(list(sites))}, and their declared numbers of patients",
         f"a patient of several sites is protected less: by epsilon {overlapping:.2f} at most when all sites hold them",
         f"the list of classes, {json.dumps(list(classes))}, attributes, image size {list(spatial_shape)}",
+        *([f"{finer}, from public images"] if (finer := finer_than_learnt(tuple(spatial_shape))) else []),
         "the training schedule, and when each site answered",
         *([words] if approved else []),
     )

@@ -18,7 +18,7 @@ import torch
 
 from dpsynth import policy_needs
 from dpsynth.artifacts import RunFolder, write_bytes, write_json
-from dpsynth.config import Config, dump_config, resolved
+from dpsynth.config import Config, dump_config, finer_than_learnt, resolved
 from dpsynth.data.attributes import by_cell, conditions_digest
 from dpsynth.data.cohort import Float32, ImageSet
 from dpsynth.data.fingerprint import require_data
@@ -368,6 +368,7 @@ def _running_epsilon(mechanisms: tuple[Mechanism, ...], sgd: PoissonDpSgd, delta
 
 def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, delta: float) -> Guarantee:
     pretraining = "procedural images" if config.pretrain.source == "phantom" else "a public image folder"
+    finer = "" if config.method == "moments" else finer_than_learnt(config.data.spatial_shape)
     guarantee = Guarantee(
         data_name=config.data.name,
         unit=config.data.unit,
@@ -383,7 +384,7 @@ def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, de
             f"image size {list(config.data.spatial_shape)}, {config.data.channels} channels, "
             f"intensity range {json.dumps(config.data.intensity_range)}",
             *(["which images the data owner left out before training"] if config.data.exclusions else []),
-            f"constants and pre-training from {pretraining}",
+            f"constants{finer and f', {finer}'} and pre-training from {pretraining}",
             "the training schedule",
             "the outcome word of each check, that the gate allowed the release, and how often it was asked",
             "the number of lines of the ledger, the digest of its last line, and the officer's words on an accepted flag",

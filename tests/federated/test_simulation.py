@@ -107,7 +107,8 @@ def test_sites_teach_the_coarse_image_and_the_coordinator_enlarges_it(tmp_path: 
     coordinator = coordinator_of(load_federation(path), private=private, transport=transport, folder=tmp_path / "study")
     assert coordinator.model.reference.shape == (1, 28, 32)
     assert {site.guard.images.images.shape[1:] for site in sites.values()} == {(1, 28, 32)}
-    run_study(coordinator, run_path=tmp_path / "run")
+    guarantee = run_study(coordinator, run_path=tmp_path / "run")
+    assert "detail finer than [28, 32], from public images" in guarantee.unprotected
     assert len(list((tmp_path / "study" / "pretrained").glob("enlarger-*"))) == 1, "a study that goes on finds it again"
     assert generate(tmp_path / "run", progress=silent).count == 6
     pack(tmp_path / "run", out=tmp_path / "candidates.zip", private=private)

@@ -18,9 +18,11 @@ from dpsynth.data.fingerprint import open_ledger
 from dpsynth.data.halve import halved
 from dpsynth.generate import generate
 from dpsynth.model.generator import Generator
+from dpsynth.plan import describe, plan
 from dpsynth.progress import silent
 from dpsynth.train.pretrain_enlarger import pretrained_enlargers
 from dpsynth.train.public import public_images
+from dpsynth.trained import read_claim
 
 CONFIG = """\
 data: {declared_patients: 200, spatial_shape: [56, 64], phantom: {num_patients: 240, max_images: 2, seed: SEED}}
@@ -66,6 +68,9 @@ def test_patients_teach_the_coarse_image_and_nothing_of_them_is_in_what_enlarges
         assert torch.equal(tensor, one.enlargers[0].state_dict()[name]), name
         assert torch.equal(tensor, two.enlargers[0].state_dict()[name]), name
     assert not np.array_equal(one.moments.mean, two.moments.mean)
+    told = "constants, detail finer than [28, 32] and pre-training from procedural images"
+    assert told in read_claim(RunFolder.open(run)).unprotected
+    assert ("from public images alone", "detail finer than [28, 32]") in describe(plan(config))
 
     generate(run, progress=silent)
     candidates = load_candidates(RunFolder.open(run))
