@@ -1,7 +1,7 @@
 """Fine detail more nearly as strong as was released: a denoiser draws the mean of what an image may look like, so its detail is too weak.
 
 Released moments say how strong each ring of frequencies is in each label, and how strong the generator draws it can be counted without a
-patient. Each ring goes a third of the way there, in logarithms: what a net did not draw cannot be had by making louder what it drew.
+patient. Each ring goes half of the way there, in logarithms: what a net did not draw cannot be had by making louder what it drew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-_PART = 1 / 3  # of the way to the released energy
+_PART = 1 / 2  # of the way to the released energy
 _LARGEST_RATIO = 9.0  # of energies: a ring that the generator leaves empty is not made of rounding errors
 _SMALLEST = 1e-12  # energy: a ring without coefficients has the gain 1
 
