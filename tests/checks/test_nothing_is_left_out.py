@@ -200,7 +200,7 @@ def test_the_look_at_the_weights_is_at_all_levels_with_the_patients_own_labels_a
     count = 2000
     labels = np.arange(count) % 2
     sides = [image_set(np.full((count, 1, 2, 2), value) + labels[:, None, None, None], labels) for value in (0.0, 10.0)]
-    whole = replace(evidence_of(*sides), generator=type("G", (), {"cells": Layout})())
+    whole = replace(evidence_of(*sides), generator=type("G", (), {"cells": Layout, "enlargers": ()})())
     white_box_module.white_box(whole, GATE, rng=np.random.default_rng(0), progress=silent)
     ((images, cells),) = asked
     np.testing.assert_array_equal(images[:, 0, 0, 0] % 10, cells)
