@@ -11,9 +11,11 @@ from pathlib import Path
 
 from dpsynth.config import Config
 from dpsynth.data.cohort import Float32
+from dpsynth.data.halve import halved
 from dpsynth.model.moments import public_reference
 from dpsynth.progress import silent
 from dpsynth.train.pretrain import pretrained_weights
+from dpsynth.train.pretrain_enlarger import pretrained_enlargers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,5 +54,7 @@ def train_and_generate(home: Path, *, epsilon: float, delta: float) -> tuple[Ran
 
 def pretrain_into_cache(config: Config, public: Float32) -> None:
     """So that the time of pre-training is not counted as private training."""
-    reference = public_reference(public, low_frequencies=config.moments.low_frequencies)
-    pretrained_weights(config, public, reference, progress=silent)
+    coarse = halved(public, config.halvings)
+    reference = public_reference(coarse, low_frequencies=config.moments.low_frequencies)
+    pretrained_weights(config, coarse, reference, progress=silent)
+    pretrained_enlargers(config, public, progress=silent)
