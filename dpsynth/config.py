@@ -448,7 +448,10 @@ class Config(_Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.moments.low_frequencies > min(self.learnt_shape):
-            raise ValueError("moments.low_frequencies is larger than the smallest side of data.spatial_shape")
+            raise ValueError(
+                f"moments.low_frequencies is larger than {min(self.learnt_shape)}, the smallest side of the images that patients teach "
+                "(data.spatial_shape)"
+            )
         if self.pretrain.source != "phantom" and (self.pretrain.path is None or not self.pretrain.classes):
             raise ValueError(f"pretrain.source {self.pretrain.source} needs pretrain.path and pretrain.classes")
         if len(self.data.spatial_shape) == 3 and "png" in self.release.formats:
@@ -465,13 +468,18 @@ class Config(_Settings):
 
     @property
     def halvings(self) -> int:
-        """How often images are halved before anything is learned from them: never where Gaussian images are all there is."""
+        """How often images are halved before anything is learnt from them: never where Gaussian images are all there is."""
         return 0 if self.method == "moments" else halvings(self.data.spatial_shape)
 
     @property
     def learnt_shape(self) -> tuple[int, ...]:
         """Sides of the images that moments and net learn from and draw."""
-        return self.data.spatial_shape if self.method == "moments" else learnt_shape(self.data.spatial_shape)
+        return tuple(side // 2**self.halvings for side in self.data.spatial_shape)
+
+    @property
+    def finer_than_learnt(self) -> str:
+        """What of the images no patient teaches, in words; empty where patients teach all of it."""
+        return finer_than_learnt(self.data.spatial_shape) if self.halvings else ""
 
 
 class _OneValueLoader(yaml.SafeLoader):

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpsynth import policy_needs
 from dpsynth.cells import FEWEST_PATIENTS
-from dpsynth.config import Config, GateConfig, finer_than_learnt, packing, resolved
+from dpsynth.config import Config, GateConfig, packing, resolved
 from dpsynth.expectations import Expectation, Expectations, load_expectations
 from dpsynth.privacy.accountant import COARSE, epsilon_pld, epsilon_rdp, tpr_at_fpr
 from dpsynth.privacy.calibrate import plan_mechanisms, resolve_delta
@@ -89,7 +89,7 @@ def plan(config: Config) -> Plan:
         attack_rates=tuple((fpr, float(tpr)) for fpr, tpr in zip(fprs, rates, strict=True)),
         steps=sgd.steps if sgd else 0,
         trainable=config.diffusion.trainable if sgd else "none",
-        finer="" if config.method == "moments" else finer_than_learnt(config.data.spatial_shape),
+        finer=config.finer_than_learnt,
         expected_batch=sgd.expected_batch_size if sgd else 0.0,
         expected_control=control,
         fewest_control=fewest,

@@ -60,6 +60,8 @@ def configuration(text: str = "", patients: int = 4700, epsilon: float = 10) -> 
 def test_a_configuration_is_filled_in_once_and_says_so() -> None:
     config = configuration()
     assert (config.diffusion.trainable, config.diffusion.steps, config.moments.share) == ("all", FULL.steps, FULL.moments_share)
+    assert (config.diffusion.draws, configuration("diffusion: {draws: 3}").diffusion.draws) == (FULL.draws, 3)
+    assert configuration(epsilon=1).diffusion.draws == PART.draws != FULL.draws
     assert resolved(config) == config
     assert parse_config(dump_config(config), base=Path.cwd()) == config
 

@@ -17,7 +17,7 @@ from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 from dpsynth.model.packing import depth_to_space, space_to_depth
-from dpsynth.model.sampler import sample, schedule
+from dpsynth.model.sampler import DETAIL_NOISE, normal_numbers, sample, schedule, streams_of
 from dpsynth.progress import Progress
 
 Float32 = NDArray[np.float32]
@@ -27,7 +27,6 @@ _END, _STEPS = 0.05, 4  # last level and steps of drawing
 _STDDEV = 0.1  # typical of detail, for images in [-1, 1]
 _CONTRAST = 0.5  # typical of the coarse image
 _FILTERS = 32
-_STREAM = 2  # beside an image's seed and the number of the enlargement: its noise
 
 
 class Enlarger(nn.Module):
@@ -83,13 +82,9 @@ class Enlarger(nn.Module):
         """Images (n, channel, *space) to (n, channel, *2 space), image i with the noise of seed i. number: of enlargements before."""
         self.eval()
         coarse, shape = torch.from_numpy(images), (self.channels * (self.cell - 1), *images.shape[2:])
-        streams = [np.random.default_rng([int(seed), _STREAM, number]) for seed in seeds]
-        start = torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
-        own = np.array([stream.integers(2**63) for stream in streams], dtype=np.uint64)
-        detail = sample(
-            self, start * (LARGEST**2 + _STDDEV**2) ** 0.5, coarse, seeds=own, progress=progress,
-            levels=schedule(_STEPS, sigma_min=_END, sigma_max=LARGEST),
-        )  # fmt: skip
+        streams, levels = streams_of(seeds, DETAIL_NOISE, number), schedule(_STEPS, sigma_min=_END, sigma_max=LARGEST)
+        start = normal_numbers(streams, shape) * (LARGEST**2 + _STDDEV**2) ** 0.5
+        detail = sample(self, start, coarse, levels=levels, streams=streams, progress=progress)
         return self.join(coarse, torch.from_numpy(detail)).clamp(-1, 1).numpy()
 
 

@@ -20,7 +20,7 @@ from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.enlarger import Enlarger
 from dpsynth.model.moments import Frequencies, Moments, frequencies, ring_energies, sample_moment_images
-from dpsynth.model.sampler import sample, schedule, starting_noise
+from dpsynth.model.sampler import STEP_NOISE, sample, schedule, starting_noise, streams_of
 from dpsynth.model.spectrum import ring_gains, with_gains
 from dpsynth.model.votes import Parents
 from dpsynth.progress import Progress
@@ -109,7 +109,7 @@ class Generator:
             own = chosen >= 0
             start[own] = torch.from_numpy(self.parents.images[chosen[own]]) + LARGEST_SIGMA * noise[own]
         levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=LARGEST_SIGMA)
-        images = sample(self.denoiser, start, labels, levels=levels, seeds=seeds, progress=progress)
+        images = sample(self.denoiser, start, labels, levels=levels, streams=streams_of(seeds, STEP_NOISE), progress=progress)
         return images if self.gains is None else with_gains(images, self.gains[self.cells.labels(cells)], self._layout)
 
     def with_released_detail(self, settings: GenerateConfig, *, progress: Progress) -> Generator:
@@ -126,8 +126,7 @@ class Generator:
             own, rows = np.flatnonzero(of_cells == label), labels == label
             shares = self.cell_probabilities[own]
             cells[rows] = rng.choice(own, size=int(rows.sum()), p=shares / shares.sum())
-        plain = replace(self, gains=None, enlargers=())
-        images = plain.sample(cells, np.arange(len(cells), dtype=np.uint64), settings, progress=progress)
+        images = replace(self, gains=None)._learnt(cells, np.arange(len(cells), dtype=np.uint64), settings, progress=progress)
         wanted = ring_energies(self.moments.variance, self._layout)[cells]
         return replace(self, gains=ring_gains(images, labels, wanted, self._layout))
 

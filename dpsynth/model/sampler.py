@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,10 @@ from dpsynth.progress import Progress
 
 _RHO = 5.0
 _BATCH = 250
-_STEP_NOISE = 1  # beside an image's seed: the stream of its noise after the first
+STEP_NOISE, DETAIL_NOISE = 1, 2  # keys beside an image's seed: its noise after the first, and that of its finer detail
 
 DenoiseFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-NoiseFunction = Callable[[int], Tensor]
+NoiseFunction = Callable[[], Tensor]
 
 
 def schedule(steps: int, *, sigma_min: float, sigma_max: float) -> Tensor:
@@ -29,23 +30,30 @@ def schedule(steps: int, *, sigma_min: float, sigma_max: float) -> Tensor:
 
 def starting_noise(seeds: NDArray[np.uint64], shape: tuple[int, ...]) -> Tensor:
     """Standard normal (n, *shape), row i from seed i alone, so an image does not depend on its batch."""
-    return _normal([np.random.default_rng(int(seed)) for seed in seeds], shape)
+    return normal_numbers([np.random.default_rng(int(seed)) for seed in seeds], shape)
 
 
-def _normal(streams: list[np.random.Generator], shape: tuple[int, ...]) -> Tensor:
+def streams_of(seeds: NDArray[np.uint64], *key: int) -> list[np.random.Generator]:
+    """A stream of random numbers for each image from its seed, another one for each key."""
+    return [np.random.default_rng([int(seed), *key]) for seed in seeds]
+
+
+def normal_numbers(streams: list[np.random.Generator], shape: tuple[int, ...]) -> Tensor:
+    """The next standard normal numbers of each stream, (n, *shape)."""
     return torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
 
 
 def solve(denoise: DenoiseFunction, x: Tensor, labels: Tensor, levels: Tensor, *, noise: NoiseFunction | None = None) -> Tensor:
-    """Integrate from levels[0] to 0. x: (n, channel, *space) with noise of levels[0]; labels: (n,).
+    """Integrate from levels[0] to 0. x: (n, channel, *space) with noise of levels[0]; labels: (n, ...), what `denoise` is told of
+    each row.
 
-    noise: standard normal numbers of the shape of x for a step, with which the reverse diffusion is integrated (Lu et al. 2022, the
+    noise: the next standard normal numbers of the shape of x, with which the reverse diffusion is integrated (Lu et al. 2022, the
     multistep solver of order two for the equation with noise, data prediction); none: the probability flow. Noise that is added on the
     way lets later steps mend what a net drew wrongly in earlier ones.
     """
     before: Tensor | None = None
     width = 0.0  # of the step before, in the logarithm of the level
-    for step, (now, then) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
+    for now, then in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
         clean = denoise(x, torch.full((len(x),), now), labels)
         if then == 0:
             return clean
@@ -54,7 +62,7 @@ def solve(denoise: DenoiseFunction, x: Tensor, labels: Tensor, levels: Tensor, *
         if noise is None:
             x = then / now * x - math.expm1(-h) * ahead
         else:
-            x = then / now * math.exp(-h) * x - math.expm1(-2 * h) * ahead + then * math.sqrt(-math.expm1(-2 * h)) * noise(step)
+            x = then / now * math.exp(-h) * x - math.expm1(-2 * h) * ahead + then * math.sqrt(-math.expm1(-2 * h)) * noise()
         before, width = clean, h
     return x
 
@@ -66,18 +74,17 @@ def sample(
     labels: Tensor,
     *,
     levels: Tensor,
-    seeds: NDArray[np.uint64],
+    streams: list[np.random.Generator],
     progress: Progress,
 ) -> NDArray[np.float32]:
-    """Images (n, *shape) in [-1, 1] from `start` (n, *shape), which has noise of levels[0]; labels, seeds: (n,). Each by itself."""
+    """Images (n, *shape) in [-1, 1] from `start` (n, *shape), which has noise of levels[0], each by itself.
+
+    labels: (n, ...), as in `solve`. streams: of each image, from which its noise on the way is taken.
+    """
     images = np.empty(tuple(start.shape), dtype=np.float32)
     for first in range(0, len(labels), _BATCH):
         part = slice(first, first + _BATCH)
-        streams = [np.random.default_rng([int(seed), _STEP_NOISE]) for seed in seeds[part]]
-
-        def noise(_: int, streams: list[np.random.Generator] = streams) -> Tensor:
-            return _normal(streams, tuple(start.shape[1:]))
-
+        noise = partial(normal_numbers, streams[part], tuple(start.shape[1:]))
         images[part] = solve(denoise, start[part], labels[part], levels, noise=noise).clamp(-1, 1).numpy()
         progress("draw images", min(first + _BATCH, len(labels)), len(labels))
     return images

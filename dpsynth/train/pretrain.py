@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dpsynth.artifacts import write_bytes
-from dpsynth.config import Config
+from dpsynth.config import Config, PretrainConfig
 from dpsynth.data.cohort import Float32, Int64
 from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.ema import Ema
@@ -32,22 +33,35 @@ EMA_DECAY = 0.98
 
 def pretrained_weights(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:
     """Weights of the U-Net after pre-training on public `images`; from the cache folder when equal settings were trained before."""
-    cached = None if config.pretrain.cache is None else config.pretrain.cache / f"{_digest(config, images)}.safetensors"
-    if cached is not None and cached.is_file():
-        return dict(load_file(cached))
-    weights = _train(config, images, reference, progress=progress)
-    if cached is not None:
-        write_bytes(cached, save(weights))
-    return weights
+    facts = [list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.cells)]
+    return kept(config.pretrain, images, lambda: _train(config, images, reference, progress=progress), version=8, facts=facts)
 
 
-def _digest(config: Config, images: Float32) -> str:
-    """Everything the weights depend on. The images are public, so their hash may be a file name."""
-    settings = config.pretrain.model_dump(mode="json", exclude={"cache", "path"})
-    facts = [8, settings, list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.cells)]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+def kept(
+    settings: PretrainConfig,
+    images: Float32,
+    train: Callable[[], dict[str, Tensor]],
+    *,
+    version: int,
+    facts: Sequence[object] = (),
+    prefix: str = "",
+) -> dict[str, Tensor]:
+    """Weights that `train` makes of public `images`; from the cache folder when equal ones were made before.
+
+    version, facts, prefix: beside settings and images everything that the weights depend on. The images are public, so their hash may be
+    a file name.
+    """
+    if settings.cache is None:
+        return train()
+    known = [version, settings.model_dump(mode="json", exclude={"cache", "path"}), *facts]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     digest.update(images.tobytes())
-    return digest.hexdigest()[:32]
+    path = settings.cache / f"{prefix}{digest.hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        return dict(load_file(path))
+    weights = train()
+    write_bytes(path, save(weights))
+    return weights
 
 
 def _train(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:

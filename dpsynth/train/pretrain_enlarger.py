@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dpsynth.artifacts import write_bytes
 from dpsynth.config import Config
 from dpsynth.data.cohort import Float32
 from dpsynth.data.halve import halved
 from dpsynth.model.ema import Ema
 from dpsynth.model.enlarger import LARGEST, SMALLEST, Enlarger
 from dpsynth.progress import Progress
-from dpsynth.train.pretrain import EMA_DECAY, learning_rate_at
+from dpsynth.train.pretrain import EMA_DECAY, kept, learning_rate_at
 
 _CROP = {2: 32, 3: 16}  # pixels a side, by dimensions
 
@@ -31,24 +26,14 @@ def pretrained_enlargers(config: Config, images: Float32, *, progress: Progress)
 
 
 def _pretrained(config: Config, images: Float32, *, number: int, progress: Progress) -> Enlarger:
-    cache = config.pretrain.cache
-    cached = None if cache is None else cache / f"enlarger-{_digest(config, images)}.safetensors"
     enlarger = _initial(config, images)
-    if cached is not None and cached.is_file():
-        enlarger.load_state_dict(load_file(cached))
-        return enlarger.eval()
-    _train(enlarger, config, images, number=number, progress=progress)
-    if cached is not None:
-        write_bytes(cached, save({name: tensor.contiguous() for name, tensor in enlarger.state_dict().items()}))
+
+    def train() -> dict[str, Tensor]:
+        _train(enlarger, config, images, number=number, progress=progress)
+        return {name: tensor.contiguous() for name, tensor in enlarger.state_dict().items()}
+
+    enlarger.load_state_dict(kept(config.pretrain, images, train, version=1, prefix="enlarger-"))
     return enlarger.eval()
-
-
-def _digest(config: Config, images: Float32) -> str:
-    """Everything the weights depend on. The images are public, so their hash may be a file name."""
-    settings = config.pretrain.model_dump(mode="json", exclude={"cache", "path"})
-    digest = hashlib.sha256(json.dumps([1, settings], sort_keys=True).encode())
-    digest.update(images.tobytes())
-    return digest.hexdigest()[:32]
 
 
 def _initial(config: Config, images: Float32) -> Enlarger:

@@ -18,7 +18,7 @@ import torch
 
 from dpsynth import policy_needs
 from dpsynth.artifacts import RunFolder, write_bytes, write_json
-from dpsynth.config import Config, dump_config, finer_than_learnt, resolved
+from dpsynth.config import Config, dump_config, resolved
 from dpsynth.data.attributes import by_cell, conditions_digest
 from dpsynth.data.cohort import Float32, ImageSet
 from dpsynth.data.fingerprint import require_data
@@ -69,15 +69,17 @@ def train(config: Config, *, run_path: Path, ledger_path: Path, progress: Progre
     data_line = ledger.data_line
     images = private_images(config, ledger, progress)
     delta = usable_delta(config, images, ledger)
-    public_set, reference = _public_constants(config, images, progress)
+    public_set = public_images(config, progress=progress)
+    coarse = halved(public_set, config.halvings)
+    reference = _public_constants(config, coarse, images)
     mechanisms = planned_mechanisms(config, delta=delta, queries=moment_queries(reference), interval=FINE)
     require_claimable(mechanisms, delta)
     if run is None:
         ledger.require_affordable(mechanisms)  # before minutes of pre-training; the reservation asks again
-    denoiser = _pretrained(config, public_set, reference, progress)
-    enlargers = pretrained_enlargers(config, public_set, progress=progress)
+    denoiser = _pretrained(config, coarse, reference, progress)
     findings = prove_bound(config, denoiser, reference, mechanisms)
     audits = _start_up_audit(mechanisms)
+    enlargers = pretrained_enlargers(config, public_set, progress=progress)
     run = run or RunFolder.create(run_path, config_text=dump_config(config))
     with run.alone("train/site") as site:
         charge, stream, split = _reserve(run, ledger, mechanisms, config, images, data_line=data_line)
@@ -156,19 +158,17 @@ def usable_delta(config: Config, images: ImageSet, ledger: Ledger) -> float:
     return delta
 
 
-def _public_constants(config: Config, private: ImageSet, progress: Progress) -> tuple[Float32, PublicReference]:
-    """The public images and what is computed from them; the private ones serve only to refuse those that are among them."""
-    images = public_images(config, progress=progress)
-    coarse = halved(images, config.halvings)
-    require_disjoint(coarse, private.images)
-    return images, public_reference(coarse, low_frequencies=config.moments.low_frequencies)
+def _public_constants(config: Config, public: Float32, private: ImageSet) -> PublicReference:
+    """What is computed from the public images; the private ones, of the same size, serve only to refuse those that are among them."""
+    require_disjoint(public, private.images)
+    return public_reference(public, low_frequencies=config.moments.low_frequencies)
 
 
 def _pretrained(config: Config, images: Float32, reference: PublicReference, progress: Progress) -> Denoiser | None:
     """The denoiser after pre-training on public images alone; none when the method has none."""
     if config.method == "moments":
         return None
-    weights = pretrained_weights(config, halved(images, config.halvings), reference, progress=progress)
+    weights = pretrained_weights(config, images, reference, progress=progress)
     denoiser = Denoiser(standard_moments(config, reference), channels=config.diffusion.channels)
     denoiser.net.load_state_dict(weights)
     return denoiser
@@ -368,7 +368,7 @@ def _running_epsilon(mechanisms: tuple[Mechanism, ...], sgd: PoissonDpSgd, delta
 
 def _claim(config: Config, mechanisms: tuple[Mechanism, ...], ledger: Ledger, delta: float) -> Guarantee:
     pretraining = "procedural images" if config.pretrain.source == "phantom" else "a public image folder"
-    finer = "" if config.method == "moments" else finer_than_learnt(config.data.spatial_shape)
+    finer = config.finer_than_learnt
     guarantee = Guarantee(
         data_name=config.data.name,
         unit=config.data.unit,

@@ -18,7 +18,7 @@ from dpsynth.config import GenerateConfig
 from dpsynth.data.cohort import Float32, Int64
 from dpsynth.generate import image_seeds
 from dpsynth.model.packing import Packing
-from dpsynth.model.sampler import sample, schedule, starting_noise
+from dpsynth.model.sampler import STEP_NOISE, sample, schedule, starting_noise, streams_of
 from dpsynth.progress import silent
 
 SIGMA_DATA = math.sqrt(1 / 3)  # of a uniform pixel in [-1, 1]; public
@@ -86,7 +86,7 @@ class EdmDenoiser(nn.Module):
         levels = schedule(_STEPS, sigma_min=GenerateConfig().sigma_min, sigma_max=_SIGMA_MAX)
         seeds = image_seeds(seed, len(labels))
         start = starting_noise(seeds, self.shape) * _SIGMA_MAX
-        return sample(self, start, torch.from_numpy(labels), levels=levels, seeds=seeds, progress=silent)
+        return sample(self, start, torch.from_numpy(labels), levels=levels, streams=streams_of(seeds, STEP_NOISE), progress=silent)
 
 
 def fit_public(denoiser: EdmDenoiser, images: Float32, labels: Int64, *, steps: int, seed: int, augment: bool) -> None:

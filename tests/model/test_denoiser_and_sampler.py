@@ -254,7 +254,7 @@ def test_with_noise_on_the_way_the_images_have_the_distribution_of_the_gaussian(
     labels, levels = torch.zeros(2500, dtype=torch.int64), schedule(80, sigma_min=0.01, sigma_max=2.0)
 
     def variance(part: float) -> float:
-        drawn = solve(gaussian_denoiser, start, labels, levels, noise=lambda _: part * torch.randn(start.shape, generator=generator))
+        drawn = solve(gaussian_denoiser, start, labels, levels, noise=lambda: part * torch.randn(start.shape, generator=generator))
         assert float(drawn.mean()) == pytest.approx(MEAN, abs=5 * STDDEV / 200)
         return float(drawn.var())
 

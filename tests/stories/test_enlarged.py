@@ -19,6 +19,7 @@ from dpsynth.data.halve import halved
 from dpsynth.generate import generate
 from dpsynth.model.generator import Generator
 from dpsynth.plan import describe, plan
+from dpsynth.privacy.ledger import Ledger
 from dpsynth.progress import silent
 from dpsynth.train.pretrain_enlarger import pretrained_enlargers
 from dpsynth.train.public import public_images
@@ -78,6 +79,19 @@ def test_patients_teach_the_coarse_image_and_nothing_of_them_is_in_what_enlarges
     verdicts = {verdict.check: verdict for verdict in check(run, ledger_path=tmp_path / "one" / "ledger.jsonl", progress=silent)}
     assert {"content", "copying", "white_box"} <= set(verdicts)
     assert "structure" not in verdicts["content"].reason, "the moments are compared at their own size"
+
+
+def test_private_images_among_the_public_ones_stop_the_run_at_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size, as a public folder holds them: the enlarger would learn them free of charge."""
+
+    def some_private(config: Config, **_: object) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        return module.prepare(module.read_cohort(config.data), config.data, progress=silent).images[:150]
+
+    monkeypatch.setattr(module, "public_images", some_private)
+    with pytest.raises(module.DataError, match="150 of the public images"):
+        trained(tmp_path / "run", seed=0, cache=tmp_path / "cache")
+    assert Ledger.load(tmp_path / "run" / "ledger.jsonl").charges() == ()
+    assert not (tmp_path / "cache").exists(), "nothing was learnt"
 
 
 def test_a_private_image_among_the_public_ones_is_found_at_the_size_that_is_learnt_from() -> None:

@@ -13,7 +13,7 @@ import torch
 from dpsynth.config import DiffusionConfig
 from dpsynth.data.cohort import ImageSet
 from dpsynth.errors import ArtifactError
-from dpsynth.model.denoiser import Denoiser
+from dpsynth.model.denoiser import Denoiser, noise_levels
 from dpsynth.model.moment_release import release_moments
 from dpsynth.model.moments import public_reference
 from dpsynth.privacy.mechanism import PoissonDpSgd
@@ -21,7 +21,7 @@ from dpsynth.privacy.noise import NoiseStream
 from dpsynth.train.canaries import NUMBER
 from dpsynth.train.dpsgd import ENGINE, Engine
 from dpsynth.train.gradients import PatientGradients, clipped_sum
-from dpsynth.train.loop import draw_rows, fit
+from dpsynth.train.loop import SMALLEST_SIGMA, draw_rows, fit
 from dpsynth.train.poisson import poisson_batch
 
 PATIENTS = 24
@@ -238,6 +238,9 @@ def test_each_chosen_patient_gets_rows_of_their_own_images_only(draws: int) -> N
         own = TRAINING.images[rows_of[patient]]
         for row in rows.clean[index * draws : (index + 1) * draws].numpy():
             assert any(np.array_equal(row, image) for image in own)
+    edges = noise_levels(torch.special.ndtri(torch.arange(draws + 1, dtype=torch.float64) / draws), smallest=SMALLEST_SIGMA)
+    places = torch.bucketize(rows.sigma.double(), edges[1:-1].double()).view(len(chosen), draws)
+    assert torch.equal(places.sort(dim=1).values, torch.arange(draws).expand(len(chosen), draws)), "a patient's levels are spread"
     used = {row.tobytes() for row in rows.clean[: 2 * draws].numpy()}
     assert draws == 1 or len(used) == 4  # patients 0 and 3 have two images each, and both are used
 
