@@ -19,13 +19,14 @@ from dpsynth.cells import LABEL, UNKNOWN, Cells, independent_problem, target_pro
 from dpsynth.errors import ConfigError
 from dpsynth.privacy.calibrate import resolve_delta
 from dpsynth.privacy.unit import PrivacyUnit
-from dpsynth.recipe import PART, recipe
+from dpsynth.recipe import LARGEST_SAMPLING_PROBABILITY, PART, recipe, sampling_probability
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ClipNorm = Annotated[float, Field(ge=1e-6, lt=1e6)]  # far from where float32 loses digits of gradients and noise
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 IntensityRange = tuple[float, float] | Literal["each"]
+AnatomyName = Literal["chest", "brain", "organ"]  # of procedural images; organ: one solid body on dark ground, as in a crop or a mask
 _FEWEST_POSITIONS, _LARGEST_PACKING = {2: 10, 3: 7}, 8
 
 
@@ -38,16 +39,16 @@ def packing(spatial_shape: tuple[int, ...]) -> int:
     return factor
 
 
-_FINEST_LEARNT = 56  # smallest side from which images are halved before a net learns from patients
+_FINEST_LEARNT = {2: 56, 3: 28}  # by dimensions: smallest side from which images are halved before a net learns from patients
 
 
 def halvings(spatial_shape: tuple[int, ...]) -> int:
-    """How often the sides are halved before a net learns from patients: until the smallest is below 56, as long as all stay multiples of 4.
+    """How often the sides are halved before a net learns from patients: until the smallest is below 56, of volumes 28, while all stay even.
 
     What a net can learn from the patients of a hospital is the coarse image; public images teach how it is enlarged.
     """
     count = 0
-    while min(spatial_shape) >= _FINEST_LEARNT and not any(side % 8 for side in spatial_shape):
+    while min(spatial_shape) >= _FINEST_LEARNT[len(spatial_shape)] and not any(side % 4 for side in spatial_shape):
         spatial_shape = tuple(side // 2 for side in spatial_shape)
         count += 1
     return count
@@ -70,7 +71,7 @@ class _Settings(BaseModel):
 class PhantomConfig(_Settings):
     """The built-in procedural cohort."""
 
-    anatomy: Literal["chest", "brain"] = Field("chest", description="What the procedural images look like.")
+    anatomy: AnatomyName = Field("chest", description="What the procedural images look like.")
     num_patients: Count = Field(600, description="Patients in the cohort.")
     max_images: Count = Field(3, description="Each patient has 1 to this many images.")
     seed: int = Field(0, ge=0, description="The same seed gives the same cohort, bit by bit.")
@@ -141,8 +142,8 @@ class DataConfig(_Settings):
         (28, 28),
         min_length=2,
         max_length=3,
-        description="Size in pixels or voxels that images are resampled to; 2 or 3 numbers, multiples of 4. From 56 on, if multiples of 8, "
-        "patients teach images of half of it (or less, to below 56), and public images alone the finer detail (method diffusion).",
+        description="Size in pixels or voxels that images are resampled to; 2 or 3 numbers, multiples of 4. From 56 on (volumes: 28) "
+        "patients teach images of half of it (or less, to below that), and public images alone the finer detail (method diffusion).",
     )
     channels: Literal[1, 3] = Field(1, description="1 for grey images, 3 for colour.")
     mixed_sizes: bool = Field(
@@ -239,14 +240,17 @@ class DiffusionConfig(_Settings):
 
     channels: tuple[Count, ...] = Field((32, 64), min_length=1, description="Channels of the U-Net, level by level.")
     steps: int = Field(PART.steps, ge=0, description="DP-SGD steps.")
-    sampling_probability: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Probability of each patient in each step.")
+    sampling_probability: Annotated[float, Field(gt=0, le=1)] = Field(
+        LARGEST_SAMPLING_PROBABILITY, description="Probability of each patient in each step."
+    )
     draws: Count = Field(PART.draws, description="Noise draws per patient and step, averaged before the clip; free of privacy cost.")
     clip_norm: ClipNorm = Field(0.05, description="Largest L2 norm of one patient's gradient.")
     learning_rate: Positive = Field(PART.learning_rate, description="Of Adam.")
     trainable: Literal["auto", "all", "small", "none"] = Field(
         "auto",
         description="all weights; small: biases, norms, class embedding and output convolution; none: no DP-SGD. auto: one of them by the "
-        "number of patients and epsilon, with steps, draws, learning_rate and moments.share that go with it where they are not given.",
+        "number of patients and epsilon, with steps, draws, learning_rate, sampling_probability and moments.share that go with it where "
+        "they are not given.",
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of the average of the weights, in steps.")
     patients_per_chunk: Count = Field(32, description="Patients per forward pass; changes memory, not the result.")
@@ -264,17 +268,24 @@ class PretrainConfig(_Settings):
     label_column: str = Field("label", description="Label column of the public table.csv.")
     intensity_range: IntensityRange | None = Field(None, description="Of the public images; none: that of data.intensity_range.")
     num_phantoms: Count = Field(2000, description="Procedural images when source is phantom.")
-    anatomies: tuple[Literal["chest", "brain"], ...] = Field(
-        ("chest", "brain"), min_length=1, description="What they look like: the nearer to the private images the better."
+    anatomies: tuple[AnatomyName, ...] = Field(
+        ("chest", "brain"),
+        min_length=1,
+        description="What they look like, the nearer to the private images the better; organ: one solid body on dark ground, as in a crop "
+        "around an organ or in its mask.",
     )
     steps: int = Field(600, ge=0, description="Training steps.")
-    batch_size: Count = Field(96, description="Images per step.")
+    batch_size: Count = Field(96, description="Images per step; of volumes, which hold more, a third as many.")
     learning_rate: Positive = Field(2e-3, description="Of Adam, with warm-up and cosine decay.")
     seed: int = Field(0, ge=0, description="Seed of this public step.")
     cache: Path | None = Field(None, description="Folder that keeps the pre-trained weights for other runs with equal settings.")
 
+    def rows_per_step(self, dimensions: int) -> int:
+        """Images, or volumes, of a step."""
+        return self.batch_size if dimensions == 2 else max(1, self.batch_size // 3)
 
-LARGEST_SIGMA = 0.5  # noise level of images in [-1, 1] above which the released moments draw alone
+
+LARGEST_SIGMA = {2: 0.5, 3: 2.5}  # by dimensions: noise level of images in [-1, 1] above which the released moments draw alone
 
 
 class GenerateConfig(_Settings):
@@ -297,8 +308,8 @@ class GenerateConfig(_Settings):
     )
     seed: int = Field(0, ge=0, description="Image i has its own seed made from this one and i.")
     steps: Count = Field(8, description="Sampler steps.")
-    sigma_min: Annotated[float, Field(gt=0, lt=LARGEST_SIGMA)] = Field(
-        0.08, description=f"Last noise level of the sampler; the first is {LARGEST_SIGMA:g}."
+    sigma_min: Annotated[float, Field(gt=0, lt=min(LARGEST_SIGMA.values()))] = Field(
+        0.08, description=f"Last noise level of the sampler; the first is {LARGEST_SIGMA[2]:g}, of volumes {LARGEST_SIGMA[3]:g}."
     )
 
 
@@ -534,6 +545,7 @@ def resolved(config: Config, *, sites: int = 1) -> Config:
         votes_share=config.votes.share,
     )
     proposed = {name: getattr(chosen, name) for name in ("trainable", "steps", "draws", "learning_rate")}
+    proposed["sampling_probability"] = sampling_probability(data.declared_patients)
     given = diffusion.model_fields_set - {"trainable"}
     update: dict[str, Any] = {
         "diffusion": diffusion.model_copy(update={name: value for name, value in proposed.items() if name not in given})

@@ -234,7 +234,7 @@ def _seconds(config: Config, sgd: PoissonDpSgd | None) -> float:
     overhead = 30.0
     if config.method == "moments":
         return overhead
-    public = config.pretrain.steps * config.pretrain.batch_size * _SECONDS_PER_PUBLIC_ROW
+    public = config.pretrain.steps * config.pretrain.rows_per_step(len(config.data.spatial_shape)) * _SECONDS_PER_PUBLIC_ROW
     private = sgd.steps * sgd.expected_batch_size * config.diffusion.draws * _SECONDS_PER_ROW if sgd else 0.0
     enlargers = config.halvings * public * _CROP_POSITIONS[len(config.data.spatial_shape)] / _REFERENCE_POSITIONS
     return overhead + (public + private) * _scale(config) + enlargers

@@ -15,6 +15,8 @@ from dpsynth.privacy.calibrate import mu_of
 
 Trainable = Literal["all", "small", "none"]
 
+LARGEST_SAMPLING_PROBABILITY = 0.1
+_MOST_PATIENTS_PER_STEP = 1000.0  # expected; more would train a large hospital for hours to average what is already clear
 LEAST_SIGNAL = 3.0  # patients * mu / sqrt(weights) from which training them gains more than its noise costs
 _SMALL_PART = 0.01  # of all weights are in the small set
 _WEIGHTS_PER_CHANNEL_PAIR = 137  # of the U-Net: weights by the sum of its squared channels, 3x3 kernels
@@ -35,6 +37,11 @@ class Recipe:
 FULL = Recipe(trainable="all", steps=80, draws=4, learning_rate=6e-4, moments_share=0.4)
 PART = Recipe(trainable="small", steps=40, draws=2, learning_rate=3e-4, moments_share=0.8)
 MOMENTS_AND_VOTES = replace(PART, trainable="none", steps=0)
+
+
+def sampling_probability(declared_patients: int) -> float:
+    """Probability of each patient in each step of DP-SGD: a tenth, or less where that is more patients than a step needs."""
+    return min(LARGEST_SAMPLING_PROBABILITY, _MOST_PATIENTS_PER_STEP / declared_patients)
 
 
 def recipe(*, patients: float, epsilon: float, delta: float, channels: tuple[int, ...], dimensions: int, votes_share: float) -> Recipe:

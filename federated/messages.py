@@ -14,14 +14,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpsynth.config import ClipNorm
+from dpsynth.config import AnatomyName, ClipNorm
 from dpsynth.errors import RefusedError, SignatureError
 from dpsynth.model.moment_release import QUERIES
 from dpsynth.release.statement import plan_digest
@@ -134,7 +134,7 @@ class Plan(_Message):
     trainable: Literal["all", "small", "none"]
     draws: Annotated[int, Field(ge=1, le=64)]
     learning_rate: Positive
-    anatomies: tuple[Literal["chest", "brain"], ...] = Field(min_length=1, max_length=2)
+    anatomies: tuple[AnatomyName, ...] = Field(min_length=1, max_length=len(get_args(AnatomyName)))
     num_phantoms: Annotated[int, Field(ge=10, le=20_000)]
     public_seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     moments_noise_multiplier: Positive

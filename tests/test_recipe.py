@@ -74,6 +74,16 @@ def test_what_is_given_stands_above_the_recipe(text: str, steps: int, share: flo
     assert (config.diffusion.trainable, config.diffusion.steps, config.moments.share) == ("all", steps, share)
 
 
+def test_a_step_of_a_large_hospital_takes_no_more_patients_than_it_needs() -> None:
+    assert configuration(patients=4700).diffusion.sampling_probability == 0.1
+    assert configuration(patients=50_000).diffusion.sampling_probability == pytest.approx(1000 / 50_000)
+    assert configuration("diffusion: {sampling_probability: 0.05}", patients=50_000).diffusion.sampling_probability == 0.05
+    steps = [
+        mechanism for mechanism in planned_mechanisms(configuration(patients=50_000), delta=1e-6) if isinstance(mechanism, PoissonDpSgd)
+    ]
+    assert [step.expected_batch_size for step in steps] == [pytest.approx(1000)]
+
+
 def test_without_dp_sgd_everything_goes_to_moments_and_votes() -> None:
     config = configuration(patients=300, epsilon=1)
     (release,) = planned_mechanisms(config, delta=1e-6)

@@ -33,7 +33,7 @@ LIMITATION = (
     "It is one attack, the loss at a few noise levels, on average over patients; attacks with shadow models see more. The weights stay at "
     "the site, so it speaks of those who can read them there, not of the recipients of images."
 )
-SIGMAS = (0.05, 0.07, 0.1, 0.14, 0.2, 0.27, 0.37, LARGEST_SIGMA)  # above, the net is silent
+_SMALLEST_SIGMA, _LEVELS = 0.05, 8
 MOST = 1000  # pool patients who are looked at, drawn without regard to their coins
 _BATCH = 64
 
@@ -81,16 +81,22 @@ def white_box(evidence: Evidence, gate: GateConfig, *, rng: np.random.Generator,
     return verdict
 
 
+def noise_levels_of(dimensions: int) -> list[float]:
+    """At which noise levels images or volumes are looked at; above the largest the net is silent."""
+    return [float(level) for level in np.geomspace(_SMALLEST_SIGMA, LARGEST_SIGMA[dimensions], _LEVELS)]
+
+
 def loss_scores(generator: Generator, images: Float32, cells: Int64, *, seed: int, progress: Progress) -> Array:
     """Score of each image (n, channel, *space) of its cell (n,): higher means better predicted than an image of somebody else."""
     draw = torch.Generator().manual_seed(seed)
-    noise = torch.randn((len(SIGMAS), *images.shape[1:]), generator=draw)
+    sigmas = noise_levels_of(images.ndim - 2)
+    noise = torch.randn((len(sigmas), *images.shape[1:]), generator=draw)
     scores = np.zeros(len(images))
     for start in range(0, len(images), _BATCH):
         part = slice(start, start + _BATCH)
         clean, labels = torch.from_numpy(images[part]), torch.from_numpy(cells[part])
-        for sigma, own in zip(SIGMAS, noise, strict=True):
-            scores[part] -= _log_error(generator, clean, labels, sigma, own) / len(SIGMAS)
+        for sigma, own in zip(sigmas, noise, strict=True):
+            scores[part] -= _log_error(generator, clean, labels, sigma, own) / len(sigmas)
         progress("losses of the pool", min(start + _BATCH, len(images)), len(images))
     return scores
 

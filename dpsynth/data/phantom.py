@@ -1,24 +1,24 @@
-"""Procedural patients: chest-like and brain-like pictures from a seed alone, for demonstrations, tests and public pre-training.
+"""Procedural patients: pictures like chests, brains or organs from a seed alone, for demonstrations, tests and public pre-training.
 
-They look like coarse X-rays and MR slices and describe nobody. A patient is fixed by (seed, patient number), whatever the
-size of the cohort; their images share the anatomy and differ a little in pose, exposure and noise. Torch-free.
+They look like coarse X-rays, MR slices and crops around an organ, and describe nobody. A patient is fixed by (seed, patient number),
+whatever the size of the cohort; their images share the anatomy and differ a little in pose, exposure and noise. Torch-free.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsynth.config import AnatomyName
 from dpsynth.data.cohort import Cohort, Float32, Image, Int64, Record
 from dpsynth.data.phantom_anatomy import Anatomy, Pose, draw_anatomy, draw_pose, render
 from dpsynth.errors import DataError
 from dpsynth.privacy.unit import PrivacyUnit
 
-AnatomyName = Literal["chest", "brain"]
 SITES = ("A", "B")
 _COHORT, _PUBLIC = 0, 1  # separate streams: a public phantom never equals a cohort phantom of the same seed
 _PERSON, _ANATOMY, _IMAGE = 0, 1, 2

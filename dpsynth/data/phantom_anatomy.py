@@ -102,7 +102,10 @@ def _findings(rng: np.random.Generator, *, anatomy: str, label: int) -> tuple[tu
         height = 0.42 if kind == 2 else rng.uniform(-0.4, 0.3)
         across = side * (0.45 if anatomy == "chest" else rng.uniform(0.2, 0.5)) + 0.06 * rng.standard_normal()
         radii = (radius * rng.uniform(0.8, 1.3), radius * rng.uniform(0.8, 1.3), radius * 1.5)
-        blobs.append(Blob(centre=(across, height, 0.3 * rng.uniform(-1, 1)), radii=radii, strength=strength))
+        centre = (across, height, 0.3 * rng.uniform(-1, 1))
+        if anatomy == "organ":  # is in the middle
+            centre = (0.3 * centre[0], 0.3 * centre[1], 0.3 * centre[2])
+        blobs.append(Blob(centre=centre, radii=radii, strength=strength))
     return tuple(blobs), 0.0
 
 
@@ -112,7 +115,7 @@ def render(rng: np.random.Generator, body: Anatomy, pose: Pose, spatial_shape: t
     cos, sin = np.cos(pose.angle), np.sin(pose.angle)
     x, y = x - pose.shift[0], y - pose.shift[1]
     x, y = (cos * x - sin * y) / pose.scale, (sin * x + cos * y) / pose.scale
-    picture, organ = (_chest if body.name == "chest" else _brain)(body, x, y, z)
+    picture, organ = _ANATOMIES[body.name](body, x, y, z)
     texture = _texture(rng, spatial_shape, body.roughness)
     for blob in body.findings:
         distance = sum(((c - m) / r) ** 2 for c, m, r in zip((x, y, z), blob.centre, blob.radii, strict=True))
@@ -203,3 +206,24 @@ def _brain(body: Anatomy, x: Grid, y: Grid, z: Grid) -> tuple[Grid, Grid]:
     picture = picture * (1 - 0.8 * ventricles) * (1 - 0.45 * fissure) + 0.55 * scalp + 0.03
     bias = 1 + 0.07 * (s[11] * x + s[12] * y + s[13] * x * y)
     return np.asarray(picture * bias), white * (1 - ventricles)
+
+
+def _organ(body: Anatomy, x: Grid, y: Grid, z: Grid) -> tuple[Grid, Grid]:
+    """One solid body of two or three limbs on dark ground, as in a crop around an organ or in its mask; its edge is sharp or soft."""
+    s = body.shape
+    size = 0.3 * np.exp(0.18 * s[0] - 0.2 * body.age)
+    distance = _radius(x, y, z, (0.0, 0.0), (size, size * np.exp(0.3 * s[1])), 1.3 * size)
+    for limb in (0, 1):
+        turn, tilt = 0.9 + 0.5 * s[2 + limb] + 2.6 * limb, 0.5 * s[4 + limb]
+        across, along = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+        along, depth = np.cos(tilt) * along - np.sin(tilt) * z, np.cos(tilt) * z + np.sin(tilt) * along
+        reach = 0.45 * np.exp(0.2 * s[6 + limb])
+        bent = across + 0.3 * s[8 + limb] * along**2
+        width = 0.16 * np.exp(0.25 * s[10 + limb])
+        distance = np.minimum(distance, _radius(bent, along - 0.7 * reach, depth, (0.0, 0.0), (width, reach), 0.3))
+    solid = _inside(distance, 0.1 * np.exp(0.6 * s[12]))
+    ground = 0.1 * s[13] - 0.15  # mostly black, whatever the exposure
+    return solid * (0.65 + 0.15 * s[14]) + ground * (1 - solid), solid
+
+
+_ANATOMIES = {"chest": _chest, "brain": _brain, "organ": _organ}

@@ -5,7 +5,8 @@ c_skip and c_out have in Karras et al. 2022 (section 5). F starts at zero, so D 
 Because the moments enter only through W, a net that was trained with public moments takes private ones (`transplant`).
 
 The net speaks at noise levels up to LARGEST_SIGMA alone; above, D is W. What is large in an image is drawn there, and the released
-moments know it: a net from public images draws the classes nearer to each other than they are (experiments/004-public-prior).
+moments know it: a net from public images draws the classes nearer to each other than they are (experiments/004-public-prior). What an
+image holds at one frequency grows with the root of its pixels, so the level is higher for volumes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Denoiser(nn.Module):
         dimensions = len(moments.shape) - 1
         self.packing = Packing(moments.shape[1:], levels=len(channels))
         packed = self.packing.channels(moments.shape[0])
+        self.largest_sigma = LARGEST_SIGMA[dimensions]
         self.wiener = WienerFilter(moments)
         self.net = DiffusionModelUNet(
             spatial_dims=dimensions,
@@ -69,7 +71,7 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """noisy (n, channel, *space), sigma (n,), labels (n,) to the denoised images."""
         linear, error, correction = self._parts(noisy, sigma, labels)
-        return linear + _column(error * (sigma <= LARGEST_SIGMA), noisy) * correction
+        return linear + _column(error * (sigma <= self.largest_sigma), noisy) * correction
 
     def row_losses(self, clean: Tensor, labels: Tensor, *, sigma: Tensor, noise: Tensor) -> Tensor:
         """Squared error of each row in units of the linear filter's error, (n,): 1 is what the floor reaches."""
@@ -94,13 +96,13 @@ class Denoiser(nn.Module):
             parameter.requires_grad_(which == "all" or name.endswith("bias") or id(parameter) in small | norms)
 
 
-def noise_levels(normal: Tensor, *, smallest: float) -> Tensor:
-    """Training noise levels from standard normal numbers: log-normal (Karras et al. 2022, table 1) between `smallest` and LARGEST_SIGMA."""
-    ends = (torch.tensor([smallest, LARGEST_SIGMA], dtype=torch.float64).log() - _LOG_SIGMA_MEAN) / _LOG_SIGMA_STD
+def noise_levels(normal: Tensor, *, smallest: float, largest: float) -> Tensor:
+    """Training noise levels from standard normal numbers: log-normal (Karras et al. 2022, table 1) between two ends."""
+    ends = (torch.tensor([smallest, largest], dtype=torch.float64).log() - _LOG_SIGMA_MEAN) / _LOG_SIGMA_STD
     low, high = torch.special.ndtr(ends)
     quantile = low + (high - low) * torch.special.ndtr(normal.double())
     levels: Tensor = (_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * torch.special.ndtri(quantile)).exp()
-    return levels.to(normal.dtype).clamp(smallest, LARGEST_SIGMA)  # what rounding or an infinite quantile leaves
+    return levels.to(normal.dtype).clamp(smallest, largest)  # what rounding or an infinite quantile leaves
 
 
 def stratified_normal(patients: int, draws: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 from dpsynth.artifacts import read_json, write_bytes, write_json
 from dpsynth.cells import Cells
-from dpsynth.config import LARGEST_SIGMA, Config, GenerateConfig
+from dpsynth.config import Config, GenerateConfig
 from dpsynth.errors import ArtifactError
 from dpsynth.model.denoiser import Denoiser
 from dpsynth.model.enlarger import Enlarger
@@ -102,13 +102,14 @@ class Generator:
             progress("draw images", len(cells), len(cells))
             return images
         self.denoiser.eval()
+        largest = self.denoiser.largest_sigma
         labels, noise = torch.from_numpy(cells), starting_noise(seeds, self.moments.shape)
-        start = self.denoiser.wiener.noisy_images(noise, LARGEST_SIGMA, labels)
+        start = self.denoiser.wiener.noisy_images(noise, largest, labels)
         if self.parents is not None:
             chosen = self.parents.choose(cells, seeds)
             own = chosen >= 0
-            start[own] = torch.from_numpy(self.parents.images[chosen[own]]) + LARGEST_SIGMA * noise[own]
-        levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=LARGEST_SIGMA)
+            start[own] = torch.from_numpy(self.parents.images[chosen[own]]) + largest * noise[own]
+        levels = schedule(settings.steps, sigma_min=settings.sigma_min, sigma_max=largest)
         images = sample(self.denoiser, start, labels, levels=levels, streams=streams_of(seeds, STEP_NOISE), progress=progress)
         return images if self.gains is None else with_gains(images, self.gains[self.cells.labels(cells)], self._layout)
 

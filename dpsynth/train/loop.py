@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpsynth.config import DiffusionConfig
+from dpsynth.config import LARGEST_SIGMA, DiffusionConfig
 from dpsynth.data.cohort import ImageSet, Int64
 from dpsynth.model.denoiser import Denoiser, noise_levels, stratified_normal
 from dpsynth.model.ema import Ema
@@ -116,7 +116,8 @@ def draw_rows(training: ImageSet, rows_of: list[Int64], chosen: Int64, *, draws:
     index = images_in_turn(rows_of, chosen, [int(rng.integers(len(rows_of[int(patient)]))) for patient in chosen], draws)
     clean = torch.from_numpy(training.images[index])
     generator = torch.Generator().manual_seed(seed % 2**63)
-    sigma = noise_levels(stratified_normal(len(chosen), draws, generator), smallest=SMALLEST_SIGMA)
+    normal, largest = stratified_normal(len(chosen), draws, generator), LARGEST_SIGMA[clean.ndim - 2]
+    sigma = noise_levels(normal, smallest=SMALLEST_SIGMA, largest=largest)
     noise = torch.randn(clean.shape, generator=generator)
     return Rows(clean=clean, labels=torch.from_numpy(training.labels[index]), sigma=sigma, noise=noise)
 

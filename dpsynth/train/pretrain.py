@@ -34,7 +34,7 @@ EMA_DECAY = 0.98
 def pretrained_weights(config: Config, images: Float32, reference: PublicReference, *, progress: Progress) -> dict[str, Tensor]:
     """Weights of the U-Net after pre-training on public `images`; from the cache folder when equal settings were trained before."""
     facts = [list(config.diffusion.channels), config.moments.low_frequencies, len(config.data.cells)]
-    return kept(config.pretrain, images, lambda: _train(config, images, reference, progress=progress), version=8, facts=facts)
+    return kept(config.pretrain, images, lambda: _train(config, images, reference, progress=progress), version=9, facts=facts)
 
 
 def kept(
@@ -77,8 +77,8 @@ def _train(config: Config, images: Float32, reference: PublicReference, *, progr
         if step % _REFRESH == 0:
             world = _World(images, reference, num_classes=len(config.data.cells), rng=rng)
             denoiser.transplant(world.moments)
-        clean, labels = world.batch(settings.batch_size, rng)
-        sigma = noise_levels(torch.randn(len(clean), generator=noise), smallest=0.02)
+        clean, labels = world.batch(settings.rows_per_step(images.ndim - 2), rng)
+        sigma = noise_levels(torch.randn(len(clean), generator=noise), smallest=0.02, largest=denoiser.largest_sigma)
         losses = denoiser.row_losses(clean, labels, sigma=sigma, noise=torch.randn(clean.shape, generator=noise))
         optimizer.param_groups[0]["lr"] = learning_rate_at(settings.learning_rate, step, settings.steps)
         optimizer.zero_grad()

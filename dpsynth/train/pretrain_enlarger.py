@@ -32,7 +32,7 @@ def _pretrained(config: Config, images: Float32, *, number: int, progress: Progr
         _train(enlarger, config, images, number=number, progress=progress)
         return {name: tensor.contiguous() for name, tensor in enlarger.state_dict().items()}
 
-    enlarger.load_state_dict(kept(config.pretrain, images, train, version=1, prefix="enlarger-"))
+    enlarger.load_state_dict(kept(config.pretrain, images, train, version=2, prefix="enlarger-"))
     return enlarger.eval()
 
 
@@ -49,7 +49,7 @@ def _train(enlarger: Enlarger, config: Config, images: Float32, *, number: int, 
     ends = np.log([SMALLEST, LARGEST])
     enlarger.train()
     for step in range(settings.steps):
-        clean = _crops(images, settings.batch_size, rng)
+        clean = _crops(images, settings.rows_per_step(images.ndim - 2), rng)
         sigma = torch.from_numpy(np.exp(rng.uniform(ends[0], ends[1], size=len(clean))).astype(np.float32))
         detail = enlarger.split(clean)[1]
         loss = enlarger.row_losses(clean, sigma=sigma, noise=torch.randn(detail.shape, generator=noise)).mean()

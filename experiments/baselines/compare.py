@@ -84,9 +84,9 @@ def other_x_rays() -> dict[str, Any]:
     return {"source": "raster", "path": str(data_folder() / "nih1000"), "classes": ["normal", "abnormal"], "steps": 2500}
 
 
-def procedural_volumes() -> dict[str, Any]:
-    """The default: nothing but what comes with the product."""
-    return {"source": "phantom"}
+def procedural_organs() -> dict[str, Any]:
+    """Nothing but what comes with the product: bodies on dark ground, as organs in crops and masks are."""
+    return {"source": "phantom", "anatomies": ["organ"]}
 
 
 ROWS = {
@@ -115,7 +115,7 @@ ROWS = {
             "format": "medmnist", "path": "adrenalmnist3d.npz", "name": "AdrenalMNIST3D", "unit": "image",
             "classes": ["normal", "hyperplasia"], "spatial_shape": [28, 28, 28], "intensity_range": [0, 1],
         },
-        public=procedural_volumes,
+        public=procedural_organs,
         declared_patients=1200,
         epsilons=(1, 10),
         steps={"dpdm": 22, "ceiling": 120},
@@ -125,7 +125,7 @@ ROWS = {
             "format": "nifti", "path": "hippocampus", "name": "hippocampus crops", "unit": "patient", "classes": ["hippocampus"],
             "spatial_shape": [32, 48, 32], "mixed_sizes": True, "intensity_range": "each",
         },
-        public=procedural_volumes,
+        public=procedural_organs,
         declared_patients=100,
         epsilons=(10,),
         steps={"dpdm": 15, "ceiling": 80},

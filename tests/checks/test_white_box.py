@@ -15,7 +15,7 @@ from dpsynth.checks.evidence import Evidence
 from dpsynth.checks.family import decide_family, members
 from dpsynth.checks.statistics import coin_flip_p
 from dpsynth.checks.verdict import Outcome, Verdict
-from dpsynth.checks.white_box import SIGMAS, loss_scores, white_box
+from dpsynth.checks.white_box import loss_scores, noise_levels_of, white_box
 from dpsynth.config import GateConfig
 from dpsynth.data.phantom import phantom_images
 from dpsynth.model.denoiser import Denoiser, noise_levels
@@ -82,7 +82,7 @@ def overfitted(generator: Generator, images: np.ndarray, labels: np.ndarray, *, 
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     for _ in range(steps):
         rows = torch.randint(len(x), (32,), generator=draw)
-        sigma = noise_levels(torch.randn(len(rows), generator=draw), smallest=0.05)
+        sigma = noise_levels(torch.randn(len(rows), generator=draw), smallest=0.05, largest=generator.denoiser.largest_sigma)
         losses = generator.denoiser.row_losses(x[rows], y[rows], sigma=sigma, noise=torch.randn(x[rows].shape, generator=draw))
         optimizer.zero_grad()
         losses.mean().backward()
@@ -148,12 +148,13 @@ def test_the_score_is_the_mean_log_ratio_of_errors(public: Generator) -> None:
     images, labels = phantoms(3, 5)
     found = loss_scores(public, images, labels, seed=4, progress=silent)
     np.testing.assert_allclose(loss_scores(public, images[2:], labels[2:], seed=4, progress=silent), found[2:], rtol=1e-4, atol=1e-5)
-    noise = torch.randn((len(SIGMAS), 1, SIDE, SIDE), generator=torch.Generator().manual_seed(4))
+    sigmas = noise_levels_of(2)
+    noise = torch.randn((len(sigmas), 1, SIDE, SIDE), generator=torch.Generator().manual_seed(4))
     assert public.denoiser is not None
     expected = []
     for image, label in zip(images, labels, strict=True):
         ratios = []
-        for sigma, own in zip(SIGMAS, noise, strict=True):
+        for sigma, own in zip(sigmas, noise, strict=True):
             noisy = torch.from_numpy(image[None]) + sigma * own[None]
             at, kind = torch.tensor([sigma]), torch.tensor([label])
             with torch.no_grad():

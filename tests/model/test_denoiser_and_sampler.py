@@ -12,7 +12,7 @@ import torch
 from scipy.stats import kstest, truncnorm
 
 from dpsynth.cells import Cells
-from dpsynth.config import LARGEST_SIGMA, GenerateConfig, packing
+from dpsynth.config import GenerateConfig, packing
 from dpsynth.errors import ArtifactError
 from dpsynth.generate import draw, image_seeds, mixed_cells
 from dpsynth.model.denoiser import Denoiser, noise_levels, stratified_normal
@@ -104,23 +104,25 @@ def test_noisy_images_are_where_the_flow_of_the_filter_leads() -> None:
     assert float((x - wiener.noisy_images(normal, 0.5, labels)).abs().max()) < 5e-3
 
 
-def test_training_levels_are_log_normal_between_their_ends() -> None:
+@pytest.mark.parametrize("largest", [0.5, 2.5])
+def test_training_levels_are_log_normal_between_their_ends(largest: float) -> None:
     normal = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
-    found = noise_levels(normal, smallest=0.05)
+    found = noise_levels(normal, smallest=0.05, largest=largest)
     assert found.dtype == normal.dtype
     assert float(found.min()) >= 0.05
-    assert float(found.max()) <= LARGEST_SIGMA
-    ends = [(np.log(end) + 1.0) / 1.3 for end in (0.05, LARGEST_SIGMA)]
+    assert float(found.max()) <= largest
+    ends = [(np.log(end) + 1.0) / 1.3 for end in (0.05, largest)]
     assert kstest(found.log(), truncnorm(*ends, loc=-1.0, scale=1.3).cdf).pvalue > 1e-3
-    assert bool(torch.isfinite(noise_levels(torch.tensor([-40.0, 40.0]), smallest=0.05)).all())
+    assert bool(torch.isfinite(noise_levels(torch.tensor([-40.0, 40.0]), smallest=0.05, largest=largest)).all())
 
 
-def test_above_its_largest_level_the_denoiser_is_the_filter_of_the_moments() -> None:
-    made = generator().denoiser
+@pytest.mark.parametrize(("shape", "largest"), [((1, 8, 8), 0.5), ((1, 8, 8, 8), 2.5)])
+def test_above_its_largest_level_the_denoiser_is_the_filter_of_the_moments(shape: tuple[int, ...], largest: float) -> None:
+    made = generator(shape).denoiser
     assert made is not None
-    noisy, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 1])
-    sigma = torch.tensor([LARGEST_SIGMA, 1.01 * LARGEST_SIGMA, 5.0])
-    difference = (made(noisy, sigma, labels) - made.wiener(noisy, sigma, labels)[0]).detach().abs().amax((1, 2, 3))
+    noisy, labels = torch.randn(3, *shape), torch.tensor([0, 1, 1])
+    sigma = torch.tensor([largest, 1.01 * largest, 5.0])
+    difference = (made(noisy, sigma, labels) - made.wiener(noisy, sigma, labels)[0]).detach().abs().flatten(1).amax(1)
     assert float(difference[0]) > 1e-3
     assert torch.equal(difference[1:], torch.zeros(2))
 

@@ -238,7 +238,8 @@ def test_each_chosen_patient_gets_rows_of_their_own_images_only(draws: int) -> N
         own = TRAINING.images[rows_of[patient]]
         for row in rows.clean[index * draws : (index + 1) * draws].numpy():
             assert any(np.array_equal(row, image) for image in own)
-    edges = noise_levels(torch.special.ndtri(torch.arange(draws + 1, dtype=torch.float64) / draws), smallest=SMALLEST_SIGMA)
+    quantiles = torch.arange(draws + 1, dtype=torch.float64) / draws
+    edges = noise_levels(torch.special.ndtri(quantiles), smallest=SMALLEST_SIGMA, largest=0.5)
     places = torch.bucketize(rows.sigma.double(), edges[1:-1].double()).view(len(chosen), draws)
     assert torch.equal(places.sort(dim=1).values, torch.arange(draws).expand(len(chosen), draws)), "a patient's levels are spread"
     used = {row.tobytes() for row in rows.clean[: 2 * draws].numpy()}
