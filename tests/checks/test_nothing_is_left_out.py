@@ -184,7 +184,8 @@ def test_the_mean_that_is_taken_off_is_of_all_patients(monkeypatch: pytest.Monke
 
 
 def test_the_look_at_the_weights_is_at_all_levels_with_the_patients_own_labels_and_at_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert white_box_module.SIGMAS == (0.05, 0.07, 0.1, 0.14, 0.2, 0.27, 0.37, 0.5)
+    for dimensions, largest in ((2, 0.5), (3, 2.5)):
+        assert white_box_module.noise_levels_of(dimensions) == pytest.approx(np.geomspace(0.05, largest, 8).tolist())
     asked: list[tuple[np.ndarray, np.ndarray]] = []
 
     def scored(_: object, images: np.ndarray, cells: np.ndarray, **__: object) -> np.ndarray:
